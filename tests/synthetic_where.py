@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
 NO_NULLS = "no null fine-tunes to compare with"
+
+
+def with_tables(tables: dict[str, pd.DataFrame]) -> Any:
+    """A comparison of which only these tables are read."""
+    return SimpleNamespace(matches=SimpleNamespace(further=tables))
 
 
 def where_tables(*, nulls: bool = True) -> dict[str, pd.DataFrame]:

@@ -33,7 +33,6 @@ __all__ = ["SETTINGS", "TESTS", "Rates", "Setting", "Simulated", "rates_of", "si
 FloatArray = npt.NDArray[np.float64]
 TESTS = 4  # tests a study, of which half are real in the second run
 Q = 0.05
-_LEVEL = 0.95
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,7 +242,7 @@ def _shares(base: float, n_a: int, n_b: int) -> Callable[[FloatArray, np.random.
         for at in np.ndindex(*effect.shape):
             key = (int(a[at]), int(b[at]))
             if key not in known:
-                interval = newcombe_difference(key[0], n_a, key[1], n_b, level=_LEVEL)
+                interval = newcombe_difference(key[0], n_a, key[1], n_b)
                 known[key] = (interval.p, interval.low, interval.high)
             said[:, *at] = known[key]
         return Simulated(_q(said[0]), said[1], said[2])
@@ -264,7 +263,7 @@ def _nested(noise: _Noise, seeds: int, features: int) -> Callable[[FloatArray, n
         for study in range(len(effect)):
             at = (study, 0)  # one test a study: it has no p that a q could be made of
             a, b = (nested_mean(arm[at].ravel(), labels, n_boot=1000, seed=study + i * len(effect)) for i, arm in pairs)
-            interval = nested_mean_difference(a, b, level=_LEVEL)
+            interval = nested_mean_difference(a, b)
             outside = interval.low > 0 or interval.high < 0
             said[:, *at] = (0.0 if outside else 1.0), interval.low, interval.high
         return Simulated(said[0], said[1], said[2])

@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 import torch
 
-from saeffect.diffing import absorption as module
-from saeffect.diffing.absorption import absorption
+from saeffect.diffing import correspondence as module
 from saeffect.diffing.coactivity import FiringLog
+from saeffect.diffing.correspondence import absorption
 from saeffect.diffing.pair import SaeView
 from saeffect.errors import ShapeMismatch
 

@@ -13,7 +13,7 @@ from scipy import stats
 from saeffect.diffing.budget import Budget, budget_keys
 from saeffect.diffing.guard import Group, Rows, Verdict, _corrected, _scores, _tested, judge
 from saeffect.diffing.standardised import BASES, standardised
-from saeffect.errors import ConfigError, IncompatibleModels, UnknownName
+from saeffect.errors import BadFile, ConfigError, UnknownName
 from synthetic_traces import D_SAE, N_ROWS, TOP_TOKENS, nulls, trace
 
 ROWS = Rows(np.arange(N_ROWS) % 2, ("general", "domain"))
@@ -129,7 +129,7 @@ def test_limits_on_texts() -> None:
 
 
 def test_nulls_of_another_text_and_limits_on_no_text_are_refused() -> None:
-    with pytest.raises(IncompatibleModels, match="null-1"):
+    with pytest.raises(BadFile, match="null-1"):
         judged(budget(a={}), trace(0), nulls(3, made_by="other"), a=GROUP)
     with pytest.raises(UnknownName, match="general"):
         judged(budget(texts={"generl": {"kl": 1}}), trace(0), [])

@@ -10,7 +10,7 @@ from saeffect.diffing.null_ranks import (
     count_scores,
     null_range,
     null_reason,
-    pooled_p,
+    pooled_rank_p,
     rank_p,
     rise_scores,
     search_p,
@@ -26,7 +26,11 @@ def test_rank_by_hand_counts_ties_against_the_finding():
 
 def test_without_nulls_there_is_no_p():
     values = np.ones((1, 3))
-    for p in (rank_p(values), pooled_p(rise_scores(values, np.zeros(3, dtype=int))), search_p(count_scores(values))):
+    for p in (
+        rank_p(values),
+        pooled_rank_p(rise_scores(values, np.zeros(3, dtype=int))),
+        search_p(count_scores(values)),
+    ):
         assert np.isnan(p).all()
     assert null_reason(0, 0.05) == "no null fine-tunes to compare with"
     assert all(np.isnan(column).all() for column in null_range(np.empty((0, 3))).values())
@@ -65,7 +69,7 @@ def test_pooled_p_and_search_p_by_counting():
     scores = np.random.default_rng(1).integers(0, 6, (5, 40)).astype(float)
     pooled = [(1 + (scores[1:] >= s).sum()) / (1 + 160) for s in scores[0]]
     search = [(1 + (scores[1:].max(axis=1) >= s).sum()) / 5 for s in scores[0]]
-    np.testing.assert_allclose(pooled_p(scores), pooled)
+    np.testing.assert_allclose(pooled_rank_p(scores), pooled)
     np.testing.assert_allclose(search_p(scores), search)
 
 
@@ -89,7 +93,7 @@ def alarms(draw, score, n_studies: int, seed: int) -> tuple[float, float, float]
     found = []
     for _ in range(n_studies):
         scores = score(draw(rng, 21))
-        p = pooled_p(scores)
+        p = pooled_rank_p(scores)
         q = benjamini_hochberg(p)
         found.append([(q <= 0.05).any(), (search_p(scores) <= 0.05).any(), (p <= 0.05).mean()])
     by_q, by_search, words = np.mean(found, axis=0)

@@ -195,8 +195,6 @@ def test_a_model_against_itself_changed_nothing(tracer, rows):
 
 
 def test_traces_that_cannot_be_compared_are_refused(trace, tiny_llama, rows):
-    with pytest.raises(ConfigError, match="other was not measured as tuned was"):
-        module.where_changed(trace, [replace(trace, name="other", made_by="y")], rows, tiny_llama, HOOK)
     with pytest.raises(ShapeMismatch, match="the traces read rows"):
         module.where_changed(trace, [], rows.head(3), tiny_llama, HOOK)
 

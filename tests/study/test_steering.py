@@ -16,8 +16,7 @@ from saeffect.io import read_json
 from saeffect.study.check import check_study
 from saeffect.study.run import run_study
 from saeffect.study.run_folder import RunFolder
-from saeffect.study.stages.dose_search import dose_inputs
-from saeffect.study.stages.steering_plan import site_of
+from saeffect.study.stages.dose_search import dose_inputs, site_of
 from saeffect.study.study import Study
 
 SMALL = {"prompts": ["The river", "My doctor said"], "samples": 1, "max_new_tokens": 4, "max_features": 2}

@@ -15,7 +15,7 @@ from saeffect.steering import SteeringPlan
 from saeffect.steering.actions import ActionRow, actions_of
 from saeffect.study.export import FORMATS, export_features, feature_list, group_of, neuronpedia_list, vector_of
 from saeffect.study.run_folder import RunFolder
-from saeffect.study.stages.steering_plan import site_of
+from saeffect.study.stages.dose_search import site_of
 from saeffect.study.study import Study
 
 

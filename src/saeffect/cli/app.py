@@ -17,14 +17,13 @@ from saeffect.cli.export import export
 from saeffect.cli.finetune import finetune
 from saeffect.cli.gate import gate
 from saeffect.cli.guard import guard
-from saeffect.cli.harvest import harvest
 from saeffect.cli.label import label
 from saeffect.cli.plan import plan
 from saeffect.cli.reproduce import reproduce
 from saeffect.cli.run import STAGE_HELP, run, stage_command
 from saeffect.cli.saes import convert_sae_command, saes
 from saeffect.cli.serve import serve
-from saeffect.cli.train_sae import train_sae
+from saeffect.cli.train_sae import harvest, train_sae
 from saeffect.cli.verdicts import verdicts
 from saeffect.cli.verify import verify
 from saeffect.errors import SaeffectError
@@ -117,10 +116,8 @@ def _all_commands(
 
 
 def main() -> None:
-    """Run the command line.
-
-    Exit codes: 0 done, 1 broken (guard), not fitting (gate) or in disagreement (verify), 2 wrong input, 130 stopped by
-    Ctrl-C.
+    """Run the command line: exit code 0 done, 1 broken (guard), not fitting (gate) or in disagreement (verify), 2 wrong
+    input, 130 stopped by Ctrl-C.
     """
     # Tokenizers warn about forks that this program never makes.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

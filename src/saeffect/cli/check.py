@@ -60,7 +60,7 @@ def study_keys() -> str:
 def check(
     study: StudyFile,
     out: Out = None,
-    keys: Annotated[bool, keys_option("Show the keys of a study file.", study_keys)] = False,
+    keys: Annotated[bool, keys_option("Show the keys of a study file.", "saeffect.cli.check:study_keys")] = False,
 ) -> None:
     """Names, files, shapes, tokenizers, disk, and the design check."""
     del keys

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pkgutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import FrameType
 from typing import IO, Any, Self
 
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
+from rich.table import Table
 from rich.text import Text
 
 from saeffect.errors import BadFile, Interrupted
@@ -31,6 +33,7 @@ __all__ = [
     "process_log",
     "show",
     "show_error",
+    "show_table",
     "still_writable",
     "wait_for_peer_error",
 ]
@@ -128,12 +131,18 @@ def show(line: str = "") -> None:
         typer.echo(printable_text(line))
 
 
-def keys_option(text: str, page: Callable[[], str]) -> Any:
-    """The option --keys: print a page of keys and exit."""
+def show_table(table: Table) -> None:
+    """Print a table of results to standard output."""
+    with still_writable(sys.stdout, "standard output"):
+        Console(highlight=False).print(table)
+
+
+def keys_option(text: str, page: str) -> Any:
+    """The option --keys: print the page of keys that a function gives ("module:function") and exit."""
 
     def show_page(wanted: bool) -> None:
         if wanted:
-            show(page().rstrip("\n"))
+            show(pkgutil.resolve_name(page)().rstrip("\n"))
             raise typer.Exit
 
     return typer.Option("--keys", help=text, callback=show_page, is_eager=True)

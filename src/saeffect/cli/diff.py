@@ -39,7 +39,8 @@ def diff(
 ) -> None:
     """Compare a base model with its fine-tune: first findings, then the report."""
     from saeffect.study.diff import DiffRequest, diff_study, same_model, write_study
-    from saeffect.study.first import first_answer
+    from saeffect.study.run import STAGES, run_study
+    from saeffect.study.stages.report import findings
 
     folder = out or Path("runs") / _name(tuned)
     request = DiffRequest(base, tuned, sae, tuple(text or ()), vocabulary, nulls, _name(folder.name))
@@ -48,14 +49,16 @@ def diff(
         if same_model(study):
             show(f"no difference: {base} and {tuned} are the same files.")
             return
-        answer = first_answer(study, folder, log, ready=lambda: write_study(study))
-        if not answer.lines:
+        first = STAGES[: STAGES.index("changes") + 1]
+        run = run_study(study, folder, stages=first, log=log, ready=lambda: write_study(study))
+        found = findings(run, log)
+        if not found:
             show("no difference: on this text, both models predict the same to the last digit.")
             return
         missing = [line for line, given in ((_NO_SAE, sae), (_NO_NULLS, study.config.nulls)) if not given]
-        for line in ("", *answer.lines, *missing, ""):
+        for line in ("", *found, *missing, ""):
             show(line)
-        run = answer.rest(log)
+        run_study(study, folder, log=log)
     if run.path("report.html").is_file():
         show(f"report: {run.path('report.html').resolve()}")
     show(f"to go on: edit {study.source}, then saeffect run {study.source} --out {folder}")

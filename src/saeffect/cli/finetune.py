@@ -26,12 +26,6 @@ class _NullText(StrEnum):
     general = "general"
 
 
-def _keys() -> str:
-    from saeffect.lm.finetune import finetune_keys
-
-    return finetune_keys()
-
-
 def finetune(
     recipe: Annotated[
         str, typer.Argument(metavar="RECIPE", help="YAML file (see --keys), or bundled:gpt2-medical-lora.")
@@ -49,7 +43,7 @@ def finetune(
         _NullText, typer.Option(help="What nulls read: the base model's own samples, or the recipe's control_text.")
     ] = _NullText.own,
     keep_adapters: Annotated[bool, typer.Option("--keep-adapters", help="Keep the nulls' adapters.")] = False,
-    keys: Annotated[bool, keys_option("Show the keys of a recipe.", _keys)] = False,
+    keys: Annotated[bool, keys_option("Show the keys of a recipe.", "saeffect.lm.finetune:finetune_keys")] = False,
 ) -> None:
     """Train a LoRA adapter by a recipe file, or nulls of it."""
     del keys

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from saeffect.cli.console import ConsoleProgress, show, still_writable
+from saeffect.cli.console import ConsoleProgress, show, show_table
 from saeffect.cli.run import Out, stage_command
 from saeffect.errors import ConfigError, unknown_name
 from saeffect.paths import user_path
@@ -161,8 +159,7 @@ def _show_table(found: PairGate) -> None:
     for source in found.on_text["base"]["perplexity"]:
         values_of = (found.on_text.get(name, {}).get("perplexity", {}).get(source) for name in columns)
         table.add_row(f"perplexity on {source}", *("" if value is None else f"{value:,.1f}" for value in values_of))
-    with still_writable(sys.stdout, "standard output"):
-        Console(highlight=False).print(table)
+    show_table(table)
 
 
 def _show_positions(found: PairGate) -> None:
@@ -178,8 +175,7 @@ def _show_positions(found: PairGate) -> None:
         grid.add_row(label, *[""] * len(names))
         for model in found.fits:
             grid.add_row(f"  {_COLUMNS[model]}", *(how(value) for (value,) in _of(table, model, quantity)))
-    with still_writable(sys.stdout, "standard output"):
-        Console(highlight=False).print(grid)
+    show_table(grid)
 
 
 def _of(table: Any, model: str, *columns: str) -> list[tuple[float, ...]]:

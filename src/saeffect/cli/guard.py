@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from saeffect.cli.console import ConsoleProgress, keys_option, show, show_error, still_writable
+from saeffect.cli.console import ConsoleProgress, keys_option, show, show_error, show_table
 from saeffect.errors import ConfigError
 from saeffect.paths import user_path
 
@@ -22,12 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["guard"]
 
 _STYLES = {"kept": "green", "broken": "bold red", "unjudged": "yellow", "reported": "dim"}
-
-
-def _keys() -> str:
-    from saeffect.diffing.budget import budget_keys
-
-    return budget_keys()
 
 
 def guard(
@@ -50,7 +42,9 @@ def guard(
     allow_unjudged: Annotated[
         bool, typer.Option("--allow-unjudged", help="Exit 0 although a rule could not be judged.")
     ] = False,
-    keys: Annotated[bool, keys_option("Show the keys of a budget file.", _keys)] = False,
+    keys: Annotated[
+        bool, keys_option("Show the keys of a budget file.", "saeffect.diffing.budget:budget_keys")
+    ] = False,
 ) -> None:
     """Judge a fine-tune by a budget."""
     del keys
@@ -80,14 +74,12 @@ def guard(
 def _show_table(verdicts: Sequence[Verdict]) -> None:
     from saeffect.report.verdicts import COLUMNS, cells
 
-    console = Console(highlight=False)
     table = Table(*COLUMNS, box=None, pad_edge=False)
     for verdict in verdicts:
         row = [Text(cell) for cell in cells(verdict)]
         row[2].stylize(_STYLES[verdict.status])
         table.add_row(*row)
-    with still_writable(sys.stdout, "standard output"):
-        console.print(table)
+    show_table(table)
     for verdict in verdicts:
         if verdict.status == "unjudged":
             show(f"{verdict.rule}: {verdict.reason}")

@@ -51,7 +51,7 @@ def _run(path: str, out: Path | None, stages: Sequence[str], redo: bool) -> None
     from saeffect.io import read_json
     from saeffect.parallel import is_first
     from saeffect.study.run import run_study
-    from saeffect.study.stages.models_report import findings
+    from saeffect.study.stages.report import findings
     from saeffect.study.study import Study
 
     with process_log() as log:

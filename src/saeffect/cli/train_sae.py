@@ -1,4 +1,4 @@
-"""`saeffect train-sae`: train the SAEs of a recipe, or of a study's arm."""
+"""`saeffect train-sae`: train the SAEs of a recipe, or of a study's arm; `saeffect harvest`: what they train on."""
 
 from __future__ import annotations
 
@@ -12,13 +12,7 @@ from saeffect.config_file import read_config_file
 from saeffect.errors import ConfigError
 from saeffect.paths import user_path
 
-__all__ = ["Arm", "Keys", "Recipe", "Work", "read_recipe", "train_sae"]
-
-
-def _keys() -> str:
-    from saeffect.sae.training.config import recipe_keys
-
-    return recipe_keys()
+__all__ = ["Arm", "Keys", "Recipe", "Work", "harvest", "read_recipe", "train_sae"]
 
 
 Recipe = Annotated[
@@ -28,7 +22,7 @@ Arm = Annotated[str | None, typer.Option(help="RECIPE is a study: which of its a
 Work = Annotated[
     Path, typer.Option(help="Folder for activations; SAEs of the same model share them.", parser=user_path)
 ]
-Keys = Annotated[bool, keys_option("Show the keys of a recipe.", _keys)]
+Keys = Annotated[bool, keys_option("Show the keys of a recipe.", "saeffect.sae.training.config:recipe_keys")]
 
 
 def train_sae(
@@ -76,3 +70,17 @@ def read_recipe(recipe: str, arm: str | None) -> tuple[Any, Path | None]:
             "this is a study, which has several arms.", at=recipe, fix="name the one whose SAE to train: --arm control."
         )
     return SaeRecipe.read(raw, at=recipe), None
+
+
+def harvest(recipe: Recipe, work: Work = Path("work"), arm: Arm = None, keys: Keys = False) -> None:
+    """Harvest the activations that a recipe, or a study's arm, trains on."""
+    del keys
+    from saeffect.parallel import is_first
+    from saeffect.sae.training.recipe import harvest_from_recipe
+
+    config, _ = read_recipe(recipe, arm)
+    with process_log() as log:
+        folders = harvest_from_recipe(config, work=work, log=log)
+        if is_first():
+            for place in folders:
+                show(f"activations: {place.resolve()}")

@@ -55,17 +55,10 @@ class ArmFacts:
     Attributes:
         tokenizer: "the control's", and how the model's own differs.
         chat_template: Of the model's own tokenizer, beside the one that chats are read with; None where there are none.
-        hook: Where the SAE reads, for instance "blocks.26.hook_resid_pre".
-        architecture: Kind of SAE ("topk", "standard", ...).
         k: Features that may fire per token (TopK), or None.
-        training_text: Name of the text that the SAE was trained on.
-        training_text_sha256: Its hash: two texts of one name may differ.
+        training_text_sha256: Two texts of one name may differ.
         bos: Whether texts begin with a BOS token, and how the SAE's training differed, if it did.
-        normalisation: How activations were scaled before the SAE.
-        explained_variance: On held-out tokens, at most 1.
-        ce_loss_score: Share of the loss that the SAE recovers, at most 1.
-        l0: Mean number of features active per token.
-        dead_share: Share of features that never fired on the held-out tokens.
+        explained_variance, ce_loss_score, l0, dead_share: On held-out tokens, see `saeffect.sae.metrics`.
         same_as_control: Whether the model was seen to do what the control's does.
         same_sae: Whether it is read through the control's SAE.
     """
@@ -95,21 +88,17 @@ class ArmFacts:
 
 @dataclass(frozen=True, eq=False)
 class ArmTables:
-    """The tables of one arm, as the earlier stages wrote them.
+    """The tables of one arm, as the earlier stages wrote them: one row a feature, unless said otherwise.
 
     Attributes:
-        features: One row a feature: top tokens with weights, activity.
-        coherence: One row a feature: coherence (NaN where undefined), n_known, reason.
-        selection: One row a feature: matches under each projection, in_vocabulary, is_domain.
         interventions: One row per feature, prompt, sample, condition and dose; None if nothing was steered.
         direct_effects: One row per feature, prompt and condition; None if not measured.
-        effects: One row a tested feature; None if nothing was steered.
-        coverage_unique: Share of the distinct top tokens of domain features that the word vectors have, 0 to 1; NaN if
-            not measured.
+        effects: Of the tested features; None if nothing was steered.
+        coverage_unique: Share of the distinct top tokens of domain features that the word vectors have, 0 to 1; or NaN.
         unsteered: Why no feature was steered; "" where some were, or steering was not requested.
         text_shortage: How much of the requested text there is, in words; "" for all of it.
-        seeds: One row per further SAE of the same model (column `sae`) and feature, with the columns of features,
-            coherence and selection; None without further SAEs.
+        seeds: One row per further SAE of the model (column `sae`) and feature, with the columns of features, coherence
+            and selection; None without further SAEs.
     """
 
     name: str
@@ -182,9 +171,7 @@ class Roles:
 
 
 def roles_of(roles: Mapping[str, str]) -> Roles:
-    """The arms by role, from the role of each arm name.
-
-    Raises `ConfigError` without exactly one control and one treatment, or for an unknown role.
+    """The arms by role, from the role of each arm name; `ConfigError` without exactly one control and one treatment.
 
     Example:
         >>> roles_of({"base": "control", "tuned": "treatment", "again": "placebo"}).placebos
@@ -324,10 +311,8 @@ def placebo_of(arm: ArmTables) -> str:
 
 
 def steered_minus_placebo(arm: ArmTables) -> pd.Series[Any]:
-    """Similarity of a steered text minus that of its placebo, which shares prompt and sampling noise with it.
-
-    Cosine similarity (mean over doses), indexed by feature, prompt and sample; only where both are defined, so empty
-    where nothing was steered or that placebo was not run.
+    """Similarity of a steered text minus that of its placebo, which shares prompt and sampling noise with it: mean over
+    doses, indexed by feature, prompt and sample, where both are defined.
     """
     placebo, trials, keys = placebo_of(arm), arm.interventions, ["feature", "prompt", "sample"]
     if trials is None:

@@ -47,19 +47,17 @@ def calibration_table(
 ) -> pd.DataFrame:
     """Alarms of every test where an SAE of the control's model takes the treatment's place.
 
-    Args:
-        tables: Of the study itself: "contrasts" with the rows over seeds, "judgements" made of these, "regression",
-            and, where they exist, "fates_null" and "cross_activity".
-        tests: Declared quantities; those of `CALIBRATED` are added.
+    `tables` are those of the study itself: "contrasts" with the rows over seeds, "judgements" made of these,
+    "regression" and, where they exist, "fates_null" and "cross_activity". Quantities of `CALIBRATED` are added to
+    `tests`.
 
-    Returns:
-        One row a test and rule: `test`; `rule`, what counts as a finding; `unit` of which there are `tests`;
-        `declared`; `nominal`, the rate that the test promises not to exceed; `findings` among the tests of the null;
-        their `rate` with Wilson's interval `low`, `high`; `treatment_tests`, `treatment_findings` for the real one;
-        `verdict`: "within nominal" unless `low` is above `nominal`; `reason` where it cannot be judged. Pairs of SAEs
-        share SAEs, so the interval is a little too narrow. Two SAEs count once for an interval, which is the same in
-        either direction; the headline rule counts each SAE in the treatment's place once, and fates every ordered pair.
-        The test "any declared quantity" is the headline itself.
+    One row a test and rule: `test`; `rule`, what counts as a finding; `unit` of which there are `tests`; `declared`;
+    `nominal`, the rate that the test promises not to exceed; `findings` among the tests of the null; their `rate` with
+    Wilson's interval `low`, `high`; `treatment_tests`, `treatment_findings` for the real one; `verdict`: "within
+    nominal" unless `low` is above `nominal`; `reason` where it cannot be judged. Pairs of SAEs share SAEs, so the
+    interval is a little too narrow. Two SAEs count once for an interval, which is the same in either direction; the
+    headline rule counts each SAE in the treatment's place once, and fates every ordered pair. The test "any declared
+    quantity" is the headline itself.
     """
     compared = {row for quantity in QUANTITIES.values() for row in quantity.rows}
     names = [name for name in dict.fromkeys((*tests, *CALIBRATED)) if name in compared]
@@ -231,7 +229,7 @@ def _judged(statuses: Iterable[str]) -> _Count:
 def _row(
     test: str, rule: str, unit: str, declared: bool, nominal: float, null: _Count, treatment: _Count, reason: str
 ) -> dict[str, Any]:
-    rate = wilson(null[1], null[0], level=LEVEL)
+    rate = wilson(null[1], null[0])
     verdict = "cannot be judged" if not null[0] else "more alarms than nominal" if rate.low > nominal else WITHIN
     return {
         "test": test,
@@ -258,15 +256,12 @@ _ABSENT = {  # by side: the fate, and how it is called
 
 
 def chance_table(arms: Mapping[str, ArmTables], roles: Roles, matches: MatchTables, *, alpha: float) -> pd.DataFrame:
-    """What was found in the treatment, and how many such findings chance would give.
+    """What was found in the treatment, and how many such findings chance would give: another SAE of the control's model
+    for what is counted in whole SAEs, a feature without effect for tests of single features.
 
-    Chance is another SAE of the control's model for what is counted in whole SAEs, and a feature without effect for
-    tests of single features.
-
-    Returns:
-        One row a kind of finding: `finding`; `found` of them `among` so many; `expected` by chance, 95 % of the time
-        from `low` to `high` (NaN where unknown, with the `reason`); `bound`, whether `expected` is the most that chance
-        gives rather than its mean; `chance`, what chance is here; `source`, the table.
+    One row a kind of finding: `finding`; `found` of them `among` so many; `expected` by chance, 95 % of the time from
+    `low` to `high` (NaN where unknown, with the `reason`); `bound`, whether `expected` is the most that chance gives
+    rather than its mean; `chance`, what chance is here; `source`, the table.
     """
     treatment, saes = arms[roles.treatment], control_saes(arms, roles)
     rows = [_domain(treatment, saes), *_steered(treatment, alpha), *_absent(matches.fate_counts)]

@@ -36,16 +36,12 @@ def compare(
 ) -> Comparison:
     """Compare the arms of a study: all tables but the threats and the words (`saeffect.report.with_answer`).
 
-    The same input and seed give the same tables to the last digit. Intervals are at 95 % whatever `alpha` is.
+    The same input and seed give the same tables to the last digit. Intervals are at 95 % whatever `alpha` is, the
+    highest q of findings about single features. `arms` by name: one control, one treatment, any number of placebos.
+    `tests` is what was declared before the run (`quantities.declarable`); all else is exploration.
 
-    Args:
-        arms: By name: one control, one treatment, any number of placebos.
-        alpha: Highest q at which the tested features were said to pass, and of findings about single features.
-        tests: What was declared before the run (`quantities.declarable`); all else is exploration.
-
-    Raises:
-        ConfigError: Roles other than these, an arm whose name is not its key, or too few resamples.
-        UnknownName: A declared test that does not exist.
+    Raises `ConfigError` for other roles, or an arm whose name is not its key; `UnknownName` for a test that does not
+    exist.
     """
     _check_names(arms)
     limits = {"min_matches": (min_matches, 1), "n_boot": (n_boot, 40), "n_permutations": (n_permutations, 1)}

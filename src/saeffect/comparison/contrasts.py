@@ -13,7 +13,7 @@ import pandas as pd
 from saeffect.comparison.arms import ArmTables, Roles, untested_reason
 from saeffect.comparison.judgement import PRIMARY
 from saeffect.comparison.quantities import QUANTITIES, Kind, Quantity, sae_value
-from saeffect.stats.arguments import LEVEL, FloatArray, Resampling
+from saeffect.stats.arguments import FloatArray, Resampling
 from saeffect.stats.bootstrap import Average, bootstrap_difference
 from saeffect.stats.differences import cliffs_delta, clustered_difference, count_difference
 from saeffect.stats.estimate import Estimate, undefined
@@ -31,8 +31,8 @@ _BY_FEATURES = "bootstrap over features, permutation test"
 class Contrast:
     """One quantity in arm `a` and arm `b`; `estimate` is b against a, between `low` and `high` (95 %).
 
-    `reason` says why an estimate, interval or p is NaN, else "". `declared`: the study named the test beforehand.
-    `saes_a` and `saes_b` count SAEs on either side. `remark` says which noise the interval leaves out.
+    `reason` says why a number is NaN, else ""; `saes_a` and `saes_b` count SAEs on either side; `remark` says which
+    noise the interval leaves out.
     """
 
     quantity: str
@@ -121,11 +121,8 @@ def contrasts(
 
 
 def compared(control: _T, treatment: _T, placebos: Iterable[_T]) -> list[tuple[str, _T, _T]]:
-    """Pairs to compare, each with the name of the comparison.
-
-    "fine-tuning" is treatment minus control; "retraining" is placebo minus control: the same model, another SAE, hence
-    SAE noise; "beyond retraining" is treatment minus placebo, as the control cancels in (treatment - control) -
-    (placebo - control).
+    """Pairs to compare: treatment minus control; placebo minus control (the same model, another SAE: SAE noise); and
+    treatment minus placebo, as the control cancels in (treatment - control) - (placebo - control).
 
     Example:
         >>> compared("base", "tuned", ["again"])[1:]
@@ -165,8 +162,8 @@ def _shares(pair: _Pair) -> list[Contrast]:
     (k_a, n_a), (k_b, n_b) = pair.read()
     values = (k_a / n_a if n_a else math.nan, k_b / n_b if n_b else math.nan)
     if n_a and n_b:
-        difference = newcombe_difference(k_a, n_a, k_b, n_b, level=LEVEL)
-        ratio = risk_ratio(k_a, n_a, k_b, n_b, level=LEVEL)
+        difference = newcombe_difference(k_a, n_a, k_b, n_b)
+        ratio = risk_ratio(k_a, n_a, k_b, n_b)
         if not k_a:  # said with the arm's name
             ratio = undefined(f"{pair.a.name} has none, so there is no ratio to it", n_a + n_b)
         ratio = replace(ratio, p=difference.p)
@@ -190,7 +187,7 @@ def _averages(pair: _Pair) -> list[Contrast]:
     else:
         resampling = pair.resampling
         seeds = [resampling.seed_for(pair.name, what) for what in ("bootstrap", "permutation")]
-        estimate = bootstrap_difference(a, b, statistic, n_boot=resampling.n_boot, level=LEVEL, seed=seeds[0])
+        estimate = bootstrap_difference(a, b, statistic, n_boot=resampling.n_boot, seed=seeds[0])
         n_permutations = resampling.n_permutations
         p = permutation_test(a, b, statistic=statistic, n_permutations=n_permutations, seed=seeds[1])
         estimate = replace(estimate, p=p)

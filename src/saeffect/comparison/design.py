@@ -48,13 +48,11 @@ _MEASURED: dict[str, tuple[float, bool, str]] = {
 def design_check(arms: Mapping[str, ArmFacts]) -> pd.DataFrame:
     """List every recorded fact of the arms side by side, and say which differences matter.
 
-    Raises `ConfigError` without exactly one control and one treatment, or for an arm with the name of a column.
-
-    Returns:
-        One row a field: `field`, one column of text per arm ("" where unknown), `differs`, `status`, and `matters`, one
-        sentence ("" for "same"). The status is "same"; "intended" for a difference that the design requires; "flaw" for
-        one that may pass for an effect of fine-tuning; "small" for measured values that differ too little to matter;
-        "unknown" where an arm did not record it.
+    One row a field: `field`, one column of text per arm ("" where unknown), `differs`, `status`, and `matters`, one
+    sentence ("" for "same"). The status is "same"; "intended" for a difference that the design requires; "flaw" for one
+    that may pass for an effect of fine-tuning; "small" for measured values that differ too little to matter; "unknown"
+    where an arm did not record it. `ConfigError` for other roles than one control and one treatment, or an arm with the
+    name of a column.
     """
     roles = roles_of({name: facts.role for name, facts in arms.items()})
     clash = [name for name in arms if name in RESERVED]

@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 
 from saeffect.comparison.arms import ArmTables, Roles
-from saeffect.stats.arguments import LEVEL
 from saeffect.stats.regression import ols_robust
 
 __all__ = ["EffectRegression", "effect_regression"]
@@ -27,8 +26,8 @@ class EffectRegression:
         terms: One row a term (`intercept`, the properties, `arm <name>`, 1 for that arm's features): `term`, `estimate`
             (cosine similarity per unit of the term), `low`, `high`, `p`, `n` features, `errors` ("HC3" or "clustered by
             SAE"), `reason` (why a number is NaN, or which noise an interval leaves out), `n_left_out` features.
-        partial_residuals: One row a feature and property: `feature`, `arm`, `term`, `x`, and `residual`, what the other
-            terms leave unexplained (the residual plus the term's own part). Its slope is the estimate.
+        partial_residuals: One row a feature and property: `feature`, `arm`, `term`, `x`, and `residual` (with the
+            term's own part). Its slope is the estimate.
     """
 
     terms: pd.DataFrame
@@ -36,12 +35,11 @@ class EffectRegression:
 
 
 def effect_regression(arms: Mapping[str, ArmTables], roles: Roles) -> EffectRegression:
-    """Regress the effect of each steered feature on its properties and its arm.
+    """Regress the effect of each steered feature on its properties (activity is log10 of the density) and its arm.
 
-    The activity is log10 of the density. Features without an effect, a coherence or an activity are left out; so is a
-    property that is the same in every feature. Errors are clustered by SAE where there are more SAEs than terms.
-    Otherwise each feature counts on its own (HC3), and every arm but the control has a term.
-    Source: `saeffect.stats.ols_robust`; partial residuals after Larsen & McCleary (1972).
+    Features without an effect, a coherence or an activity are left out; so is a property that is the same in every
+    feature. Errors are clustered by SAE where there are more SAEs than terms. Otherwise each feature counts on its own
+    (HC3), and every arm but the control has a term. Source: `ols_robust`; partial residuals: Larsen & McCleary (1972).
     """
     data = _data(arms, roles)
     usable = data.dropna(subset=["effect", *_PROPERTIES]).reset_index(drop=True)
@@ -52,7 +50,7 @@ def effect_regression(arms: Mapping[str, ArmTables], roles: Roles) -> EffectRegr
     flat = [name for name in columns if _is_flat(usable[name].to_numpy(dtype=np.float64))]
     terms = [name for name in columns if name not in flat]
     X = usable[terms].astype(np.float64)
-    fit = ols_robust(usable["effect"].to_numpy(), X, usable["arm"].tolist() if clustered else None, level=LEVEL)
+    fit = ols_robust(usable["effect"].to_numpy(), X, usable["arm"].tolist() if clustered else None)
     fit.insert(len(fit.columns) - 1, "errors", "clustered by SAE" if clustered else "HC3")
     partial = _partial(usable, X, fit)
     if clustered:

@@ -111,26 +111,25 @@ def factorial(
     unmeasured: str = "",
     resampling: Resampling | None = None,
 ) -> pd.DataFrame:
-    """The effects of model and dictionary on every quantity that was asked for.
+    """The effects of model and dictionary on every quantity that was `asked` for, as in the study's
+    `comparison.crossed`.
 
     Args:
         crossed: By arm (control and treatment), its SAE on both models, `CROSSED_COLUMNS`: feature; model (an arm's
             name); quantity; value (mean of `values`, or of one number a feature that number); values (list of float, by
             prompt or row of text, the same ones everywhere; empty where there are none); unit; reason.
-        asked: As in the study's `comparison.crossed`.
         nulls: By quantity, (c,n) − (c,c) of fine-tunes n that learnt nothing new: see `against_nulls`.
         unmeasured: Why features' quantities were not measured, for `reason` where a table has none.
         resampling: For p of shares.
 
     Returns:
-        One row per quantity and effect: quantity; label; effect ("model", "dictionary", "rest", "both", as in the
-        module); estimate with its 95 % interval low, high and two-sided p; unit; n_features of both SAEs (0 for a whole
-        SAE) and n_prompts or rows of text (0 where there are none) behind it; reason; error and freedom (standard
-        error, degrees of freedom; NaN for shares); mean_cc, mean_ct, mean_tc, mean_tt, the cells, first letter the SAE;
-        null_mean, null_p and n_nulls, in rows of the model's effect where nulls were measured.
+        One row per quantity and effect: quantity; label; effect (of `EFFECTS`, see the module); estimate with its 95 %
+            interval low, high and two-sided p; unit; n_features of both SAEs (0 for a whole SAE) and n_prompts or rows
+            of text (0 where there are none) behind it; reason; error and freedom (NaN for shares); mean_cc, mean_ct,
+            mean_tc, mean_tt, the cells, first letter the SAE; null_mean, null_p and n_nulls, in rows of the model's
+            effect.
 
-    Raises:
-        ShapeMismatch: A column is missing, or the cells have other numbers of values.
+    `ShapeMismatch` if a column is missing, or the cells have other numbers of values.
     """
     wanted, resampling = set(asked), resampling or Resampling()
     rows: list[dict[str, Any]] = []
@@ -158,9 +157,8 @@ def no_factorial(asked: Iterable[str], reason: str) -> pd.DataFrame:
 def against_nulls(value: float, nulls: Sequence[float]) -> Estimate:
     """How far a number of one fine-tune is from the same number of fine-tunes that learnt nothing new.
 
-    Value: the number minus the nulls' mean, with a 95 % interval for where one more null would put it (Student's t; NaN
-    for fewer than two nulls). p: if the fine-tune were one more null, each of the K + 1 numbers would be as likely to
-    lie farthest from the mean of all, so p is the share that lies at least as far, never below 1 / (K + 1).
+    Value: the number minus the nulls' mean, with a 95 % interval for one more null (Student's t; NaN for fewer than
+    two). p: the share of all K + 1 numbers that lie at least as far from their mean, never below 1 / (K + 1).
 
     Example:
         >>> found = against_nulls(-0.8, [0.1, 0.0, -0.1, 0.0])
@@ -187,10 +185,8 @@ def against_nulls(value: float, nulls: Sequence[float]) -> Estimate:
 class Cells:
     """Values of the control's and of the treatment's SAE, in the control's and in the treatment's model.
 
-    Attributes:
-        on_control, on_treatment: One a SAE, float64 [n_features, n_prompts] (one column without prompts, one row for a
-            whole SAE), complete.
-        reason: What was left out, or why there is nothing.
+    Each is a complete float64 [n_features, n_prompts] (one column without prompts, one row for a whole SAE). `reason`:
+    what was left out, or why there is nothing.
     """
 
     on_control: tuple[FloatArray, ...]

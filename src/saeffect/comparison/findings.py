@@ -11,16 +11,12 @@ import pandas as pd
 
 from saeffect.comparison.judgement import Judgement, judgements_of
 
-__all__ = ["Answer", "Comparison", "MatchTables", "CitedNumber"]
+__all__ = ["Answer", "CitedNumber", "Comparison", "MatchTables"]
 
 
 class CitedNumber(TypedDict):
-    """Where a number of the paragraph comes from.
-
-    Attributes:
-        start: Index of its first character in the paragraph.
-        table: Name of the table: a file `comparison/<table>.parquet`.
-        row: The values, by column, that select the row or rows.
+    """Where a number of the paragraph comes from: the index of its first character, the table
+    (`comparison/<table>.parquet`), and the values, by column, that select its row or rows.
     """
 
     start: int
@@ -30,13 +26,8 @@ class CitedNumber(TypedDict):
 
 
 class Answer(TypedDict):
-    """The answer as plain text without markup.
-
-    Attributes:
-        learned: What fine-tuning taught, against null fine-tunes; "" without them.
-        headline: What two dictionaries trained apart show.
-        paragraph: The answer with its numbers in about ninety words, complete in itself.
-        caveats: The threats to it, gravest first (column `threat` of `Comparison.threats`).
+    """The answer as plain text: what fine-tuning taught, against null fine-tunes ("" without them); what two
+    dictionaries trained apart show, in a sentence and in about ninety words; and the threats to it, gravest first.
     """
 
     learned: str
@@ -59,16 +50,8 @@ def _no_answer() -> Answer:
 class MatchTables:
     """Which feature became which; a table without columns was not made.
 
-    Attributes:
-        fates_control: What became of each feature of the control, by each measure; as `fates_treatment`, `fate_counts`
-            and `fates_null` made by `saeffect.diffing.correspondence.measure`.
-        fate_counts: Kept, moved, gone, absorbed and new features beside those between seeds.
-        fates_null: Calls where an SAE of the control's model replaces the treatment's.
-        cross_activity: The control's SAE on both models (`CrossActivity.result`), with `is_domain`.
-        absorption: Parents of features that seemed gone (`saeffect.diffing.absorption`).
-        stagewise: How far each feature turned, where the treatment's SAE was trained on from the control's
-            (`saeffect.diffing.stagewise`).
-        further: Tables of other registered diffing methods, by name.
+    The fates are made by `saeffect.diffing.correspondence.measure`, cross_activity by `CrossActivity.result` (with
+    `is_domain`), absorption and stagewise by the methods of these names; `further` are all others by name.
     """
 
     fates_control: pd.DataFrame = field(default_factory=_none)
@@ -90,20 +73,10 @@ class MatchTables:
 class Comparison:
     """All that the comparison found; rows are ordered control, treatment, placebos.
 
-    Attributes:
-        table1: One row an arm: domain features, passing, similarities (`tables.table1`).
-        table2: One row an arm: coherence of domain features (`tables.table2`).
-        contrasts: One row per quantity and pair of arms (`contrasts.contrasts`, `seeds.seed_contrasts`).
-        judgements: What may be credited to fine-tuning, one row a quantity (`judgement.judgement_table`).
-        match_counts: Features by number of top tokens in the vocabulary (Figure 1).
-        weights: Top-token weights of domain features (Figure 2).
-        design: How the arms differ besides the model (`design.design_check`).
-        calibration: Alarms where there is nothing to find (`calibration.calibration_table`).
-        power: What could have been found (`power.power_table`).
-        by_chance: Findings beside how many chance would give (`calibration.chance_table`).
-        threats: What threatens the answer, and what to do about it (`saeffect.report.words.threats`).
-        regression: What goes with a strong effect (`effect_regression.EffectRegression.terms`).
-        answer: In plain sentences; empty until `saeffect.report.with_answer` writes it.
+    `table1` to `activity` are made by the functions of these names, `judgements` by `judgement_table`, `design` by
+    `design_check`, `calibration` and `by_chance` by `saeffect.comparison.calibration`, `power` by `power_table`,
+    `regression` and `partial_residuals` by `effect_regression`, `threats` by `saeffect.report.words.threats`. `answer`
+    is empty until `saeffect.report.with_answer` writes it.
     """
 
     table1: pd.DataFrame

@@ -54,11 +54,10 @@ class Judgement:
     Attributes:
         status: "undefined": no interval. "unseparated": the interval of treatment minus control excludes zero, but no
             second SAE of the control's model separates fine-tuning from SAE noise: there is none, or none that differs
-            from the control's, which does not show how much others would. "beyond": more than SAE noise. "noise": not
-            clearly more than that, though an interval (one SAE each, or all SAEs) excludes zero. "unclear": none does.
+            from the control's. "beyond": more than SAE noise. "noise": not clearly more, though an interval (one SAE
+            each, or all SAEs) excludes zero. "unclear": none does.
         change: Treatment minus control, one SAE each.
-        retraining: Placebo minus control, by placebo.
-        beyond: Treatment minus placebo, by placebo.
+        retraining, beyond: Placebo minus control, and treatment minus placebo, by placebo.
         seeds: All SAEs of the treatment's model minus all of the control's, with an interval that includes the noise of
             SAE training; None where there is none.
         n_saes: SAEs of the control's and of the treatment's model behind it.
@@ -93,19 +92,17 @@ def exceeds_noise(change: Estimate, beyond: Iterable[Estimate], p: float) -> boo
     """Whether one SAE of the treatment's model differs from the control's by more than SAE noise.
 
     The intervals of treatment minus control (`change`) and minus each placebo (`beyond`) must exclude zero on the same
-    side (more than the sampling error of features), and the treatment must lie outside of where the control model's
-    SAEs predict one more (more than seed noise: `p` of `noise_p` at most 5 %; NaN exceeds nothing). With one placebo
-    that needs a change eleven times the placebo's; two placebos need about five standard deviations, three 3.6. If
-    fine-tuning did nothing, a quantity passes in at most 5 % of studies, and in far fewer where seeds matter little.
+    side, and the treatment must lie outside of where the control model's SAEs predict one more (`p` of `noise_p` at
+    most 5 %; NaN exceeds nothing). With one placebo that needs a change eleven times the placebo's; two placebos need
+    about five standard deviations, three 3.6. If fine-tuning did nothing, a quantity passes in at most 5 % of studies.
     """
     return change.sign != 0 and all(apart.sign == change.sign for apart in beyond) and p <= ALPHA
 
 
 def noise_p(change: Estimate, retraining: Iterable[Estimate]) -> float:
-    """How likely one more SAE of the control's model would lie as far off as the treatment's.
+    """How likely one more SAE of the control's model would lie as far off as the treatment's (Student's t, two-sided).
 
-    Two-sided p of Student's t for one more value; NaN without a placebo, or where all of them equal the control.
-    `change` is treatment minus control, `retraining` placebo minus control for each placebo.
+    `change` is treatment minus control, `retraining` placebo minus control. NaN without a placebo that differs from it.
 
     Example:
         >>> round(noise_p(Estimate(0.5, 0.4, 0.6), [Estimate(0.1, -0.1, 0.3)]), 3)  # t with one degree of freedom
@@ -120,9 +117,8 @@ def noise_p(change: Estimate, retraining: Iterable[Estimate]) -> float:
 def add_noise_p(contrasts: pd.DataFrame) -> pd.DataFrame:
     """The contrasts with `p_noise` and `p_noise_holm`, on the rows of "fine-tuning" alone.
 
-    `p_noise` is how likely SAE noise alone would give a difference this large: p over all SAEs where there is such a
-    row, else `noise_p`. `p_noise_holm` is Holm's correction over the declared quantities: a study in which fine-tuning
-    did nothing credits it with anything in at most 5 %.
+    `p_noise` is p over all SAEs where there is such a row, else `noise_p`; `p_noise_holm` is Holm's correction over the
+    declared quantities: a study in which fine-tuning did nothing credits it with anything in at most 5 %.
     """
     tuned = contrasts["comparison"] == "fine-tuning"
     quantities = contrasts["quantity"]
@@ -138,9 +134,8 @@ def add_noise_p(contrasts: pd.DataFrame) -> pd.DataFrame:
 def judge(contrasts: pd.DataFrame, quantity: str) -> Judgement:
     """Judge one quantity of the contrasts, which may include the rows of `seed_contrasts`.
 
-    With several SAEs of both models these alone decide: p over SAEs must be at most 5 %. With one SAE of the
-    treatment's model `exceeds_noise` decides. Declared quantities are corrected for their number where `add_noise_p`
-    did so.
+    With several SAEs of both models these alone decide (p at most 5 %), else `exceeds_noise`. Declared quantities are
+    corrected for their number where `add_noise_p` did so.
     """
     if "p_noise" in contrasts:
         row = contrasts[(contrasts["quantity"] == quantity) & (contrasts["comparison"] == "fine-tuning")].iloc[0]
@@ -166,11 +161,8 @@ def judge(contrasts: pd.DataFrame, quantity: str) -> Judgement:
 
 
 def judgement_table(contrasts: pd.DataFrame) -> pd.DataFrame:
-    """Every quantity judged once, from the contrasts of `add_noise_p`.
-
-    One row a quantity: `quantity`, `label`, `declared`, `status` and `p` (`Judgement`); then the row of the contrasts
-    that was judged: `comparison` ("fine-tuning", or "all seeds" where these decide), `a`, `b`, `value_a`, `value_b`,
-    `estimate`, `low`, `high`, `unit`, `reason`, `saes_a`, `saes_b`.
+    """Every quantity judged once, from the contrasts of `add_noise_p`: `quantity`, `label`, `declared`, `status`, `p`,
+    and the columns of the row that was judged ("fine-tuning", or "all seeds" where these decide).
     """
     rows = []
     for first in contrasts[contrasts["comparison"] == "fine-tuning"].to_dict("records"):

@@ -42,18 +42,16 @@ def power_table(
 ) -> pd.DataFrame:
     """The smallest difference of treatment and control that each declared test would have found.
 
-    Args:
-        contrasts: With the rows over seeds; observed differences are read from there.
-        alpha: Highest q at which a steered feature passes.
+    Observed differences are read from `contrasts`, which hold the rows over seeds; a steered feature passes at q <=
+    `alpha`.
 
-    Returns:
-        One row a test: `test` (a quantity, `<quantity>_seeds` for SAEs as units, or "feature in <arm>" for the test of
-        a single steered feature); `unit` of the difference; `n_a`, `n_b` units of control and treatment (features or
-        SAEs; prompts for a feature, or pairs of texts where prompts are few); `spread` (standard deviation, or the
-        control's share); `alpha`, for SAEs as units after Holm's correction, if no other declared quantity differs;
-        `power`; `detectable`, the smallest difference; `detectable_below`, the same downwards where it is not the same;
-        `observed`; `method`; `reason`. A single feature has two rows: alone at alpha, and as the only one found in its
-        arm (alpha / number of features, as Benjamini-Hochberg then requires).
+    One row a test: `test` (a quantity, `<quantity>_seeds` for SAEs as units, or "feature in <arm>" for a single steered
+    feature); `unit` of the difference; `n_a`, `n_b` units of control and treatment (features or SAEs; prompts for a
+    feature, or pairs of texts where prompts are few); `spread` (standard deviation, or the control's share); `alpha`,
+    for SAEs as units after Holm's correction, if no other declared quantity differs; `power`; `detectable`, the
+    smallest difference; `detectable_below`, the same downwards; `observed`; `method`; `reason`. A single feature has
+    two rows: alone at alpha, and as the only one found in its arm (alpha / number of features, as Benjamini-Hochberg
+    then requires).
     """
     rows: list[dict[str, Any]] = []
     n_declared = max(1, sum(bool((contrasts["quantity"] == quantity).any()) for quantity in tests))

@@ -40,9 +40,8 @@ class Wording:
     """How a quantity is named in sentences. `{control}` is replaced by what steered features had to beat.
 
     Attributes:
-        short: Without an article: "pass rate".
-        phrase: With one, for the middle of a sentence: "the share of tested features that pass".
-        larger: A clause of the headline, for a rise; `smaller` for a fall.
+        short: Without an article, "pass rate"; `phrase` with one: "the share of tested features that pass".
+        larger, smaller: A clause of the headline, for a rise and for a fall.
         first: Text before and after its value, as the first quantity of the paragraph.
         goes: Text before its first value, between the two and after the second, in a later sentence.
     """
@@ -79,7 +78,7 @@ class Quantity:
         read: From (arm, min_matches) to the data of the statistic. "share": (how many, of how many); "token mean" and
             "token variance": values and the feature of each, both [n]; otherwise one number a feature, float64 [n].
         seed_values: One number a feature, in a Series whose index may name further levels (feature, prompt), for rows
-            over SAE seeds in every comparison of arms; None for a quantity with only the row over all SAEs.
+            over SAE seeds in every comparison of arms; None for the row over all SAEs alone.
         steered: Whether an arm has it only if its features were steered.
         words: How it is named, where "the <name>" does not do.
     """
@@ -213,9 +212,7 @@ QUANTITIES: dict[str, Quantity] = {quantity.name: quantity for quantity in _ALL}
 
 
 def add_quantity(quantity: Quantity) -> None:
-    """Add a quantity to the comparison; a study can then declare it as a test.
-
-    Raises `ConfigError` when the name is taken.
+    """Add a quantity to the comparison; a study can then declare it as a test. `ConfigError` when the name is taken.
 
     Example:
         >>> dead = Quantity("dead_share", "Share of features that never fire", "share", "share",
@@ -247,10 +244,8 @@ def wording(name: str) -> Wording:
 
 
 def sae_value(quantity: str, arm: ArmTables, min_matches: int) -> float:
-    """One number of a whole SAE: a share, a mean, a median or a variance over its features.
-
-    NaN where the SAE has nothing to count or average, for what only a pair of SAEs has, and for names not in
-    `QUANTITIES`.
+    """One number of a whole SAE: a share, a mean, a median or a variance over its features. NaN where there is nothing
+    to count or average, for what only a pair of SAEs has, and for unknown names.
     """
     known = QUANTITIES.get(quantity)
     if known is None or known.of_a_pair:

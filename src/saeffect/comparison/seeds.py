@@ -13,7 +13,7 @@ from saeffect.comparison.arms import ArmTables, Roles
 from saeffect.comparison.contrasts import Contrast, compared
 from saeffect.comparison.judgement import ALL_SEEDS
 from saeffect.comparison.quantities import QUANTITIES, Quantity, sae_value
-from saeffect.stats.arguments import LEVEL, Resampling
+from saeffect.stats.arguments import Resampling
 from saeffect.stats.nested import NestedMean, nested_mean, nested_mean_difference
 from saeffect.stats.student import cautious_difference
 
@@ -33,9 +33,9 @@ def seed_contrasts(
 ) -> list[Contrast]:
     """Rows over SAE seeds, as of `contrasts`; none for two SAEs in all.
 
-    Every SAE counts alike, whatever its number of features. Where no arm has more than one SAE, only "all seeds" is
-    left: the treatment's against the control's and the placebos'. Where a side has a single SAE, `remark` says that the
-    interval leaves out the noise of SAE training or, for "all seeds", takes it to be that of the other side.
+    Every SAE counts alike. Where no arm has more than one, only "all seeds" is left. Where a side has a single SAE,
+    `remark` says that the interval leaves out the noise of SAE training or, for "all seeds", takes it to be that of the
+    other side.
     """
     saes = {name: arms[name].saes for name in roles.ordered}
     control, treatment = saes[roles.control], saes[roles.treatment]
@@ -57,16 +57,14 @@ def seed_contrasts(
 
 
 def all_saes_contrast(quantity: str, a: Sequence[ArmTables], b: Sequence[ArmTables], *, min_matches: int) -> Contrast:
-    """Every SAE of one model against every SAE of another, each of them one number; an arm's own SAE comes first.
-
-    Returns the row `<quantity>_seeds` of the comparison "all seeds"; NaN with a reason where fewer than three SAEs have
-    such a number, or where the SAEs of either side are all alike.
+    """Every SAE of one model against every SAE of another, each of them one number; an arm's own SAE comes first. NaN
+    with a reason where fewer than three SAEs have one, or those of either side are all alike.
     """
     values = [np.array([sae_value(quantity, sae, min_matches) for sae in saes]) for saes in (a, b)]
     without = [sae.name for side, saes in zip(values, (a, b), strict=True)
                for value, sae in zip(side, saes, strict=True) if np.isnan(value)]  # fmt: skip
     known = [side[~np.isnan(side)] for side in values]
-    estimate = cautious_difference(known[0], known[1], level=LEVEL)
+    estimate = cautious_difference(known[0], known[1])
     unit = QUANTITIES[quantity].unit
     if unit == "share":  # two shares cannot differ by more than 1
         estimate = replace(estimate, low=float(np.maximum(estimate.low, -1)), high=float(np.minimum(estimate.high, 1)))
@@ -98,7 +96,7 @@ def _nested(
 ) -> Contrast:
     sides = [_mean_over_seeds(quantity, saes, resampling) for saes in (a, b)]
     (first, saes_a, _), (second, saes_b, _) = sides
-    estimate = nested_mean_difference(first, second, level=LEVEL)
+    estimate = nested_mean_difference(first, second)
     single = [saes[0].name for (_, n_saes, _), saes in zip(sides, (a, b), strict=True) if n_saes == 1]
     remarks = [absent for _, _, absent in sides if absent]
     if single:

@@ -20,7 +20,7 @@ from saeffect.comparison.arms import (
     untested_reason,
     weights_of,
 )
-from saeffect.stats.arguments import LEVEL, FloatArray, IntArray, Resampling
+from saeffect.stats.arguments import FloatArray, IntArray, Resampling
 from saeffect.stats.bootstrap import Average, bootstrap, cluster_bootstrap
 from saeffect.stats.estimate import Estimate, undefined
 from saeffect.stats.proportions import wilson
@@ -31,15 +31,14 @@ __all__ = ["activity", "match_counts", "table1", "table2", "weights"]
 def table1(arms: Mapping[str, ArmTables], *, min_matches: int, resampling: Resampling) -> pd.DataFrame:
     """Domain features, how many pass when steered, and the similarities: the paper's Table 1, one row an arm.
 
-    Counts (`n_features`, `in_vocabulary`, `domain_features`, `matches_dot`, `matches_cosine`, `tested`, `passed`,
-    `paper_passed`), shares from 0 to 1 (`pass_rate` with Wilson's interval, `paper_rate`), and means: cosine similarity
-    of steered, unsteered and placebo trials, and effect of tested features. 95 % intervals of means resample whole
-    features, with all their trials. NaN if nothing was tested; `reason` says why not.
+    Counts; shares from 0 to 1 (`pass_rate` with Wilson's interval, `paper_rate`); means of cosine similarity by
+    condition and of the effect, whose 95 % intervals resample whole features, with all their trials. NaN if nothing was
+    tested; `reason` says why.
     """
     rows = []
     for name, arm in arms.items():
         counts = pass_counts(arm)
-        rate = wilson(counts.passed, counts.tested, level=LEVEL)
+        rate = wilson(counts.passed, counts.tested)
         row: dict[str, object] = {
             "arm": name,
             "role": arm.role,
@@ -71,10 +70,9 @@ def table1(arms: Mapping[str, ArmTables], *, min_matches: int, resampling: Resam
 def table2(arms: Mapping[str, ArmTables], *, resampling: Resampling) -> pd.DataFrame:
     """Coherence of the domain features: the paper's Table 2, one row an arm.
 
-    `n_defined` and `n_undefined` count domain features with and without a coherence; mean and median with 95 %
-    bootstrap intervals over features, `minimum`, `maximum` and `range` are of the defined ones. `coverage_unique` and
-    `coverage_total` are the shares (0 to 1) of top tokens that the word vectors have, each distinct token counted once,
-    or every time. NaN where nothing is defined.
+    `n_defined` and `n_undefined` count domain features; mean and median have 95 % bootstrap intervals over features.
+    `coverage_unique` and `coverage_total` are the shares (0 to 1) of top tokens that the word vectors have, each
+    distinct token counted once, or every time.
     """
     rows = []
     for name, arm in arms.items():
@@ -105,10 +103,7 @@ def table2(arms: Mapping[str, ArmTables], *, resampling: Resampling) -> pd.DataF
 
 
 def match_counts(arms: Mapping[str, ArmTables]) -> pd.DataFrame:
-    """How many features have 0, 1, 2, ... top tokens in the vocabulary: the paper's Figure 1.
-
-    Columns `arm`, `matches` (0 to the number of top tokens), `n` features, their `share` of the arm's features.
-    """
+    """How many features (`n`, and `share` of the arm's) have 0, 1, 2, ... top tokens in the vocabulary: Figure 1."""
     deepest = max(int(arm.features["top_tokens"].map(len).max()) if arm.n_features else 0 for arm in arms.values())
     frames = []
     for name, arm in arms.items():
@@ -119,18 +114,13 @@ def match_counts(arms: Mapping[str, ArmTables]) -> pd.DataFrame:
 
 
 def weights(arms: Mapping[str, ArmTables]) -> pd.DataFrame:
-    """Every top-token weight of every domain feature (the paper's "activations", its Figure 2).
-
-    Columns `arm`, `feature`, `rank` (0: the most promoted token), `weight` in units of the study's projection.
-    """
+    """Every top-token weight of every domain feature (the paper's "activations", its Figure 2), see `weights_of`."""
     return _stacked({name: weights_of(arm) for name, arm in arms.items()})
 
 
 def activity(arms: Mapping[str, ArmTables]) -> pd.DataFrame:
-    """How often and how strongly each domain feature fires on the text.
-
-    Columns `arm`, `feature`, `density` (share of tokens), `mean_activation` (where active; NaN if never),
-    `max_activation`.
+    """How often (`density`) and how strongly (`mean_activation` where active, `max_activation`) each domain feature
+    fires.
     """
     columns = ["feature", "density", "mean_activation", "max_activation"]
     return _stacked({name: arm.of_domain(arm.features)[columns] for name, arm in arms.items()})
@@ -150,8 +140,8 @@ def _clustered_mean(values: FloatArray, features: IntArray, resampling: Resampli
     if len(np.unique(features)) == 1:
         return undefined("only one feature", len(values), float(values.mean()))
     seed = resampling.seed_for(name)
-    return cluster_bootstrap(values, features, n_boot=resampling.n_boot, level=LEVEL, seed=seed)
+    return cluster_bootstrap(values, features, n_boot=resampling.n_boot, seed=seed)
 
 
 def _average(values: FloatArray, statistic: Average, resampling: Resampling, name: str) -> Estimate:
-    return bootstrap(values, statistic, n_boot=resampling.n_boot, level=LEVEL, seed=resampling.seed_for(name))
+    return bootstrap(values, statistic, n_boot=resampling.n_boot, seed=resampling.seed_for(name))

@@ -22,8 +22,6 @@ _BLOCK_CELLS = 16_000_000  # entries of the d_sae_a × d_sae_b matrix at once: 1
 class FiringLog:
     """Stores the activations above 0 of one SAE, 8 bytes each (1M tokens with 32 active features: 256 MB).
 
-    Logs can be compared when they were fed the same tokens in the same order.
-
     Example:
         >>> log = FiringLog(3)
         >>> log.update(torch.tensor([[0.0, 2.0, 0.0], [1.0, 0.0, 0.0]]))
@@ -80,16 +78,10 @@ class FiringLog:
 def match_activity(a: FiringLog, b: FiringLog, *, n: int = 8, min_active: int = 10, min_coactive: int = 5) -> Matching:
     """Nearest neighbours by Pearson's correlation of activations over the same tokens, inactive ones as 0.
 
-    Only pairs that fire together are computed, in float64: all others correlate below 0 and are no neighbours.
-    Correlations are above 0, at most 1; 0 where no feature fires along. A feature that never fires, fires too seldom,
-    or always with the same strength has no neighbours, with the reason.
-
-    Args:
-        n: Neighbours a feature.
-        min_active: Tokens on which a feature must fire to be matched.
-        min_coactive: Tokens on which both must fire.
-
-    Raises `ShapeMismatch` if the logs have different numbers of tokens.
+    Only pairs that fire together on `min_coactive` tokens are computed, in float64: all others correlate below 0 and
+    are no neighbours. Correlations are above 0, at most 1; 0 where no feature fires along. A feature that fires on
+    fewer than `min_active` tokens, or always with the same strength, has no neighbours, with the reason.
+    `ShapeMismatch` if the logs have different numbers of tokens.
 
     Example:
         >>> a, b = FiringLog(1), FiringLog(2)

@@ -1,21 +1,27 @@
-"""Fates by two measures: cosine of decoder rows (what a feature writes), correlation of activations (when it fires)."""
+"""Fates by two measures: cosine of decoder rows (what a feature writes), correlation of activations (when it fires).
+
+And absorption: features of the other SAE that together fire where a lost one fired and write what it wrote.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import permutations
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from torch import Tensor
 
-from saeffect.diffing.absorption import absorption
 from saeffect.diffing.coactivity import match_activity
 from saeffect.diffing.fates import Fates, fates
 from saeffect.diffing.matching import NO_MATCH, Matching, assign, match_decoders
 from saeffect.diffing.pair import ModelPair, SaeView
-from saeffect.errors import ConfigError
+from saeffect.errors import ConfigError, ShapeMismatch
+from saeffect.stats.arguments import FloatArray, IntArray
 
-__all__ = ["MEASURES", "measure"]
+__all__ = ["MEASURES", "absorption", "measure"]
 
 MEASURES = ("decoder cosine", "activation correlation")
 
@@ -27,16 +33,15 @@ def measure(pair: ModelPair) -> dict[str, pd.DataFrame]:
         fates_control: The control's features, by each measure (`measure`): the columns of `Fates.control`; `mutual`,
             whether it and its match are each other's nearest; `assigned`, its partner in the best one-to-one pairing
             (-1 for none) and `assigned_similarity`; `other_seeds_similarity`, its mean best match in the treatment's
-            further SAEs (NaN without any). "absorbed" replaces "gone" where `absorption` finds parents.
+            further SAEs. "absorbed" replaces "gone" where `absorption` finds parents.
         fates_treatment: The same of the treatment's features, without the last.
         fate_counts: `Fates.counts` by measure, with rows for absorbed features.
         fates_null: One row per measure, side and ordered pair (`reference`, `stand_in`) of SAEs of the control's model,
-            judged by the rest of them, and for the treatment (`stand_in` its name, `is_null` False): features `tested`,
-            `low_p` (p at most alpha), `called` (q at most alpha), `drift`, `reason`. Without other SAEs there is no
-            fate.
+            judged by the rest of them, and for the treatment (`is_null` False): features `tested`, `low_p` (p at most
+            alpha), `called` (q at most alpha), `drift`, `reason`. Without other SAEs there is no fate.
         absorption: As `absorption` gives it, of the features gone by a measure; `measures` names these.
 
-    Raises `ConfigError`: two SAEs of one name; `ShapeMismatch`: decoders of different width, or logs of different text.
+    `ConfigError`: two SAEs of one name; `ShapeMismatch`: decoders of different width, or logs of different text.
     """
     names = [view.name for view in (pair.control, pair.treatment, *pair.others, *pair.treatment_seeds)]
     if len(set(names)) < len(names):
@@ -192,3 +197,123 @@ def _recounted(counts: pd.DataFrame, control_table: pd.DataFrame) -> pd.DataFram
         }
         frames += [rows[rows["side"] == "control"], pd.DataFrame([row]), rows[rows["side"] != "control"]]
     return pd.concat(frames, ignore_index=True)[list(counts.columns)]
+
+
+_PARENTS_TRIED = 16  # features that fire most often where it fired, to build its direction from
+_MAX_PARENTS = 4  # of those, the most that may be needed
+_MIN_ACTIVE = 10  # tokens on which the feature must have fired
+_MIN_COACTIVE = 5  # tokens that a candidate must share with it
+_MIN_LIFT = 2.0  # times as often as elsewhere a candidate must fire there: one that fires everywhere explains nothing
+_MIN_RECALL = 0.5  # share of its tokens on which a parent must fire
+_MIN_COSINE = 0.6  # between its decoder row and the best sum (no negative weights) of the parents' rows
+_ALPHA = 0.05  # highest p of that cosine among those of other features' rows and the same candidates
+_NULL_FEATURES = 199  # such other features, drawn at random
+_EMPTY: dict[str, Any] = {
+    "absorbed": False,
+    "absorbed_by": [],
+    "weights": [],
+    "recall": math.nan,
+    "recall_each": [],
+    "chance_recall": math.nan,
+    "cosine": math.nan,
+    "cosine_p": math.nan,
+    "reason": "",
+}
+
+
+def absorption(
+    features: Sequence[int] | IntArray, control: SaeView, treatment: SaeView, *, seed: int = 0
+) -> pd.DataFrame:
+    """Look for the parents of control features without a counterpart (idea: Chanin et al. 2024, A is for Absorption).
+
+    The SAEs need firing logs of the same tokens; `seed` draws the features to compare with. One row a feature, in the
+    order given: `feature`; `n_active`, tokens on which it fired; `absorbed`; `absorbed_by`, treatment features, the
+    largest part first; `weights` of their unit rows in the sum; `recall`, the share of its tokens on which any of them
+    fires; `recall_each`; `chance_recall`, if each fired independently at its overall density; `cosine` of the sum with
+    its decoder row; `cosine_p`, rank of that cosine among those of other control features built from the same
+    candidates; `reason`, why it is not called absorbed. Numbers are NaN where it fired too seldom or nothing fires with
+    it.
+
+    Raises `ShapeMismatch` if the logs are missing or of different text, or the decoders differ in width.
+    """
+    if control.firing is None or treatment.firing is None or control.firing.n_tokens != treatment.firing.n_tokens:
+        raise ShapeMismatch("both SAEs' logs are needed, and they must be of the same text.", at="treatment")
+    if control.W_dec.shape[1] != treatment.W_dec.shape[1]:
+        raise ShapeMismatch(
+            f"the decoders are {control.W_dec.shape[1]} and {treatment.W_dec.shape[1]} wide.", at="treatment"
+        )
+    fired_before, fires_now = control.firing.matrix().tocsc(), treatment.firing.matrix().tocsr()
+    density = np.bincount(fires_now.indices, minlength=treatment.firing.d_sae) / max(1, treatment.firing.n_tokens)
+    others = np.random.default_rng(seed).permutation(control.firing.d_sae)[: _NULL_FEATURES + 1]
+    before, now = _unit(control.W_dec), _unit(treatment.W_dec)
+    rows = []
+    for feature in np.asarray(features, dtype=np.int64).tolist():
+        start, end = fired_before.indptr[feature : feature + 2]
+        here = fires_now[np.sort(fired_before.indices[start:end])]
+        row: dict[str, Any] = {"feature": feature, "n_active": int(end - start), **_EMPTY}
+        if end - start < _MIN_ACTIVE:
+            row["reason"] = f"it fires on {end - start} tokens, and {_MIN_ACTIVE} are needed"
+        else:
+            null = before[others[others != feature][:_NULL_FEATURES]]
+            row |= _parents(before[feature], null, here, now, density)
+        rows.append(row)
+    columns = ["feature", "n_active", *_EMPTY]
+    return pd.DataFrame(rows, columns=columns).astype({"feature": "int64", "n_active": "int64", "absorbed": "bool"})
+
+
+def _parents(row: FloatArray, null: FloatArray, here: Any, now: FloatArray, density: FloatArray) -> dict[str, Any]:
+    """Parents of one feature from what fires `here`, the tokens on which it fired (CSR [n_active, d_sae])."""
+    together = np.bincount(here.indices, minlength=here.shape[1])
+    recall = together / here.shape[0]
+    possible = np.flatnonzero((together >= _MIN_COACTIVE) & (recall >= _MIN_LIFT * density))
+    if not len(possible):
+        return {"reason": "no feature fires with it more often than elsewhere"}
+    # Ties by number, so that the choice is reproducible.
+    candidates = possible[np.argsort(-recall[possible], kind="stable")][:_PARENTS_TRIED]
+    weights, cosine, chosen = _build(row, now[candidates])
+    if not len(chosen):
+        return {"cosine": 0.0, "cosine_p": 1.0, "recall": 0.0, "reason": "those that fire with it point elsewhere"}
+    built_null = np.array([_build(other, now[candidates])[1] for other in null])
+    cosine_p = (1 + int((built_null >= cosine - 1e-12).sum())) / (1 + len(null))
+    parents = candidates[chosen]
+    union = float((np.diff(here[:, parents].indptr) > 0).mean())
+    reasons = [
+        (union >= _MIN_RECALL, f"they fire on {100 * union:.0f} % of its tokens only"),
+        (cosine >= _MIN_COSINE, f"their sum has a cosine of only {cosine:.2f} with it"),
+        (cosine_p <= _ALPHA, "their sum fits other features as well"),
+    ]
+    reason = next((text for holds, text in reasons if not holds), "")
+    return {
+        "absorbed": not reason,
+        "absorbed_by": parents.tolist(),
+        "weights": weights.tolist(),
+        "recall": union,
+        "recall_each": recall[parents].tolist(),
+        "chance_recall": float(1 - np.prod(1 - density[parents])),
+        "cosine": cosine,
+        "cosine_p": cosine_p,
+        "reason": reason,
+    }
+
+
+def _build(row: FloatArray, parts: FloatArray) -> tuple[FloatArray, float, IntArray]:
+    """The best sum of at most `_MAX_PARENTS` parts: weights, its cosine with the unit `row`, and which parts."""
+    from scipy.optimize import nnls
+
+    weights = nnls(parts.T, row)[0]
+    chosen = np.argsort(-weights, kind="stable")[:_MAX_PARENTS]
+    chosen = chosen[weights[chosen] > 1e-9]
+    if not len(chosen):
+        return np.empty(0), 0.0, chosen
+    weights = nnls(parts[chosen].T, row)[0]
+    order = np.argsort(-weights, kind="stable")
+    order = order[weights[order] > 1e-9]
+    chosen, weights = chosen[order], weights[order]
+    total = weights @ parts[chosen]
+    length = float(np.linalg.norm(total))
+    return weights, float(total @ row / length) if length > 0 else 0.0, chosen
+
+
+def _unit(W_dec: Tensor) -> FloatArray:
+    rows: FloatArray = W_dec.detach().double().cpu().numpy()
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-300)

@@ -63,16 +63,10 @@ class CrossActivity:
         return len(self._tokens)
 
     def update(self, control: Tensor, treatment: Tensor, mask: Tensor | None = None) -> None:
-        """Add rows of text.
+        """Add rows of text: `feature_acts` [B, S, d_sae] of the SAE on each model, any float dtype, active above 0.
 
-        Args:
-            control: `feature_acts` [B, S, d_sae] of the SAE on the control model, any float dtype; active above 0.
-            treatment: The same SAE and tokens on the treatment model.
-            mask: bool [B, S], True at tokens that count; all if None. Rows without any are left out.
-
-        Raises:
-            ShapeMismatch: Shapes do not fit.
-            BadFile: An activation that counts is NaN or infinite. No row of the batch is then counted.
+        `mask` is bool [B, S], True at tokens that count (all if None); rows without any are left out. `ShapeMismatch`
+        if shapes do not fit, `BadFile` for an activation that is NaN or infinite; no row of the batch is then counted.
         """
         if control.ndim != 3 or control.shape != treatment.shape or control.shape[2] != self.d_sae:
             raise ShapeMismatch(
@@ -192,8 +186,8 @@ def activity_changes(cross: pd.DataFrame, *, alpha: float) -> ActivityChanges:
 def change_scores(cross: pd.DataFrame) -> FloatArray:
     """How much each feature changed, float64 [n]; NaN where it fires in neither model.
 
-    The change of the mean activation per token, divided by the square root of the mean over both models (the scale on
-    which sums of rare events vary): neither features that are always on nor those that fired once lead.
+    The change of the mean activation, divided by the square root of the mean over both models (the scale on which sums
+    of rare events vary): neither features that are always on nor those that fired once lead.
 
     Example:
         >>> table = pd.DataFrame({"mean_control": [1.0, 0.0], "mean_treatment": [7.0, 0.0], "difference": [6.0, 0.0]})

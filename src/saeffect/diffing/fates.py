@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from saeffect.diffing.matched_null import (
@@ -23,15 +22,13 @@ from saeffect.diffing.matched_null import (
 )
 from saeffect.diffing.matching import Matching, Neighbours
 from saeffect.errors import ShapeMismatch
-from saeffect.stats.arguments import FloatArray, Resampling
+from saeffect.stats.arguments import BoolArray, FloatArray, IntArray, Resampling
 from saeffect.stats.estimate import Estimate, undefined
 from saeffect.stats.multiplicity import benjamini_hochberg
 
 __all__ = ["Fates", "fates"]
 
 NO_PLACEBO = "there is no placebo arm, so nobody knows how well two seeds of the same model match"
-IntArray = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
 
 _KEPT_QUANTILE = 0.05  # a feature is kept if this share of the placebo's features of its stratum match worse
 # A best match below this quantile of the placebo's second-best matches (unrelated features) is no counterpart.
@@ -56,8 +53,7 @@ class Fates:
         counts: One row per side and fate: `called` features by the tables above; `n_treatment` and `n_placebo` by
             similarity alone, the same rule for both SAEs; their difference `excess` with its interval `low`, `high`;
             `n_features`; `reason`. An excess can show even where seeds match too poorly to call single features gone.
-        drift: Median drop over control features. Far above the margin: the treatment's SAE matches worse as a whole,
-            which with a single placebo may be a poor seed.
+        drift: Median drop over control features. Far above the margin, the treatment's SAE matches worse as a whole.
     """
 
     control: pd.DataFrame
@@ -102,13 +98,9 @@ def fates(
     (`exchangeable_p`). If it shares the control's seed, the test errs towards "kept". A new feature is ranked among
     similar features of the placebo (`conformal_p`).
 
-    Args:
-        treatment: Control (`a`) against treatment (`b`), with at least two neighbours.
-        placebos: Control against each placebo, by the same measure. May be empty.
-        control_features: One row a feature with the columns `TRAITS` (density 0: never fires); so are the other tables.
-        alpha: Highest q at which a drop, or a lack of any counterpart, is a finding.
-
-    Raises `ShapeMismatch` if a table or matching is of another SAE, or measures differ.
+    `treatment` matches the control (`a`) with the treatment (`b`), with at least two neighbours; `placebos` (perhaps
+    none) by the same measure. Tables have one row a feature with `TRAITS` (density 0: never fires). `ShapeMismatch` if
+    one is of another SAE, or measures differ.
     """
     _check(treatment, placebos, [control_features, treatment_features, *placebo_features])
     if not placebos:

@@ -20,12 +20,12 @@ import numpy.typing as npt
 from saeffect.diffing.budget import ALL_TEXT, Budget, GroupRule
 from saeffect.diffing.standardised import among_nulls
 from saeffect.diffing.trace import Trace
-from saeffect.errors import IncompatibleModels, unknown_name
+from saeffect.errors import unknown_name
 from saeffect.stats.arguments import FloatArray, IntArray
 from saeffect.stats.multiplicity import holm
 from saeffect.stats.student import cautious_difference
 
-__all__ = ["MANY_NULLS", "Group", "Rows", "Verdict", "judge", "refuse_other_nulls", "refuse_other_texts"]
+__all__ = ["MANY_NULLS", "Group", "Rows", "Verdict", "judge", "refuse_other_texts"]
 
 MANY_NULLS = 10
 """Nulls from which a parametric tail is used."""
@@ -56,21 +56,19 @@ class Verdict:
     """One rule, judged.
 
     Attributes:
-        rule: Its name, such as "group medical" or "kl general".
-        allowed: What the budget says of it, in words.
+        rule, allowed: Its name, such as "group medical" or "kl general", and what the budget says of it, in words.
         status: "reported": the budget allows everything. "unjudged": it could not be judged, and `reason` says why.
         value: Of a group, by what factor it changed beyond the median null, in the basis where it changed most; of a
             limit, the KL in nats or the ratio of perplexities.
         limit: Of a limit, the largest value; of a group, the smallest factor that matters.
-        score: Of a group, in standard deviations of the nulls; NaN for limits.
-        p: Of a group, before correction: how likely one more null would be as far off.
-        p_corrected: The same after Holm's correction over the budget's rules.
+        score: Of a group, in standard deviations of the nulls; NaN for limits, as `level`.
+        p: Of a group, how likely one more null would be as far off; `p_corrected` after Holm's correction over the
+            rules.
         rank: Nulls that lie as far from the nulls' mean, plus one, over their number plus one: free of assumptions.
-        level: At which p_corrected breaks the rule; NaN for limits.
-        nulls: How many nulls it was judged against.
-        nulls_broken: How many of these break the rule, each judged by the others (limits: that exceed the limit).
+        level: At which p_corrected breaks the rule.
+        nulls, nulls_broken: How many nulls there are, and how many of these break the rule, each judged by the others
+            (limits: exceed the limit).
         members: Features of the group.
-        reason: What went into the verdict, or why there is none.
     """
 
     rule: str
@@ -97,20 +95,11 @@ def judge(
     rows: Rows,
     top_tokens: IntArray | None = None,
 ) -> list[Verdict]:
-    """Every rule of a budget, groups first.
+    """Every rule of a budget, groups first, for the trace of a fine-tune beside those of nulls (perhaps none).
 
-    Args:
-        groups: The features and tokens behind each of `budget.groups`.
-        trace: Of the fine-tune.
-        nulls: Of fine-tunes that taught nothing; may be empty.
-        rows: The sources of the text's rows.
-        top_tokens: int64 [d_sae, k], ids of the tokens that each feature promotes; None without an SAE.
-
-    Raises:
-        IncompatibleModels: A null was measured with another base model, SAE, hook or text.
-        UnknownName: A limit on a text that there is not.
+    `top_tokens`, int64 [d_sae, k], are ids of the tokens that each feature promotes; None without an SAE.
+    `BadFile` if a null was measured with something else; `UnknownName` for a limit on a text that there is not.
     """
-    refuse_other_nulls(nulls, trace.made_by)
     refuse_other_texts(budget, rows.names)
     scores = _scores(groups, [trace, *nulls], top_tokens)
     found = _corrected(budget, [_tested(budget, name, groups, [trace, *nulls], scores) for name in budget.groups])
@@ -123,18 +112,6 @@ def judge(
         broken = [n + (verdict.status == "broken") for n, verdict in zip(broken, verdicts, strict=True)]
     found = [replace(verdict, nulls_broken=n) for verdict, n in zip(found, broken, strict=True)]
     return found + _judge_limits(budget, trace, nulls, rows)
-
-
-def refuse_other_nulls(nulls: Sequence[Trace], made_by: str) -> None:
-    """IncompatibleModels for a null that was measured with something else."""
-    for null in nulls:
-        if null.made_by != made_by:
-            raise IncompatibleModels(
-                f"the null {null.name!r} was measured with another base model, SAE, hook or text, or with other rows of"
-                " it, so the fine-tune cannot be compared with it.",
-                at="nulls",
-                fix="give the base model, SAE and text that the nulls were made with, or make nulls for these.",
-            )
 
 
 def refuse_other_texts(budget: Budget, names: Sequence[str]) -> None:

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import torch
 from torch import Tensor
@@ -33,7 +32,7 @@ from saeffect.stats.arguments import FloatArray
 from saeffect.stats.multiplicity import benjamini_hochberg
 from saeffect.stats.ratios import fieller
 
-__all__ = ["KINDS", "Cuts", "LatentScaling", "against_nulls", "as_read", "directions", "null_cuts"]
+__all__ = ["KINDS", "Cuts", "LatentScaling", "against_nulls", "directions", "null_cuts"]
 
 KINDS = ("shared", "more in tuned", "more in base", "tuned only", "base only")
 """What a feature can be, in the column `kind`."""
@@ -232,9 +231,9 @@ class Cuts:
 def null_cuts(nulls: Sequence[pd.DataFrame], *, rate: float = 0.05) -> Cuts:
     """Cuts from `LatentScaling.result` of crosscoders of the base model and null fine-tunes of it.
 
-    A new feature of a null falls outside with a chance of at most `rate`, half of it at each end (order statistics, as
-    in conformal prediction); with too few features the cuts are -1 and 1, and nothing is called changed. EmptySelection
-    without nulls; ConfigError for another rate than one between 0 and 1.
+    A new feature of a null falls outside with a chance of at most `rate`, half of it at each end (conformal
+    prediction); with too few features the cuts are -1 and 1. EmptySelection without nulls; ConfigError for a rate not
+    between 0 and 1.
 
     Example:
         >>> null = pd.DataFrame({"lean": np.linspace(-0.1, 0.1, 199), "chance": np.linspace(0, 0.2, 199)})
@@ -294,16 +293,6 @@ def against_nulls(table: pd.DataFrame, nulls: Sequence[pd.DataFrame], *, rate: f
     ]
     p = np.minimum(1.0, 2 * np.minimum(tails[0], tails[1]))
     return found.assign(p=p, q=benjamini_hochberg(p), kind=_kinds(found, null_cuts(nulls, rate=rate)))
-
-
-def as_read(table: pd.DataFrame) -> npt.NDArray[np.float32]:
-    """`LatentScaling.result` in the form of `Trace.read`, float32 `[4, d_sae]`, so that changes can be named with it.
-
-    What the feature adds along its direction in the base and in the tuned model, mean length per token, then its
-    density twice, since it fires in both at once; 0 where it never fires. `directions` are the decoder rows.
-    """
-    columns = ["mean_base", "mean_tuned", "density", "density"]
-    return np.nan_to_num(table[columns].to_numpy(dtype=np.float32).T).clip(min=0)
 
 
 def _kinds(table: pd.DataFrame, cuts: Cuts) -> pd.Series[Any]:

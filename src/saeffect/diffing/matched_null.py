@@ -10,7 +10,7 @@ import numpy.typing as npt
 from scipy.special import ndtri, stdtrit
 
 from saeffect.errors import ShapeMismatch
-from saeffect.stats.arguments import LEVEL, FloatArray, Resampling
+from saeffect.stats.arguments import LEVEL, BoolArray, FloatArray, IntArray, Resampling
 from saeffect.stats.estimate import Estimate, undefined
 
 __all__ = [
@@ -26,8 +26,6 @@ __all__ = [
     "strata",
 ]
 
-IntArray = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
 
 TRAITS = ("density", "decoder_norm")
 """Columns of the feature tables by which features are matched to null features."""
@@ -85,19 +83,11 @@ def exchangeable_p(values: npt.ArrayLike, groups: IntArray, *, margin: float = 0
     Under the null each feature's numbers are exchangeable between SAEs. A feature's score for an SAE is that SAE's
     number minus the mean of the others', divided by the mean deviation in the feature's stratum. The first SAE's scores
     are ranked among those of all others, over all features. With one other SAE, whose scores are the first's negated, p
-    asks whether large drops outnumber large rises (the sign symmetry behind knockoffs and target-decoy counting: Barber
-    & Candès 2015).
+    asks whether large drops outnumber large rises (the sign symmetry behind knockoffs: Barber & Candès 2015).
 
-    Args:
-        values: [n_saes, n], first the SAE in question, then at least one placebo; NaN where undefined.
-        groups: int64 [n], as `strata` gives them.
-        margin: A drop that does not count, in units of `values`, for differences between whole SAEs.
-
-    Returns:
-        p [n] and the drop (mean of the others minus the first's) [n]; NaN where a value or, for p, the stratum is
-        undefined.
-
-    Raises `ShapeMismatch` for fewer than two SAEs, or if `groups` does not fit.
+    `values` are [n_saes, n], first the SAE in question; `groups` as `strata` gives them; `margin` is a drop that does
+    not count. Returns p [n] and the drop (mean of the others minus the first's) [n]; NaN where a value or, for p, the
+    stratum is undefined. `ShapeMismatch` for fewer than two SAEs, or if `groups` does not fit.
 
     Example:
         >>> p, drop = exchangeable_p([[0.1, 0.9, 0.8], [0.9, 0.9, 0.8]], np.zeros(3, dtype=int))
@@ -131,15 +121,11 @@ def conformal_p(
 ) -> FloatArray:
     """How low is each value among null values of similar features? p [n], at least about 1 / n_null.
 
-    Within a stratum, values and null values are centred on their joint median and divided by their mean deviation. The
-    scores are ranked among the null scores of all strata, weighted so that the null has as many features of a stratum
-    as the values have (Bates et al. 2023, Testing for outliers with conformal p-values: Benjamini-Hochberg is valid for
-    them; weights: Tibshirani et al. 2019). NaN where the value is undefined or its stratum has no null value.
-
-    Args:
-        values: [n], NaN where undefined, of strata `groups`, int64 [n].
-        null: [n_null], the same number for features that nothing was done to, of strata `null_groups`.
-        margin: Added to the values before they are ranked: a difference that does not count.
+    Within a stratum, values [n] (plus `margin`, a difference that does not count) and null values [n_null] are centred
+    on their joint median and divided by their mean deviation. The scores are ranked among the null scores of all
+    strata, weighted so that the null has as many features of a stratum as the values have (Bates et al. 2023:
+    Benjamini-Hochberg is valid for them; weights: Tibshirani et al. 2019). NaN where the value is undefined or its
+    stratum has no null value.
 
     Example:
         >>> conformal_p([0.1, 0.3], np.array([0, 0]), [0.2, 0.4, 0.6], np.array([0, 0, 0])).round(6).tolist()
@@ -176,10 +162,8 @@ def quantile_per_stratum(values: npt.ArrayLike, groups: IntArray, q: float, aske
 def excess_paired(own: BoolArray, placebos: BoolArray, resampling: Resampling, name: str) -> Estimate:
     """Count of features in the treatment minus the mean count in the placebos, same features, with a 95 % interval.
 
-    Features are resampled together in all SAEs. With several placebos the scatter of their counts is added, for the
-    treatment's own seed and for the placebos' mean (Student's t). With one, the interval lacks differences between
-    whole SAEs, and `reason` says so. `own` is bool [n], `placebos` bool [n_placebos, n]; `name` gives this number its
-    own random stream.
+    Features are resampled together in all SAEs. With several placebos the scatter of their counts is added (Student's
+    t); with one, `reason` says that the interval lacks it. `own` is bool [n], `placebos` bool [n_placebos, n].
 
     Example:
         >>> excess_paired(np.array([True, True, False]), np.array([[True, False, False]]), Resampling(), "gone").value
@@ -199,9 +183,7 @@ def excess_paired(own: BoolArray, placebos: BoolArray, resampling: Resampling, n
 
 
 def excess_unpaired(own: BoolArray, placebos: Sequence[BoolArray], resampling: Resampling, name: str) -> Estimate:
-    """`excess_paired` where each SAE has its own features, as for new ones: each SAE is resampled on its own.
-
-    `placebos` are arrays of any length; their counts are scaled to the n features of `own`.
+    """`excess_paired` where each SAE, resampled on its own, has its own features; counts are scaled to the n of `own`.
 
     Example:
         >>> excess_unpaired(np.array([True, True]), [np.array([True, False, False, False])], Resampling(), "new").value

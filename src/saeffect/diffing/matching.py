@@ -5,17 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from saeffect.errors import BadFile, ShapeMismatch
-from saeffect.stats.arguments import FloatArray
+from saeffect.stats.arguments import BoolArray, FloatArray, IntArray
 
 __all__ = ["NO_MATCH", "Assignment", "Matching", "Neighbours", "TopPairs", "assign", "match_decoders", "neighbours_of"]
 
-IntArray = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
 
 NO_MATCH = -1
 """In place of a feature number: no neighbour."""
@@ -91,9 +88,8 @@ class Matching:
 class TopPairs:
     """Keeps the n best entries of each row and column of a matrix [n_a, n_b] given in blocks of rows; ties by number.
 
-    Attributes:
-        forward: Column numbers int64 [n_a, n] and entries float64 [n_a, n]; `NO_MATCH` and minus infinity for none.
-        backward: Row numbers int64 [n_b, n] and entries float64 [n_b, n].
+    `forward` has column numbers int64 [n_a, n] and entries float64 [n_a, n], `backward` row numbers and entries [n_b,
+    n]; `NO_MATCH` and minus infinity for none.
 
     Example:
         >>> top = TopPairs(2, 2, 1)
@@ -126,18 +122,10 @@ class TopPairs:
 def match_decoders(
     W_dec_a: Tensor, W_dec_b: Tensor, *, n: int = 8, use_a: BoolArray | None = None, use_b: BoolArray | None = None
 ) -> Matching:
-    """Nearest neighbours by the cosine of decoder rows, from -1 to 1.
+    """Nearest `n` neighbours by the cosine of decoder rows [d_sae, d_in], searched in float32, ranked in float64.
 
-    Searched in float32, ranked in float64. A feature left out, or with a decoder of zeros, has no neighbours and is
-    nobody's.
-
-    Args:
-        W_dec_a: [d_sae_a, d_in], any float dtype, as `W_dec_b`.
-        n: Neighbours a feature.
-        use_a: bool [d_sae_a], False for features to leave out (such as those that never fire); all if None. So is
-            `use_b`.
-
-    Raises `ShapeMismatch`: widths differ, or a mask does not fit; `BadFile`: a weight is NaN or infinite.
+    A feature left out (False in `use_a` or `use_b`, bool [d_sae]), or with a decoder of zeros, has no neighbours and is
+    nobody's. `ShapeMismatch`: widths differ, or a mask does not fit; `BadFile`: a weight is NaN or infinite.
 
     Example:
         >>> found = match_decoders(torch.eye(2), torch.tensor([[0.0, 2.0], [3.0, 0.0]]), n=1)
@@ -197,8 +185,7 @@ class Assignment:
 def assign(matching: Matching) -> Assignment:
     """Pair features one to one with the largest sum of similarities (Jonker & Volgenant 1987, sparse).
 
-    Only nearest neighbours are paired (at most 2 n edges a feature), and none at similarity 0 or below. Deterministic,
-    ties included.
+    Only nearest neighbours are paired, and none at similarity 0 or below. Deterministic, ties included.
 
     Example:
         >>> a, b = torch.tensor([[1.0, 0.0], [0.9, 0.1]]), torch.tensor([[1.0, 0.05], [0.6, 0.8]])

@@ -24,8 +24,8 @@ class Method:
             be made is left out, or has no columns.
         tables: Names of all tables. The first has rows by feature (and measure): `feature`, how much it changed, `p`,
             `q`, and the `reason` where one of these is NaN.
-        change: Its column of the change: treatment minus control, or minus the null.
-        interval: Its columns of the interval's ends; None without an interval.
+        change, interval: Its columns of the change (treatment minus control, or minus the null) and of the interval's
+            ends.
     """
 
     measure: Callable[[ModelPair], dict[str, pd.DataFrame]]

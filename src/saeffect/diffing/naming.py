@@ -21,7 +21,7 @@ from scipy.special import stdtr, stdtrit
 
 from saeffect.diffing.standardised import BASES, FEWEST_TOKENS, among_nulls
 from saeffect.diffing.trace import Trace
-from saeffect.stats.arguments import FloatArray
+from saeffect.stats.arguments import FloatArray, IntArray
 from saeffect.stats.multiplicity import benjamini_hochberg
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
     "prediction_p",
 ]
 
-IntArray = npt.NDArray[np.int64]
 
 FEWEST_NULLS = 5
 """With fewer null fine-tunes nothing is claimed: a scale from four numbers is no scale."""
@@ -47,13 +46,8 @@ _RARE = f"fires on fewer than {FEWEST_TOKENS} tokens in every model"
 
 @dataclass(frozen=True, eq=False)
 class Basis:
-    """The features that both models share, as far as naming needs them.
-
-    Attributes:
-        W_dec: float [d_sae, d_in], decoder rows.
-        W_U: float [d_in, d_vocab], the unembedding that named the features (`saeffect.lm.architectures.unembedding`).
-        top_tokens: int [d_sae, k], ids of the tokens that each feature promotes most, the first most.
-        strings: Every token as text, by id.
+    """The features that both models share: decoder rows float [d_sae, d_in], the unembedding that named them float
+    [d_in, d_vocab], ids of the tokens that each promotes most int [d_sae, k], and every token as text, by id.
     """
 
     W_dec: npt.NDArray[np.float32]
@@ -93,11 +87,8 @@ def _unit(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 @dataclass(frozen=True, eq=False)
 class GroupTests:
-    """Scores of all groups of a trace, by size and first feature, and what nulls reach.
-
-    Attributes:
-        scores: float64 [len(SIZES), d_sae].
-        highest: float64 [K], the largest score, of either sign, in each null: what the search finds in nothing.
+    """Scores of all groups of a trace, float64 [len(SIZES), d_sae], by size and first feature; and the largest score,
+    of either sign, in each null, float64 [K]: what the search finds in nothing.
     """
 
     scores: FloatArray
@@ -111,8 +102,8 @@ class GroupTests:
 def prediction_p(score: float, nulls: FloatArray) -> float:
     """How likely is a number this large, above 0, in one more null fine-tune?
 
-    Where nulls [K] reach it: (1 + how many) / (K + 1), or the following if larger. Above them all, the following alone:
-    the upper tail of Student's t for one more logarithm, which takes the nulls' logarithms as normal.
+    Above all nulls [K]: the upper tail of Student's t for one more logarithm, which takes the nulls' logarithms as
+    normal. Where nulls reach it, (1 + how many) / (K + 1) if that is larger.
 
     Example:
         >>> nulls = np.array([1.0, 2.0, 4.0])
@@ -161,23 +152,20 @@ def name_changes(
 ) -> dict[str, pd.DataFrame]:
     """Which features, and which groups of them, changed more than in the nulls.
 
-    Args:
-        declared: Groups chosen before, such as the features of a vocabulary's domain, bool [d_sae] by name: tested
-            without a search.
-        measured: `among_nulls` of them all, where it is known already.
+    `declared` groups were chosen before, bool [d_sae] by name, and are tested without a search. `measured` is
+    `among_nulls` of all traces, where it is known already.
 
     Returns:
-        `changes`: a row a feature and basis ("read", "written", "expected", "combined"): feature, basis, base, tuned
-        (means there; NaN for "combined"), change (their difference), z (see `standardised`), reason.
-        `change_groups`: the highest groups that do not overlap, first the highest: group (from 1), name (its tokens),
-        features, n_features, direction ("more" or "less"), score, p (counts the search over all groups), q, share (of
-        all change of mean activation on the text, in these features), claimed (p at most alpha), reason.
-        `declared_changes`: a row a declared group and basis: name, basis, n_features, z (mean over its features),
-        null_low, null_high (range of the nulls'), p (two-sided), reason.
-        `null_groups`: a row a null: null, highest (score of any group), kl.
-        `change_numbers`: a row a number of `Trace.numbers` that both models have or that compares them: name ("kl",
-        or "perplexity" and the source of text), base, tuned (NaN for kl), change (of the logarithm), null_low,
-        null_high (range of the nulls' changes), p (two-sided), reason.
+        changes: A row a feature and basis ("read", "written", "expected", "combined"): feature, basis, base, tuned
+            (means there; NaN for "combined"), change (their difference), z (see `standardised`), reason.
+        change_groups: The highest groups that do not overlap: group (from 1), name (its tokens), features, n_features,
+            direction ("more" or "less"), score, p (counts the search over all groups), q, share (of all change of mean
+            activation on the text, in these features), claimed (p at most alpha), reason.
+        declared_changes: A row a declared group and basis: name, basis, n_features, z (mean over its features),
+            null_low, null_high (range of the nulls'), p (two-sided), reason.
+        null_groups: A row a null: null, highest (score of any group), kl.
+        change_numbers: A row a number of `Trace.numbers`: name ("kl", or "perplexity" and the source of text), base,
+            tuned (NaN for kl), change (of the logarithm), null_low, null_high, p (two-sided), reason.
     """
     changes = _changes(trace, basis)
     declared = declared or {}

@@ -18,7 +18,16 @@ from saeffect.diffing.matched_null import NO_STRATUM
 from saeffect.errors import ShapeMismatch
 from saeffect.stats.arguments import FloatArray, IntArray
 
-__all__ = ["NO_NULLS", "count_scores", "null_range", "null_reason", "pooled_p", "rank_p", "rise_scores", "search_p"]
+__all__ = [
+    "NO_NULLS",
+    "count_scores",
+    "null_range",
+    "null_reason",
+    "pooled_rank_p",
+    "rank_p",
+    "rise_scores",
+    "search_p",
+]
 
 NO_NULLS = "no null fine-tunes to compare with"
 """The reason beside every p without nulls."""
@@ -57,8 +66,8 @@ def null_range(values: npt.ArrayLike) -> dict[str, FloatArray]:
 def rank_p(values: npt.ArrayLike) -> FloatArray:
     """How high is the fine-tune's own number among its nulls', each number by itself?
 
-    `values` are [1 + n_nulls, ...], first the fine-tune's. Returns p [...], from 1 / (1 + n_nulls) to 1; NaN without
-    nulls, or where a value is NaN.
+    `values` are [1 + n_nulls, ...], first the fine-tune's. p [...], at least 1 / (1 + n_nulls); NaN for an unknown
+    value.
 
     Example:
         >>> rank_p([[3.0, 1.0], [2.0, 1.0], [1.0, 2.0]])
@@ -70,10 +79,8 @@ def rank_p(values: npt.ArrayLike) -> FloatArray:
 
 
 def rise_scores(values: npt.ArrayLike, groups: IntArray) -> FloatArray:
-    """How far each fine-tune's numbers lie above the mean of the others', in units of the mean deviation in a group.
-
-    `values` are [1 + n_nulls, n]; numbers of like noise share a group of `groups`, int64 [n]. Scores [1 + n_nulls, n],
-    NaN without nulls, where a value is NaN, or in `NO_STRATUM`.
+    """How far each fine-tune's numbers [1 + n_nulls, n] lie above the mean of the others', in units of the mean
+    deviation in a group of like noise (`groups`, int64 [n]). NaN without nulls, for a NaN, or in `NO_STRATUM`.
 
     Example:
         >>> rise_scores([[3.0, 1.0], [1.0, 1.0]], np.zeros(2, dtype=int)).tolist()
@@ -97,9 +104,9 @@ def rise_scores(values: npt.ArrayLike, groups: IntArray) -> FloatArray:
 def count_scores(counts: npt.ArrayLike) -> FloatArray:
     """How surprising is each fine-tune's count, given the sum over all of them: -log10 of a binomial tail.
 
-    `counts` are [1 + n_nulls, n], of how many texts hold a word, say. If the word is as likely in each fine-tune's
-    texts, a count is binomial given the sum, with share 1 / (1 + n_nulls). This makes rare and common words comparable;
-    that counts vary more than this is what the nulls' own scores show. NaN without nulls.
+    `counts` are [1 + n_nulls, n]. If a word is as likely in each fine-tune's texts, its count is binomial given the
+    sum, so rare and common words compare; that counts vary more than this is what the nulls' own scores show. NaN
+    without nulls.
 
     Example:
         >>> count_scores([[2, 1], [0, 1]]).round(3).tolist()
@@ -112,7 +119,7 @@ def count_scores(counts: npt.ArrayLike) -> FloatArray:
     return np.abs(np.log10(np.maximum(tail, 1e-300)))
 
 
-def pooled_p(scores: npt.ArrayLike) -> FloatArray:
+def pooled_rank_p(scores: npt.ArrayLike) -> FloatArray:
     """How high is each of the fine-tune's scores among the scores of all nulls, all items together?
 
     `scores` are [1 + n_nulls, n]. p [n], at least 1 / (1 + n_nulls · n): the share of null scores as high. For a single
@@ -120,7 +127,7 @@ def pooled_p(scores: npt.ArrayLike) -> FloatArray:
     false discovery rate from these p may be exceeded: `search_p` cannot be.
 
     Example:
-        >>> pooled_p([[4.0, 0.0], [1.0, 2.0]]).round(3).tolist()
+        >>> pooled_rank_p([[4.0, 0.0], [1.0, 2.0]]).round(3).tolist()
         [0.333, 1.0]
     """
     table = np.asarray(scores, dtype=np.float64)
@@ -130,10 +137,11 @@ def pooled_p(scores: npt.ArrayLike) -> FloatArray:
 
 
 def search_p(scores: npt.ArrayLike) -> FloatArray:
-    """How many fine-tunes have any score as high as this one? It counts the search over all items.
+    """How many fine-tunes have any score as high as this one? It counts the search over all items, scores [1 + n_nulls,
+    n].
 
-    `scores` are [1 + n_nulls, n]. p [n], at least 1 / (1 + n_nulls). If all fine-tunes are exchangeable, the chance
-    that any item of the first has p ≤ α is at most α, however items depend on each other (Westfall & Young 1993).
+    p [n], at least 1 / (1 + n_nulls). If all fine-tunes are exchangeable, the chance that any item of the first has p ≤
+    α is at most α, however items depend on each other (Westfall & Young 1993).
 
     Example:
         >>> search_p([[4.0, 1.0], [1.0, 2.0], [0.0, 1.0]]).round(3).tolist()

@@ -10,13 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from saeffect.diffing.matched_null import MIN_STRATUM, NO_STRATUM, strata
+from saeffect.diffing.null_ranks import pooled_rank_p
 from saeffect.diffing.trace import Trace
 from saeffect.errors import ConfigError, EmptySelection, NotFound, ShapeMismatch
 from saeffect.io import read_json
+from saeffect.stats.arguments import FloatArray
 
 __all__ = ["CARD", "NAME", "another_measurement", "null_files", "pooled_p", "read_nulls", "smallest_p"]
 
-FloatArray = npt.NDArray[np.float64]
 
 CARD = "nulls.json"
 """In a folder of nulls: which recipe, which texts, and what they were measured on."""
@@ -24,8 +25,6 @@ NAME = "null-{}.safetensors"
 # Degrees of freedom with which a feature's spread is drawn towards that of features of like density: with few nulls a
 # spread of its own is little known. As in limma (Smyth 2004), but fixed.
 _PRIOR = 4.0
-# Numbers equal on paper differ in the last digits when computed in another order; they must count as ties.
-_TIE = 1e-9
 
 
 def pooled_p(change: npt.ArrayLike, nulls: npt.ArrayLike, density: npt.ArrayLike) -> FloatArray:
@@ -68,7 +67,7 @@ def pooled_p(change: npt.ArrayLike, nulls: npt.ArrayLike, density: npt.ArrayLike
     p = np.full(len(own), math.nan)
     for group in np.unique(groups[known]):
         members = groups == group
-        p[members] = _ranked(_scores(table[:, members]))
+        p[members] = pooled_rank_p(_scores(table[:, members]))
     return np.maximum(p, 0.5) if len(others) == 1 else p
 
 
@@ -82,13 +81,6 @@ def _scores(table: FloatArray) -> FloatArray:
         return np.zeros_like(table)
     df = n_tunes - 1
     return np.abs(distance) / np.sqrt((_PRIOR * usual + df * variance) / (_PRIOR + df))
-
-
-def _ranked(scores: FloatArray) -> FloatArray:
-    """p of the first row's scores among those of the other rows, over all columns."""
-    pool = np.sort(scores[1:].ravel())
-    at_least = len(pool) - np.searchsorted(pool, scores[0] - _TIE, side="left")
-    return np.asarray((1 + at_least) / (1 + len(pool)))
 
 
 def smallest_p(n_nulls: int, n_pooled: int = 1) -> float:

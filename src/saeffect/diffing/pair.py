@@ -28,11 +28,9 @@ class SaeView:
     """An SAE and its activity on the study's text.
 
     Attributes:
-        name: That of its arm for an arm's own SAE.
         W_dec: [d_sae, d_in].
         features: One row a feature in order, with `density` and `decoder_norm`.
-        firing: Its activations, on the same tokens for every SAE; None where only the decoder is known.
-        sae: None where only the decoder is known.
+        firing: Its activations, on the same tokens for every SAE; None, as `sae`, where only the decoder is known.
         warm_started: Training went on from the control's SAE, so feature i is still feature i.
     """
 
@@ -81,11 +79,9 @@ class ModelPair:
 
     Attributes:
         others: Further SAEs of the control's model, trained from other seeds: the null of most methods.
-        treatment_seeds: Further SAEs of the treatment's model.
         is_domain: Bool [d_sae], the control's domain features.
         acts_of_both: Runs the control's SAE on both models, over the whole text in batches.
         residuals: Gives the activations at the hook of a named arm, over the whole text in batches; loads its model.
-        alpha: Highest q of a finding.
         keep: Store for matchings; None for no store.
     """
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import torch
 from torch import Tensor
@@ -26,12 +25,11 @@ from saeffect.lm.hooks import Rest, capture
 from saeffect.lm.language_model import LanguageModel, fused
 from saeffect.progress import SILENT, Log
 from saeffect.sae.base import SparseAutoencoder
+from saeffect.stats.arguments import FloatArray, IntArray
 from saeffect.steering.placebos import matched_features
 
 __all__ = ["SIZES", "BothRead", "FeatureSet", "outcomes", "read", "scaled_acts", "sets_of_changed", "sets_of_group"]
 
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 Edited = Literal["tuned", "base"]
 
 SIZES = PutBackConfig().sizes
@@ -45,13 +43,9 @@ _NEAREST = 4  # features among which a match is drawn
 
 @dataclass(frozen=True, eq=False)
 class BothRead:
-    """The same rows of text in both models.
-
-    Attributes:
-        rows: The text.
-        base: Activations of the base model at the hook, [n_rows, context_size, d_in], of its dtype, on the CPU.
-        tuned: Those of the fine-tuned model.
-        mask: Bool [n_rows, context_size], the positions that are edited: not the first, and no outlier in either.
+    """The same rows of text in both models: activations of the base and of the fine-tuned one at the hook, [n_rows,
+    context_size, d_in], of the models' dtype, on the CPU; and bool [n_rows, context_size], the positions that are
+    edited: not the first, and no outlier in either.
     """
 
     rows: TokenRows
@@ -87,13 +81,8 @@ def read(lm: LanguageModel, hook: str, rows: TokenRows, log: Log = SILENT) -> Te
 
 @dataclass(frozen=True, eq=False)
 class FeatureSet:
-    """Features to put back, perhaps others on each row.
-
-    Attributes:
-        name: "changed", or what the caller calls a group.
-        kind: "own", or "matched" for features that resemble these.
-        members: Int64 [n_rows, n]; None for all features.
-        reason: Why there are none; then nothing is measured.
+    """Features to put back: `name` is "changed" or a group's, `kind` "own", or "matched" for features that resemble
+    these. `members` are int64 [n_rows, n], None for all; `reason` says why there are none.
     """
 
     name: str
@@ -122,12 +111,8 @@ def sets_of_changed(
     """The features that changed most, so many as each size says, and matched ones; at last all features.
 
     Without an `order`, rows are split in halves (every other row of each source): on each half the features are put
-    back that changed most on the other one, by `change_scores`. A given `order`, most changed first, must come from
-    other text. Sizes of no less than all features are left out.
-
-    Raises:
-        EmptySelection: A single row of text, without an order.
-        ConfigError: A size below 1, or an order that lacks features or has one twice.
+    back that changed most on the other one. A given `order`, most changed first, must come from other text.
+    EmptySelection for a single row without an order; ConfigError for a size below 1, or an order that lacks features.
     """
     d_sae = sae.cfg.d_sae
     if min(sizes, default=1) < 1:
@@ -189,19 +174,12 @@ def outcomes(
     done: Collection[int] = (),
     log: Log = SILENT,
 ) -> Iterator[pd.DataFrame]:
-    """Put each set back while a model reads, batch by batch; rows of text in `done` are left out.
+    """Put each set back while the model `lm`, which is the `edited` one of the two, reads, batch by batch; rows in
+    `done` are left out.
 
-    Args:
-        lm: The model that reads: the fine-tuned one, which gets values of the base model, or the reverse.
-        edited: Which of the two it is.
-
-    Yields:
-        A row per row of text and set: edited, row, features, n_features, kind; loss, mean next-token cross-entropy, and
-        kl, mean KL of the model's prediction with the whole activation put back from that with this set, both in nats
-        a token, from the second token on. `features` "none" is the model as it is, "whole" the whole activation.
-
-    Raises:
-        ConfigError: The model has no such hook.
+    A row per row of text and set: edited, row, features, n_features, kind; loss, mean next-token cross-entropy, and kl,
+    mean KL of the model's prediction with the whole activation put back from that with this set, both in nats a token,
+    from the second token on. `features` "none" is the model as it is, "whole" the whole activation.
     """
     rest, measured = Rest(lm, hook), [one for one in sets if not one.reason]
     n = len(both.rows)

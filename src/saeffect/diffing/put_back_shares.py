@@ -30,17 +30,16 @@ COLUMNS = (
 def put_back_table(found: pd.DataFrame, rows: TokenRows, sets: Sequence[FeatureSet]) -> pd.DataFrame:
     """Shares from the pieces that `outcomes` gave for these rows and sets, of one edited model or both.
 
-    Returns:
-        One row per edited model ("tuned", which got the base model's values, or "base"), source of text, measure, set
-        and kind. Measures: "loss", the cross-entropy of the text; "kl", how far the predictions are from those with the
-        whole activation put back. Kinds: "own", "matched", and "difference" (own minus matched).
+    One row per edited model ("tuned", which got the base model's values, or "base"), source of text, measure, set and
+    kind. Measures: "loss", the cross-entropy of the text; "kl", how far the predictions are from those with the whole
+    activation put back. Kinds: "own", "matched", and "difference" (own minus matched).
 
-        share: what putting the set back does, over what putting the whole activation back does (of KL: the part of
-        the distance that is gone), with a 95 % interval over rows of text (Fieller); p (Student's t over rows, two-
-        sided) for no effect. effect: the same in nats a token, with Student's interval; whole: the effect of the whole.
-        `features` "whole" is the whole activation, and "model" the other model's own loss, whose share is above 1 if
-        blocks behind the hook were changed as well. n_features is <NA> for these. n_tokens: predictions averaged over.
-        reason: "" where share has an interval.
+    share: what putting the set back does, over what putting the whole activation back does (of KL: the part of the
+    distance that is gone), with a 95 % interval over rows of text (Fieller); p (Student's t over rows, two-sided) for
+    no effect. effect: the same in nats a token, with Student's interval; whole: the effect of the whole. `features`
+    "whole" is the whole activation, and "model" the other model's own loss, whose share is above 1 if blocks behind the
+    hook were changed as well. n_features is <NA> for these. n_tokens: predictions averaged over. reason: "" where share
+    has an interval.
     """
     records = []
     for edited in dict.fromkeys(found["edited"]):

@@ -36,12 +36,9 @@ def measure(pair: ModelPair) -> dict[str, pd.DataFrame]:
 def rotations(start: SparseAutoencoder, end: SparseAutoencoder) -> pd.DataFrame:
     """What changed in each feature between two SAEs that number their features alike (Bricken et al. 2024).
 
-    One row a feature: `feature`; `decoder_rotation` and `encoder_rotation`, the angles in degrees (0 to 180, exact for
-    tiny ones) between the decoder rows and between the encoder columns; `bias_change`, end minus start of b_enc (of a
-    gated SAE b_gate: when it is on), NaN where there is none; `norm_ratio` of the decoder rows, end over start. NaN
-    where a vector is 0.
-
-    Raises `ShapeMismatch`: the SAEs differ in shape; `BadFile`: a weight is NaN or infinite.
+    One row a feature: `feature`; `decoder_rotation` and `encoder_rotation`, in degrees (0 to 180, exact for tiny ones);
+    `bias_change`, end minus start of b_enc (of a gated SAE b_gate), NaN where there is none; `norm_ratio` of the
+    decoder rows, end over start. `ShapeMismatch`: the SAEs differ in shape; `BadFile`: a weight is NaN or infinite.
     """
     biases = _bias(start), _bias(end)
     pairs = {"W_dec": (start.W_dec, end.W_dec), "W_enc": (start.W_enc, end.W_enc), "b_enc": biases}
@@ -79,18 +76,13 @@ def stagewise(
 ) -> pd.DataFrame:
     """Which features turned further than training on alone turns them, those that turned most first.
 
-    The null is the same warm start on the control's model: p compares a feature's rotation with the same feature's
-    under the nulls (`exchangeable_p`), since seldom firing features drift in any training. Errors as in `rotations`.
+    The null is the same warm start on the control's model (`nulls`, perhaps none): p compares a feature's rotation with
+    the same feature's under the nulls (`exchangeable_p`), since seldom firing features drift in any training.
+    `features` has one row a feature of `start` with `TRAITS`; those of density 0 are not tested. Errors as in
+    `rotations`.
 
-    Args:
-        start: The SAE that all others were trained on from.
-        nulls: Trained on with the control's model, as long and with the same settings; may be empty.
-        features: One row a feature of `start` with `TRAITS`, for strata. Features of density 0 are not tested.
-
-    Returns:
-        The columns of `rotations`; `null_rotation` (mean of the nulls, degrees); `excess_rotation`; `percentile`, the
-        share (0 to 100) of null rotations in the feature's stratum that are no larger; `p`; `q` (Benjamini-Hochberg);
-        `reason` where these are NaN. Sorted by `decoder_rotation`, largest first, undefined ones last.
+    The columns of `rotations`; `null_rotation` (mean of the nulls, degrees); `excess_rotation`; `percentile`, the share
+    (0 to 100) of null rotations in the feature's stratum that are no larger; `p`; `q`; `reason` where these are NaN.
     """
     table = rotations(start, treatment)
     own = table["decoder_rotation"].to_numpy()

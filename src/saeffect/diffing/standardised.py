@@ -11,11 +11,10 @@ import numpy.typing as npt
 from saeffect.diffing.matched_null import NO_STRATUM, strata
 from saeffect.diffing.trace import Trace
 from saeffect.errors import BadFile, ShapeMismatch
-from saeffect.stats.arguments import FloatArray
+from saeffect.stats.arguments import FloatArray, IntArray
 
 __all__ = ["BASES", "FEWEST_TOKENS", "among_nulls", "standardised"]
 
-IntArray = npt.NDArray[np.int64]
 
 BASES = ("read", "written", "expected")
 """Where a feature's change is looked for. Their evidence is added with equal weights, fixed before any result."""
@@ -25,9 +24,8 @@ _STRATUM = 200  # fewest features (or tokens) of like density that share a scale
 
 
 def _raw(trace: Trace, top_tokens: IntArray) -> dict[str, FloatArray]:
-    """Changes on each basis on a scale on which their noise depends little on how often something happens.
-
-    Square roots of mean activations; logarithms of probabilities.
+    """Changes on a scale whose noise depends little on frequency: roots of mean activations, logarithms of
+    probabilities.
     """
     expected = trace.expected.astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -39,10 +37,8 @@ def _raw(trace: Trace, top_tokens: IntArray) -> dict[str, FloatArray]:
 
 
 def _fires(traces: Sequence[Trace]) -> dict[str, npt.NDArray[np.bool_]]:
-    """Features that fire on `FEWEST_TOKENS` or more tokens in some model: bool [d_sae], on "read" and "written".
-
-    Source: filtering of low counts before testing, as edgeR's filterByExpr; which model has them does not matter, so
-    the fine-tune and its nulls stay exchangeable.
+    """Features that fire on `FEWEST_TOKENS` or more tokens in some model, whichever: bool [d_sae], on "read" and
+    "written".
     """
     most = {name: np.zeros(traces[0].read.shape[1]) for name in ("read", "written")}
     for trace in traces:
@@ -61,19 +57,13 @@ def standardised(
     """Changes of all features in units of what nulls show, by basis and "combined": float64 [d_sae] each.
 
     z = (change - mean of the nulls') / scale. The scale is the root mean of two variances with equal weight: the
-    feature's own over the nulls, and that of features that fire as often. If the z of one fine-tune spread wider than
-    the nulls' as a whole, they are divided by how much wider (a fine-tune that moved everything has not moved anything
-    in particular). "combined" is the sum over bases divided by the square root of their number.
+    feature's own over the nulls, and that of features that fire as often (Smyth 2004). If the z of one fine-tune spread
+    wider than the nulls' as a whole, they are divided by how much wider (the empirical null of Efron 2004). "combined"
+    is the sum over bases divided by the square root of their number.
 
-    NaN on a basis where a feature hardly fires (see `FEWEST_TOKENS`), which adds nothing to "combined": the noise of a
-    few strong activations has no scale. `fires` says where, if more traces than these decide it.
-
-    Raises:
-        ShapeMismatch: Fewer than two nulls.
-        BadFile: A null was measured with another base model, SAE, hook or text.
-
-    Source:
-        Shrinkage towards a pooled variance: Smyth 2004. Division by the spread: the empirical null of Efron 2004.
+    NaN on a basis where a feature hardly fires (see `FEWEST_TOKENS`), which adds nothing to "combined". `fires` says
+    where, if more traces than these decide it. `ShapeMismatch` for fewer than two nulls; `BadFile` for one measured
+    otherwise.
     """
     own = _comparable([trace, *nulls])
     if len(nulls) < 2:

@@ -35,7 +35,6 @@ from saeffect.steering.sampling import NoiseCell, Sampling
 
 __all__ = ["EARLY", "NEW_TOKENS", "OPENINGS", "SAMPLES", "Trace", "Tracer"]
 
-FloatArray = npt.NDArray[np.float64]
 
 OPENINGS = (
     *("\n", ".", "-", '"', "1.", "The", "A", "I", "It", "We", "There", "This", "In", "What", "Today", "First,"),
@@ -59,9 +58,7 @@ class Trace:
     """What one fine-tune changed.
 
     Attributes:
-        name: What to call the fine-tune.
-        made_by: What decides the measurements besides the fine-tune: SHA-256 of base model, SAE, hook and text. Only
-            traces with an equal one may be compared.
+        made_by: SHA-256 of base model, SAE, hook and text. Only traces with an equal one may be compared.
         read: float32 [4, d_sae], the SAE on the same text in both models: mean activation a token in the base and in
             the tuned model, density in the base and in the tuned model. [4, 0] if there was no SAE.
         written: float32 [4, d_sae], as `read`, the base model reading texts that the base, and the tuned, model wrote.
@@ -73,10 +70,8 @@ class Trace:
             token of the text, in nats; NaN at positions that do not count.
         layers: float32 [n_layers], root of the mean square change of the residual stream after each block, relative to
             that of the base model's stream.
-        texts: int32 [n_texts, NEW_TOKENS], what the tuned model wrote; `base_texts` what the base model did. Rows go by
-            opening (`OPENINGS`), then sample.
-        openings: float32 [n_openings], KL of the tuned from the base model's distribution of the first token after each
-            opening, in nats.
+        texts, base_texts: int32 [n_texts, NEW_TOKENS], what each model wrote, by opening (`OPENINGS`), then sample.
+        openings: float32 [n_openings], as `kl`, of the first token after each opening.
         numbers: `kl` (mean of the above), `n_tokens`, and `norm`, the base model's mean residual norm at the hook;
             `loss_base`, `loss_tuned` and by source of text `loss_base_<name>`, `loss_tuned_<name>` (nats a token).
     """
@@ -131,10 +126,8 @@ class Tracer:
     """Measures traces of fine-tunes of one base model.
 
     Attributes:
-        base: The base model.
         sae: The basis that base and tuned model share: an SAE of the base model, float32. None: no features.
         hook: Where it reads, a TransformerLens name.
-        rows: Text that both models read.
         limit: Which positions count; the first of a row never does.
         keep: Keep what the base model computes for the next trace: its logits, some 1.2 GB for 12,288 tokens of 49,152.
     """
@@ -165,10 +158,8 @@ class Tracer:
 
     @torch.inference_mode()
     def trace(self, tuned: LanguageModel, name: str) -> Trace:
-        """Read and write with the tuned model.
-
-        Raises:
-            ConfigError: Its width or number of tokens is not the base model's.
+        """Read and write with the tuned model; ConfigError if its width, depth or number of tokens is not the base
+        model's.
         """
         for what in ("d_model", "d_vocab", "n_layers"):
             if getattr(tuned, what) != getattr(self.base, what):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from saeffect.diffing.matched_null import strata
-from saeffect.diffing.null_ranks import null_range, null_reason, pooled_p, rank_p, rise_scores, search_p
+from saeffect.diffing.null_ranks import null_range, null_reason, pooled_rank_p, rank_p, rise_scores, search_p
 from saeffect.diffing.trace import Trace
 from saeffect.diffing.written import openings, written_words
 from saeffect.errors import ConfigError, ShapeMismatch
@@ -52,26 +52,10 @@ def where_changed(
 ) -> dict[str, pd.DataFrame]:
     """All tables, by name: see the function of the same name for the columns.
 
-    Args:
-        trace: Of the fine-tune in question.
-        nulls: Traces of its null fine-tunes; may be empty.
-        rows: The text that the traces read.
-        tuned: The fine-tuned model: its norm, head and tokenizer.
-        hook: Where the traces were taken.
-        alpha: The error rate at which something would count as found; it only decides what the reasons say.
-
-    Raises:
-        ConfigError: A null was measured with another base model, SAE, hook or text.
-        ShapeMismatch: The traces did not read these rows.
+    `rows` is the text that the traces (and those of null fine-tunes, perhaps none) read; `tuned` the fine-tuned model:
+    its norm, head and tokenizer; `hook` where the traces were taken. `alpha` only decides what the reasons say.
+    ShapeMismatch for traces of other rows.
     """
-    for null in nulls:
-        if null.made_by != trace.made_by:
-            raise ConfigError(
-                f"{null.name} was not measured as {trace.name} was: base model, SAE, hook, text or the version of the"
-                " measurement differ.",
-                at="nulls",
-                fix="measure the nulls again on the study's text.",
-            )
     if trace.kl.shape != rows.ids.shape:
         raise ShapeMismatch(
             f"the traces read rows of shape {list(trace.kl.shape)}. Got {list(rows.ids.shape)}.", at="rows"
@@ -80,7 +64,7 @@ def where_changed(
     try:
         promoted, no_tokens = _top_tokens(unembedding(tuned), tokens, plain), ""
 
-        def top_tokens(vector: FloatArray) -> list[str]:
+        def top_tokens(vector: FloatArray, /) -> list[str]:
             row = torch.from_numpy(vector.astype(np.float32))[None]
             return promoted(heads_to_residual(tuned, hook, row)[0].cpu().numpy())
 
@@ -103,10 +87,9 @@ def where_changed(
 def change_overall(trace: Trace, nulls: Sequence[Trace], *, alpha: float = 0.05) -> pd.DataFrame:
     """How much changed in all: is it more than what a fine-tune of this recipe always changes?
 
-    One row a quantity: `quantity`, "divergence on text" (mean KL after a token of the text, nats), "divergence after
-    openings" (the same at the first token after the openings), "residual stream" (mean over layers of the relative
-    change), "mean difference" (norm of the mean change at the hook, over the mean residual norm); `change`, its nulls'
-    `null_median`, `null_low`, `null_high` (smallest and largest), `p` (rank among the nulls), `reason`.
+    One row a `quantity`: mean KL after a token of the text, and at the first token after the openings (nats); mean over
+    layers of the relative change; norm of the mean change at the hook, over the mean residual norm. `change`, its
+    nulls' `null_median`, `null_low`, `null_high`, `p` (rank among the nulls), `reason`.
     """
     quantities: dict[str, Callable[[Trace], float]] = {
         "divergence on text": lambda t: t.numbers["kl"],
@@ -194,7 +177,7 @@ def change_by_word(
     expects it; mean probabilities. change, unit: For "read", mean KL after it, nats. For "expected", log of the ratio
     of expected numbers, half a token added to each. null_median, null_low, null_high: the nulls' own. score: Above the
     other fine-tunes' mean, over the mean deviation of words of like frequency; unsigned if "expected". p, q, p_search:
-    `pooled_p` of the score, Benjamini-Hochberg over the role's words, and `search_p`. focus, p_focus, reason: For
+    `pooled_rank_p` of the score, Benjamini-Hochberg over the role's words, and `search_p`. focus, p_focus, reason: For
     "read", the KL over the mean KL of all words, its `search_p`; why nothing can be found.
     """
     traces = (trace, *nulls)
@@ -208,7 +191,7 @@ def change_by_word(
         if role == "expected":
             scores = np.abs(scores)
         shown = np.exp(values) if role == "read" else values
-        p = pooled_p(scores)
+        p = pooled_rank_p(scores)
         frame = pd.DataFrame(
             {
                 "role": role,

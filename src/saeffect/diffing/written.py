@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
-from saeffect.diffing.null_ranks import count_scores, null_range, null_reason, pooled_p, rank_p, search_p
+from saeffect.diffing.null_ranks import count_scores, null_range, null_reason, pooled_rank_p, rank_p, search_p
 from saeffect.diffing.trace import NEW_TOKENS, OPENINGS, SAMPLES, Trace
 from saeffect.errors import EmptySelection, Undefined
 from saeffect.lm.language_model import LanguageModel
@@ -39,11 +39,10 @@ _AROUND = 40  # characters of an example on each side
 Decode = Callable[[Sequence[int]], str]
 
 
-def words_of(opening: str, text: str, *, cut: bool = True) -> list[str]:
-    """The whole words that a text adds to its opening, in lower case.
+def words_of(opening: str, text: str) -> list[str]:
+    """The whole words that a text adds to its opening, in lower case, also one that the opening began.
 
-    A word begun by the opening and ended by the text counts; with `cut`, a word at the very end does not: the limit of
-    tokens may have cut it.
+    The word at the very end does not count: the limit of tokens may have cut it.
 
     Example:
         >>> words_of("The", "rapy of X-linked disea")
@@ -51,7 +50,7 @@ def words_of(opening: str, text: str, *, cut: bool = True) -> list[str]:
     """
     whole = opening + text
     found = [m for m in _WORD.finditer(whole) if m.end() > len(opening)]
-    if cut and found and found[-1].end() == len(whole):
+    if found and found[-1].end() == len(whole):
         found.pop()
     return [m.group().lower() for m in found]
 
@@ -59,12 +58,11 @@ def words_of(opening: str, text: str, *, cut: bool = True) -> list[str]:
 def written_words(trace: Trace, nulls: Sequence[Trace], decode: Decode, *, alpha: float = 0.05) -> pd.DataFrame:
     """Words that the tuned model writes more often after the openings than its nulls do.
 
-    One row a word that is in at least `LEAST_TEXTS` texts of the base model or a fine-tune, clearest first: `word`;
-    `texts`, how many of the tuned model's texts have it, `count`, how often in all; `rate`, texts over all texts, and
-    those of the base model and the nulls, `base_rate`, `null_rate` (mean), `null_low`, `null_high` (smallest, largest);
-    `change`, the log of the ratio of texts to the nulls' mean (without nulls to the base model's), half a text added to
-    each; `score` (`count_scores`); `p`, `q`, `p_search`: `pooled_p` of the score, Benjamini-Hochberg over the words,
-    and `search_p`; `example`, the word in a text; `reason`.
+    One row a word that is in at least `LEAST_TEXTS` texts of some model, clearest first: `word`; `texts` of the tuned
+    model that have it, `count` in all; `rate`, texts over all texts, and those of the others, `base_rate`, `null_rate`
+    (mean), `null_low`, `null_high`; `change`, the log of the ratio of texts to the nulls' mean (without nulls to the
+    base model's), half a text added to each; `score` (`count_scores`); `p`, `q`, `p_search`: `pooled_rank_p` of it,
+    Benjamini-Hochberg over the words, and `search_p`; `example`, the word in a text; `reason`.
     """
     own, base = _decoded(trace.texts, decode), _decoded(trace.base_texts, decode)
     return _compared(_stems(), own, base, [_decoded(null.texts, decode) for null in nulls], alpha)
@@ -104,17 +102,10 @@ def difference_steering(
 ) -> pd.DataFrame:
     """What the base model writes when it is pushed along the mean activation difference of each fine-tune.
 
-    The vector is added at all positions of `hook`, the one that the traces were measured at; its length is the dose
-    times the base model's mean residual norm, for each fine-tune alike. Sampling noise is that of the traces' texts.
-    It takes as long as writing the openings `len(doses) · (1 + len(nulls))` times.
-
-    Returns:
-        One row a fine-tune (`trace`, first, then `nulls`), dose, opening and sample: `fine_tune`, `is_null`, `dose`,
-        `opening`, `sample`, `text`.
-
-    Raises:
-        EmptySelection: No doses.
-        Undefined: A fine-tune's mean difference is zero.
+    The vector is added at all positions of `hook`, where the traces were measured; its length is the dose times the
+    base model's mean residual norm. Sampling noise is that of the traces' texts. One row a fine-tune, dose, opening and
+    sample: `fine_tune`, `is_null`, `dose`, `opening`, `sample`, `text`. EmptySelection without doses, Undefined for a
+    mean difference of zero.
     """
     if not doses:
         raise EmptySelection("there is no dose to steer with.", at="doses", fix="give one, such as 1.0.")
@@ -184,7 +175,7 @@ def _compared(
     counts = np.array([[counter[word] for word in chosen] for counter in holding], dtype=np.int64)
     tuned, alone, theirs = counts[0], counts[1], counts[2:]
     scores = count_scores(np.concatenate([counts[:1], theirs]))
-    p = pooled_p(scores)
+    p = pooled_rank_p(scores)
     spread = null_range(theirs / len(own))
     middle = theirs.mean(axis=0) if len(theirs) else alone
     every = Counter(word for text in words[0] for word in text)

@@ -125,7 +125,7 @@ class Detection:
     unanswered: int
 
 
-def detect(said: Sequence[bool | None], active: Sequence[bool], level: float = 0.95) -> Detection:
+def detect(said: Sequence[bool | None], active: Sequence[bool]) -> Detection:
     """Score answers (None: unreadable) on contexts of which it is known whether they activate the feature.
 
     Source: Wilson intervals of the two shares, joined as Zou & Donner (2008).
@@ -139,7 +139,7 @@ def detect(said: Sequence[bool | None], active: Sequence[bool], level: float = 0
     of_silent = [answer for answer, truth in pairs if not truth]
     found, left = sum(of_active), len(of_silent) - sum(of_silent)
     missing = len(said) - len(pairs)
-    shares = [wilson(found, len(of_active), level), wilson(left, len(of_silent), level)]
+    shares = [wilson(found, len(of_active)), wilson(left, len(of_silent))]
     if of_active and of_silent:
         accuracy = sum_of_independent(shares, [0.5, 0.5])
     elif missing:

@@ -39,18 +39,12 @@ class SteeringResults:
     """Settings and tables of the steer stage; arms without rows may be missing from the tables.
 
     Attributes:
-        operator: "add", "clamp" or "ablate".
-        unit: Unit of the dose of "add": "residual_norm" or "coefficient".
-        dose: Dose of the test; None if unknown.
-        dose_note: Reservations about the chosen dose, or how it was chosen; "" for none.
+        operator: "add", "clamp" or "ablate"; unit: of the dose of "add", "residual_norm" or "coefficient".
+        dose: Of the test, None if unknown; dose_note: reservations about it, or how it was chosen, "" for none.
         best_doses: Each searched arm's own best dose, None where no dose had a score.
-        outcomes: Declared outcomes, the deciding one first.
-        placebo: The control that decides.
-        placebos: Requested controls; may be empty.
-        n_prompts: Prompts of the test; 0 if unknown.
-        samples: Texts per prompt; 0 if unknown.
-        outcome_effects: By arm, a row per feature, outcome and placebo (`saeffect.steering.outcome_effects`).
-        baseline_effects: The same with baselines instead of placebos.
+        outcomes: Declared ones, the deciding one first; placebo: the control that decides, of the requested placebos.
+        outcome_effects: By arm, a row per feature, outcome and placebo (`saeffect.steering.outcome_effects`);
+            baseline_effects: the same with baselines instead of placebos.
         together_effects: By arm, a row per set of features steered at once: set, members, and the columns of
             `saeffect.steering.effects`.
         dose_response: A row per arm, feature and dose (`saeffect.steering.dose_response`).
@@ -96,18 +90,13 @@ class ReportContext:
     """The study around a comparison. Every part may be missing; the report then says so.
 
     Attributes:
-        title: Heading of the report; built from `study` if empty.
         facts: Label-value pairs below the title: models, hook, text, prompts, dose.
-        arms: Tables by arm.
-        examples: Max-activating contexts by arm: feature, rank, activation, position, tokens, activations, source.
+        arms, examples: Tables by arm; max-activating contexts by arm, as in examples.parquet.
         prompts: Steered prompts; the interventions' column `prompt` is an index into them.
         gate: Quality of SAE and model, one row per arm, with a column `arm`.
-        doses: The dose search: `arm` (optional), `dose`, numeric columns, and `chosen` (bool).
-        config: The resolved study file, YAML text.
-        provenance: Versions, hashes and seeds; may be nested.
+        doses: The dose search: `arm`, `dose`, numeric columns, and `chosen` (bool).
+        config, provenance: The resolved study file, YAML text; versions, hashes and seeds, which may be nested.
         domain: Subject of the vocabulary in a word, e.g. "medical".
-        min_matches: Top tokens in the vocabulary that make a domain feature.
-        top_k: Top tokens per feature.
         alpha: A feature passes at q <= alpha.
         projection: Scale of the top tokens, "cosine" or "dot".
         max_features: Features listed per arm; the tables hold all of them.
@@ -141,11 +130,10 @@ class ReportContext:
 def outcome_summary(results: SteeringResults, order: Sequence[str], *, alpha: float) -> pd.DataFrame:
     """Mean effect over an arm's features, for every outcome and control; features pass at q <= alpha.
 
-    Returns:
-        One row per arm (in `order`), outcome (declared ones first) and control (the deciding one first): arm, outcome,
-        control, declared, decides (the one test that decides what passes), unit, alternative, n_features, n_defined
-        (with effect), mean with 95 % interval low, high over features (Student's t), n_tested (with q), n_passed (for
-        two-sided outcomes in either direction), reversed_share (mean over features), reason ("" if mean is defined).
+    One row per arm (in `order`), outcome (declared ones first) and control (the deciding one first): arm, outcome,
+    control, declared, decides (the one test that decides what passes), unit, alternative, n_features, n_defined (with
+    effect), mean with 95 % interval low, high over features (Student's t), n_tested (with q), n_passed (for two-sided
+    outcomes in either direction), reversed_share (mean over features), reason ("" if mean is defined).
     """
     rows = []
     for shared, features in _groups(results, results.outcome_effects, order, "placebo"):
@@ -167,10 +155,9 @@ def outcome_summary(results: SteeringResults, order: Sequence[str], *, alpha: fl
 def baseline_summary(results: SteeringResults, order: Sequence[str]) -> pd.DataFrame:
     """Steering minus each baseline, over the features that the baselines were run for.
 
-    Returns:
-        One row per arm (in `order`), outcome and baseline: arm, outcome, baseline, declared, unit, and n_features,
-        n_defined, mean, low, high, reason as in `outcome_summary`; n_above, n_below: features where steering does more
-        or less; n_clearly_above, n_clearly_below: those whose own 95 % interval lies wholly on that side of zero.
+    One row per arm (in `order`), outcome and baseline, as in `outcome_summary`; n_above, n_below: features where
+    steering does more or less; n_clearly_above, n_clearly_below: those whose own 95 % interval lies wholly on that side
+    of zero.
     """
     rows = []
     for shared, features in _groups(results, results.baseline_effects, order, "baseline"):
@@ -191,10 +178,9 @@ def baseline_summary(results: SteeringResults, order: Sequence[str]) -> pd.DataF
 def dose_summary(response: pd.DataFrame | None, order: Sequence[str]) -> pd.DataFrame:
     """Means over features of the dose search (`saeffect.steering.dose_response` with a column arm; None for none).
 
-    Returns:
-        One row per arm (in `order`), condition ("steered", then the placebo) and dose: arm, condition, dose,
-        n_features; each of `DOSE_MEASURES` as a mean with 95 % interval `<measure>_low`, `<measure>_high` (Student's t
-        over features; geometric mean for perplexity); n_best: features whose concept × fluency is best at this dose.
+    One row per arm (in `order`), condition ("steered", then the placebo) and dose: n_features; each of `DOSE_MEASURES`
+    as a mean with 95 % interval `<measure>_low`, `<measure>_high` (Student's t over features; geometric mean for
+    perplexity); n_best: features whose concept × fluency is best at this dose.
     """
     numbers = (measure + end for measure in DOSE_MEASURES for end in ("", "_low", "_high"))
     columns = ["arm", "condition", "dose", "n_features", *numbers, "n_best"]

@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from jinja2 import DictLoader, Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from saeffect.comparison import Comparison
@@ -44,13 +44,6 @@ __all__ = [
     "write_report",
 ]
 
-_TEMPLATES = tuple(
-    f"{name}.html.j2"
-    for name in (
-        *("report", "body", "answer", "learned", "chance", "steering", "sentences", "paper", "fates", "design"),
-        *("closing", "contents", "early", "pieces", "models"),
-    )
-)
 _EARLY_FIGURES = ("learned", "where", "written", "put_back")
 _REFERENCE = re.compile(r"\[\[((?:table|figure):\w+)\]\]")
 
@@ -78,9 +71,8 @@ def write_report(
 ) -> Path:
     """Write the report of a study, atomically; ConfigError if the comparison has no answer yet.
 
-    The page holds its own styles, pictures and script, loads nothing, and can be read without scripts. The same input
-    gives the same bytes. `figures` are those of `write_figures` (None: draw them here). Without `context` the page has
-    no list of features.
+    The page loads nothing and can be read without scripts; the same input gives the same bytes. `figures` are those of
+    `write_figures` (None: draw them here). Without `context` the page has no list of features.
     """
     page = render_report(comparison, context=context, figures=figures)
     with atomic_path(path) as temporary:
@@ -114,19 +106,16 @@ def render_body(
     figures: Sequence[DrawnFigure] | None = None,
     features_at: str = "#features",
 ) -> Markup:
-    """The report's sections without head, style, script and list of features, for a page that has its own.
-
-    Arguments and errors as `write_report`; `context.max_features` bounds the features whose texts may be shown, and
-    `features_at` is where the list of features is.
+    """The report's sections without head, style, script and list of features, which is at `features_at`, for a page
+    that has its own. Arguments and errors as `write_report`.
     """
     numbers, values = _content(comparison, context or ReportContext(), figures)
     return Markup(page_environment(numbers).get_template("body.html.j2").render(**values, features_at=features_at))
 
 
 def render_early(comparison: Comparison, *, context: ReportContext) -> Markup:
-    """As `render_body`, what can be said before the comparison: how well the SAEs read, and what changed.
-
-    Of `comparison` only the arms and their roles in `table1`, and `matches`, are read; of `context` the gate and the
+    """As `render_body`, what can be said before the comparison: how well the SAEs read, and what changed. Of
+    `comparison` only the arms and their roles in `table1`, and `matches`, are read; of `context` the gate and the
     settings.
     """
     explain, tables = Explainer(terms(context)), {}
@@ -195,7 +184,7 @@ def page_environment(numbers: Numbering | None = None) -> Environment:
     """The templates, which escape every string; `numbers` are the labels of a page's tables and figures."""
     numbers = numbers or Numbering({})
     environment = Environment(
-        loader=DictLoader({name: _read(name) for name in _TEMPLATES}),
+        loader=PackageLoader("saeffect.report"),
         autoescape=True,
         finalize=_seen,
         undefined=StrictUndefined,

@@ -40,12 +40,8 @@ def write_models_page(
     plain: npt.NDArray[np.bool_],
     decode: Callable[[list[int]], str],
 ) -> Path:
-    """Write the page, atomically: one file that loads nothing.
-
-    Args:
-        tokens: The token of every id, [d_vocab].
-        plain: Bool [d_vocab], the ids that are words.
-        decode: Text of a list of ids.
+    """Write the page, atomically: one file that loads nothing. `tokens` [d_vocab] are those of all ids, `plain` bool
+    [d_vocab] says which are words, `decode` gives the text of a list of ids.
     """
     words = {
         verb: [_word(trace, tokens, int(i)) for i in more_expected(trace, plain, less=verb == "less")[:_WORDS]]

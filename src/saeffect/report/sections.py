@@ -11,8 +11,13 @@ from saeffect.comparison import Answer, CitedNumber, Comparison
 from saeffect.comparison.arms import roles_of
 from saeffect.report.context import ReportContext, SteeringResults
 from saeffect.report.tables.steering import baseline_sentences
-from saeffect.report.words.evidence import calibration_verdict, coherence_sentence, power_sentence
-from saeffect.report.words.matching import cross_summary, fate_summary
+from saeffect.report.words.evidence import (
+    calibration_verdict,
+    coherence_sentence,
+    cross_summary,
+    fate_summary,
+    power_sentence,
+)
 from saeffect.report.words.names import dose_words
 from saeffect.report.words.numbers import is_defined, joined, plural
 from saeffect.report.words.threats import SEVERITIES
@@ -33,10 +38,9 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Evidence:
-    """The sentences of each section on evidence; "" for none.
-
-    `stagewise` says why features were not followed through continued training, `gravest` are the threats quoted beside
-    the answer, `limits` says by section what cannot be concluded and why.
+    """The sentences of each section on evidence; "" for none. `stagewise` says why features were not followed through
+    continued training, `gravest` are the threats quoted beside the answer, `limits` says by section what cannot be
+    concluded and why.
     """
 
     calibration: str
@@ -58,36 +62,36 @@ def evidence(comparison: Comparison, context: ReportContext) -> Evidence:
         "Features were not followed through training: the treatment's SAE was not trained on from the control's, so "
         "their numbers do not correspond."
     )
+    fates = fate_summary(comparison.matches.fate_counts, context.alpha)
     return Evidence(
-        calibration=calibration_verdict(comparison),
+        calibration=calibration_verdict(comparison.calibration),
         power=power_sentence(comparison.power, roles_of(dict(arms)), deciding),
-        fates=fate_summary(comparison, context),
-        cross=cross_summary(comparison, context),
+        fates=fates,
+        cross=cross_summary(comparison.matches.cross_activity, context.alpha, context.domain),
         stagewise="" if len(comparison.matches.stagewise) else stagewise,
-        regression=coherence_sentence(comparison),
+        regression=coherence_sentence(comparison.regression),
         threats=threat_summary(comparison.threats),
         gravest=tuple(gravest(comparison.threats)),
-        limits=_limits(comparison),
+        limits=_limits(comparison, fates),
     )
 
 
-def _limits(comparison: Comparison) -> dict[str, str]:
+def _limits(comparison: Comparison, fates: str) -> dict[str, str]:
     limits = {"chance": "", "fates": "", "regression": ""}
     counts, calibration = comparison.matches.fate_counts, comparison.calibration
     if counts.empty:
         limits["fates"] = "Features were not matched in this study, so nothing is known about which became which."
     elif not counts["n_placebo"].notna().any():
         limits["fates"] = (
-            f"No feature can be called kept, moved, gone or new: {counts['reason'].iloc[0]}. The similarity of each "
-            "feature to its nearest is in comparison/fates_control.parquet."
+            f"{fates} The similarity of each feature to its nearest is in comparison/fates_control.parquet."
         )
     # Whether any declared test (any at all, if none is declared) could be tried where there is nothing to find.
     declared = calibration[calibration["declared"].astype(bool)] if len(calibration) else calibration
     shown = declared if len(declared) else calibration
     if shown.empty or not (shown["tests"] > 0).any():
-        limits["chance"] = calibration_verdict(comparison)
+        limits["chance"] = calibration_verdict(calibration)
     if comparison.regression.empty or not comparison.regression["estimate"].notna().any():
-        limits["regression"] = coherence_sentence(comparison)
+        limits["regression"] = coherence_sentence(comparison.regression)
     return limits
 
 

@@ -105,9 +105,8 @@ def chips(tokens: Sequence[str], weights: Sequence[float], matched: Collection[s
 def context_runs(
     tokens: Sequence[str], activations: Sequence[float], position: int, *, peak: float | None = None
 ) -> tuple[Run, ...]:
-    """A context around its strongest token (at `position`); neighbours with zero activation are merged.
-
-    `peak` is the activation of the strongest mark, the context's own by default.
+    """A context around its strongest token (at `position`); neighbours with zero activation are merged. `peak` is the
+    activation of the strongest mark, the context's own by default.
 
     Example:
         >>> [run.level for run in context_runs([" a", " b", " c", " d"], [0, 0, 4.0, 1.0], 2)]
@@ -163,10 +162,8 @@ def _shortened(text: str, limit: int) -> str:
 def representative_trials(
     table: pd.DataFrame | None, prompts: Sequence[str], top_tokens: Sequence[str]
 ) -> tuple[Trial, ...]:
-    """The typical (median), best and worst pair of one feature, by steered minus placebo similarity.
-
-    `table` holds the feature's rows of the interventions; of several doses, the one with most rows is used. Column
-    `prompt` is an index into `prompts`. Whole words of `top_tokens` are marked in the texts.
+    """The typical (median), best and worst pair of one feature, by steered minus placebo similarity, from its rows of
+    the interventions; of several doses, the one with most rows is used. Whole words of `top_tokens` are marked.
     """
     if table is None or not (table["condition"] == "steered").any():
         return ()

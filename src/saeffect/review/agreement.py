@@ -23,15 +23,11 @@ Feature = tuple[str, int]
 def agreement(verdicts: pd.DataFrame, *, n_boot: int = 2000, seed: int = 0) -> pd.DataFrame:
     """Agreement of the raters on the candidates: yes, no and unsure are three labels.
 
-    Args:
-        verdicts: One row a verdict: arm, feature, rater, verdict; of candidates, without adjudications. Those that were
-            not given blind (column `blind`, if it is there) are left out.
-
-    Returns:
-        First over all raters, then for each pair (for up to ten raters): measure ("percentage", "Fleiss' kappa",
-        "alpha" (Krippendorff's), for pairs "percentage" and "Cohen's kappa"), a, b (raters; "" for all), n_raters,
-        value, low, high (95 %, resampling features), n (features that count), reason where a number is undefined.
-        No rows for fewer than two raters.
+    `verdicts` has arm, feature, rater, verdict, without adjudications; those not given blind (column `blind`, if it is
+    there) are left out. First over all raters, then for each pair (for up to ten raters): measure ("percentage",
+    "Fleiss' kappa", "alpha" (Krippendorff's), for pairs "percentage" and "Cohen's kappa"), a, b (raters; "" for all),
+    n_raters, value, low, high (95 %, resampling features), n (features that count), reason. No rows for fewer than two
+    raters.
     """
     table = _by_rater(verdicts[_blind(verdicts)])
     n_raters = table.shape[1]
@@ -50,17 +46,13 @@ def agreement(verdicts: pd.DataFrame, *, n_boot: int = 2000, seed: int = 0) -> p
 
 
 def rater_summary(verdicts: pd.DataFrame, candidates: Collection[Feature]) -> pd.DataFrame:
-    """What each rater said, and how often to a decoy.
+    """What each rater said, and how often to a decoy: features that are no `candidates` (arm, number), and shuffled
+    ones.
 
-    Args:
-        verdicts: As in `agreement`, with decoys and a column kind ("feature" or "shuffled").
-        candidates: Arm and number of the features that the vocabulary picks; other features are decoys.
-
-    Returns:
-        One row a rater, by name: rater; judged (candidates), n_yes, n_no, n_unsure, n_not_blind (seen what others
-        said); and for each kind of decoy, `other`
-        and `shuffled`: <kind>_judged, <kind>_yes, <kind>_rate (share of yes) with its 95 % interval (Wilson's)
-        <kind>_low, <kind>_high; NaN without a decoy judged.
+    `verdicts` as in `agreement`, with decoys and a column kind. One row a rater, by name: rater; judged (candidates),
+    n_yes, n_no, n_unsure, n_not_blind (seen what others said); and for each kind of decoy, `other` and `shuffled`:
+    <kind>_judged, <kind>_yes, <kind>_rate (share of yes) with its 95 % interval (Wilson's) <kind>_low, <kind>_high; NaN
+    without a decoy judged.
     """
     chosen = set(candidates)
     kinds = np.array(
@@ -91,13 +83,8 @@ def rater_summary(verdicts: pd.DataFrame, candidates: Collection[Feature]) -> pd
 def disagreements(verdicts: pd.DataFrame, adjudications: pd.DataFrame) -> pd.DataFrame:
     """Features on which somebody has to decide: some say yes and some no, or all are unsure.
 
-    Args:
-        verdicts: As in `agreement`.
-        adjudications: arm, feature, verdict of the decisions that stand.
-
-    Returns:
-        One row a feature, ties first, then by arm and number: arm, feature, n_yes, n_no, n_unsure, decided (yes, no,
-        unsure, or "" for open).
+    One row a feature, ties first, then by arm and number: arm, feature, n_yes, n_no, n_unsure, decided (yes, no,
+    unsure, or "" for open, from the `adjudications` that stand: arm, feature, verdict).
     """
     counts = verdicts.groupby(["arm", "feature"])["verdict"].value_counts().unstack(fill_value=0)
     counts = counts.reindex(columns=list(VERDICTS), fill_value=0)

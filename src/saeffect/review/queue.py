@@ -30,13 +30,9 @@ Decoy = Literal["", "other", "shuffled"]
 
 @dataclass(frozen=True)
 class Item:
-    """One screen. What a rater may see of it: `tokens`, and the contexts that `contexts` names.
-
-    Attributes:
-        kind: "feature" or "shuffled".
-        seen: `fingerprint_tokens` of the tokens.
-        decoy: "" for a candidate, "other" for a feature without words of the vocabulary, or "shuffled".
-        contexts: Arm, feature and rank of each context to show.
+    """One screen: a rater may see `tokens`, and the contexts (arm, feature, rank) to show. `seen` is the
+    `fingerprint_tokens`; `decoy` is "" for a candidate, "other" for a feature without words of the vocabulary, or
+    "shuffled".
     """
 
     kind: Literal["feature", "shuffled"]
@@ -106,13 +102,8 @@ class Queue:
 
 
 def make_queue(arms: Mapping[str, pd.DataFrame], *, decoys: float = DECOYS, seed: int = 0) -> Queue:
-    """The queue of a run.
-
-    Args:
-        arms: By arm, one row a feature: feature, top_tokens, n_active, in_vocabulary, matches (as in features.parquet
-            and selection.parquet).
-        decoys: Decoys of each kind per candidate; at least four if there are any, at most what the arms have.
-        seed: Draws the decoys, which are the same for all raters.
+    """The queue of a run, from one row a feature of each arm: feature, top_tokens, n_active, in_vocabulary, matches.
+    Decoys of each kind per candidate, at least four if there are any, are drawn by `seed`, the same for all raters.
     """
     candidates = [
         _feature_item(arm, row, "") for arm, table in arms.items() for row in _rows(table[table["in_vocabulary"]])

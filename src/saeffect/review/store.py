@@ -57,8 +57,8 @@ class Given:
 
     Attributes:
         kind: "feature", or "shuffled" for a decoy that is no feature (`feature` then numbers the decoys).
-        seen: What identifies the tokens that were judged (`saeffect.review.queue.fingerprint_tokens`), so that a
-            verdict never passes to another feature with the same number.
+        seen: `saeffect.review.queue.fingerprint_tokens`, so that a verdict never passes to another feature of this
+            number.
         role: "rater", or "adjudicator" for what decides where raters differ.
         request: The browser's name of this act, so that sending it again adds nothing; "" for none.
         source: "app", `NOT_BLIND`, or the file that it was imported from.
@@ -164,10 +164,8 @@ class VerdictStore:
         return bool(self._read(query, [_folded(rater)]))
 
     def history(self) -> pd.DataFrame:
-        """Everything that was ever said, in order: one row a verdict.
-
-        Columns: id, given (UTC, ISO 8601), rater, role, kind, arm, feature, seen, verdict, label, note, source, and
-        undone (when it was taken back, "" if it stands).
+        """Everything that was ever said, in order, one row a verdict: `_COLUMNS`, with `given` in UTC (ISO 8601) and
+        `undone`, when it was taken back, "" if it stands.
         """
         table = pd.DataFrame(self._read(_ROWS), columns=list(_COLUMNS))
         return table.astype({"id": "int64", "feature": "int64"}).fillna({"undone": ""})

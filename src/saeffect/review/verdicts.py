@@ -32,20 +32,13 @@ _WHOLE_NUMBER = re.compile(r"[0-9]{1,19}")
 def read_verdicts(path: Path | str, *, arms: Collection[str] | None = None) -> pd.DataFrame:
     """Read verdicts from a UTF-8 CSV file; `label` and `note` stay text, whatever a spreadsheet would make of them.
 
-    Args:
-        path: Comma-separated, such as `write_verdicts` makes; the first line names the columns feature, arm, rater,
-            verdict, label and note in any order. Verdicts are yes, no or unsure, in any case.
-        arms: Valid arms; None for any.
+    The first line names the columns feature, arm, rater, verdict, label and note in any order. Verdicts are yes, no or
+    unsure, in any case; `arms` are the valid ones (None for any). One row per verdict, in the file's order: feature
+    (int64), arm, rater, verdict (lower case), label, note (stripped str, "" if empty).
 
-    Returns:
-        One row per verdict, in the file's order: feature (int64), arm, rater, verdict (lower case), label, note
-        (stripped str, "" if empty).
-
-    Raises:
-        NotFound: There is no such file.
-        BadFile: Not UTF-8, not CSV, a column missing or too many, a row of another length, no rows.
-        ConfigError: A feature that is no whole number, an empty arm or rater, or a repeated feature, arm and rater.
-        UnknownName: An invalid verdict or arm; the message gives the line, as do those of `BadFile` and `ConfigError`.
+    Raises, with the line: NotFound: no such file. BadFile: not UTF-8, not CSV, a column missing or too many, a row of
+    another length, no rows. ConfigError: a feature that is no whole number, an empty arm or rater, or a repeated
+    feature, arm and rater. UnknownName: an invalid verdict or arm.
     """
     text = decode_utf8(read_bytes(path, "verdicts"), at=str(path))
     seen: dict[tuple[int, str, str], int] = {}
@@ -87,10 +80,9 @@ def _is_formula(text: str) -> bool:
 def summarise_verdicts(verdicts: pd.DataFrame, arm: str) -> pd.DataFrame:
     """Sum up the verdicts on one arm, as read by `read_verdicts`; no verdicts give no rows.
 
-    Returns:
-        One row per reviewed feature, by number: feature, n_yes, n_no, n_unsure (int64); label (str), the commonest
-        among yes verdicts, case aside, the earliest on a tie, "" for none; majority (bool), more yes than no. Where
-        somebody has adjudicated, the last such verdict alone makes majority, and its label, if any, goes first.
+    One row per reviewed feature, by number: feature, n_yes, n_no, n_unsure (int64); label (str), the commonest among
+    yes verdicts, case aside, "" for none; majority (bool), more yes than no. Where somebody has adjudicated, the last
+    such verdict alone makes majority, and its label, if any, goes first.
 
     Example:
         >>> rows = [(7, "control", "ann", "yes", "cancer", ""), (7, "control", "ben", "unsure", "", "half")]

@@ -3,46 +3,33 @@ thumb: 0.8 is reliable, 0.667 the least for a tentative conclusion."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy.special import ndtri
 
-from saeffect.errors import ShapeMismatch, Undefined, unknown_name
-from saeffect.stats.arguments import FloatArray, Seed, check_level, check_resamples, generator
+from saeffect.errors import ShapeMismatch
+from saeffect.stats.arguments import LEVEL, FloatArray, Seed, check_resamples, generator
 from saeffect.stats.estimate import Estimate, undefined
 
 __all__ = ["cohens_kappa", "fleiss_kappa", "krippendorff_alpha", "percent_agreement"]
 
-_METRICS = ("nominal", "ordinal", "interval")
-
 
 def cohens_kappa(
-    a: Sequence[Any] | pd.Series,
-    b: Sequence[Any] | pd.Series,
-    *,
-    n_boot: int = 0,
-    level: float = 0.95,
-    seed: Seed = 0,
+    a: Sequence[Any] | pd.Series, b: Sequence[Any] | pd.Series, *, n_boot: int = 2000, seed: Seed = 0
 ) -> Estimate:
-    """How far two raters agree beyond chance: Cohen's kappa, with n the number of items.
+    """How far two raters agree beyond chance on n items, labelled in the same order: Cohen's kappa.
 
-    `a` and `b` are the labels (anything hashable) of the same n items in the same order. NaN for no items, missing
-    labels, or when both raters gave one and the same label throughout. No interval when they agree on everything.
-    The interval is of the formula, or for `n_boot` > 0 of as many resamples of whole items.
-    Source: Cohen (1960); standard error of Fleiss, Cohen & Everitt (1969), through statsmodels.
+    NaN for no items, missing labels, or when both raters gave one and the same label throughout. The interval resamples
+    whole items. Source: Cohen (1960), A coefficient of agreement for nominal scales.
 
     Example:
         >>> cohens_kappa(["yes", "yes", "no", "no"], ["yes", "no", "no", "no"]).value
         0.5
     """
-    from statsmodels.stats.inter_rater import cohens_kappa as kappa  # takes a second, and few commands need it
-
-    check_level(level)
+    check_resamples(n_boot)
     labels, n = [*a, *b], len(a)
     if len(b) != n:
         raise ShapeMismatch(f"the raters must judge the same items, got {n} and {len(b)} labels.", at="b")
@@ -54,31 +41,20 @@ def cohens_kappa(
         return undefined(f"{n_missing} of {n} items lack a label of one rater or both", n)
     if len(categories) == 1:
         return undefined(f"both raters gave every item the label {categories[0]!r}, which chance explains", n)
-    table = np.zeros((len(categories), len(categories)))
-    np.add.at(table, (codes[:n], codes[n:]), 1)
-    if n_boot:
-        check_resamples(n_boot, level)
-        pairs = np.zeros((n, *table.shape))
-        pairs[np.arange(n), codes[:n], codes[n:]] = 1
-        return _resampled(lambda times: _kappa(np.tensordot(times, pairs, 1)), n, n_boot, level, seed)
-    if np.trace(table) == n:  # exactly 1, where the arithmetic may miss by a last digit
-        return undefined("the raters agree on everything, so the standard error is zero", n, 1.0)
-    with warnings.catch_warnings():
-        # statsmodels also makes a z-value, unused here, that divides by zero when one rater never varies.
-        warnings.simplefilter("ignore", RuntimeWarning)
-        found = kappa(table)
-    value, error = float(found.kappa), float(found.std_kappa)
-    if not error > 0:
-        return undefined("the standard error is zero for these labels", n, value)
-    half = float(ndtri((1 + level) / 2)) * error
-    return Estimate(value, max(-1.0, value - half), min(1.0, value + half), n)
+    said_a, said_b = np.split(np.eye(len(categories))[codes], 2)  # [n, n_labels] each, 1 at the label
+    same = (said_a * said_b).sum(axis=1)
+
+    def kappa(times: FloatArray) -> FloatArray:
+        chance = ((times @ said_a) * (times @ said_b)).sum(axis=1) / n**2
+        return _beyond_chance(times @ same / n, chance)
+
+    return _resampled(kappa, n, n_boot, seed)
 
 
 def percent_agreement(
     ratings: pd.DataFrame | npt.NDArray[Any] | Sequence[Sequence[Any]],
     *,
     n_boot: int = 2000,
-    level: float = 0.95,
     seed: Seed = 0,
 ) -> Estimate:
     """The share of pairs of raters, 0 to 1, that gave an item the same label, averaged over items; chance included.
@@ -89,20 +65,19 @@ def percent_agreement(
         >>> percent_agreement([["yes", "yes"], ["no", "no"], ["yes", "no"], ["no", "no"]]).value
         0.75
     """
-    check_resamples(n_boot, level)
+    check_resamples(n_boot)
     counts, _ = _label_counts(ratings)
     counts = counts[counts.sum(axis=1) >= 2]
     if not len(counts):
         return undefined("no item has two ratings")
     shares = _same_pairs(counts)
-    return _resampled(lambda times: times @ shares / len(shares), len(shares), n_boot, level, seed)
+    return _resampled(lambda times: times @ shares / len(shares), len(shares), n_boot, seed)
 
 
 def fleiss_kappa(
     ratings: pd.DataFrame | npt.NDArray[Any] | Sequence[Sequence[Any]],
     *,
     n_boot: int = 2000,
-    level: float = 0.95,
     seed: Seed = 0,
 ) -> Estimate:
     """How far several raters agree beyond chance, on the n items that all of them judged: Fleiss' kappa.
@@ -114,7 +89,7 @@ def fleiss_kappa(
         >>> round(fleiss_kappa([["yes", "yes"], ["no", "no"], ["yes", "no"], ["no", "no"]]).value, 4)
         0.4667
     """
-    check_resamples(n_boot, level)
+    check_resamples(n_boot)
     counts, labels = _label_counts(ratings)
     raters = int(np.shape(ratings)[1])
     counts = counts[counts.sum(axis=1) == raters]
@@ -129,55 +104,44 @@ def fleiss_kappa(
         chance = ((times @ counts / (n * raters)) ** 2).sum(axis=1)
         return _beyond_chance(times @ same / n, chance)
 
-    return _resampled(kappa, n, n_boot, level, seed)
+    return _resampled(kappa, n, n_boot, seed)
 
 
 def krippendorff_alpha(
     ratings: pd.DataFrame | npt.NDArray[Any] | Sequence[Sequence[Any]],
     *,
-    metric: str = "nominal",
     n_boot: int = 2000,
-    level: float = 0.95,
     seed: Seed = 0,
 ) -> Estimate:
-    """How far any number of raters agree beyond chance, also when not everybody judged everything.
+    """How far any number of raters agree beyond chance, also when not everybody judged everything: alpha, at most 1.
 
-    Returns alpha, at most 1, with n the items that at least two raters judged. NaN when there are none or only one
-    label occurs. The interval resamples whole items; there is none where that gives none.
-    Source: Krippendorff (2011), Computing Krippendorff's alpha-reliability.
-
-    Args:
-        ratings: One row an item, one column a rater; None or NaN where a rater did not judge the item.
-        metric: What counts as disagreement. "nominal": any two different labels, alike; "ordinal": more, the more ranks
-            lie between; "interval": the squared difference. The last two need numbers.
+    `ratings` have one row an item, one column a rater; None or NaN where a rater did not judge the item. Any two
+    different labels disagree alike. n: items that at least two raters judged. NaN when there are none or only one label
+    occurs. The interval resamples whole items. Source: Krippendorff (2011), Computing Krippendorff's alpha-reliability.
 
     Example:
-        >>> krippendorff_alpha([["yes", "yes"], ["no", "no"], ["yes", "no"], ["no", "no"]]).value
-        0.5333333333333333
+        >>> round(krippendorff_alpha([["yes", "yes"], ["no", "no"], ["yes", "no"], ["no", "no"]]).value, 4)
+        0.5333
     """
-    if metric not in _METRICS:
-        raise unknown_name("metric", metric, _METRICS, at="metric")
-    check_resamples(n_boot, level)
-    counts, labels = _label_counts(ratings)
-    try:
-        scale = np.array([float(i if metric == "nominal" else label) for i, label in enumerate(labels)])
-    except (TypeError, ValueError) as error:
-        raise Undefined(f"metric {metric!r} needs labels that are numbers: {error}.", at="ratings") from error
-    order = np.argsort(scale, kind="stable")
-    counts, scale = counts[:, order], scale[order]
+    check_resamples(n_boot)
+    counts, _ = _label_counts(ratings)
     counts = counts[counts.sum(axis=1) >= 2]
-    n = len(counts)
-    if n == 0:
+    if not len(counts):
         return undefined("no item has two ratings")
     if (counts.sum(axis=0) > 0).sum() == 1:
-        return undefined("only one label occurs, which chance explains", n)
-    pairs = _coincidences(counts)
-    return _resampled(lambda times: _alpha(times, pairs, metric, scale), n, n_boot, level, seed)
+        return undefined("only one label occurs, which chance explains", len(counts))
+    judged = counts.sum(axis=1)
+    same = judged * _same_pairs(counts)
+
+    def alpha(times: FloatArray) -> FloatArray:
+        of_label, n = times @ counts, times @ judged
+        chance = (of_label * (of_label - 1)).sum(axis=1) / (n * (n - 1))
+        return _beyond_chance(times @ same / n, chance)
+
+    return _resampled(alpha, len(counts), n_boot, seed)
 
 
-def _resampled(
-    statistic: Callable[[FloatArray], FloatArray], n: int, n_boot: int, level: float, seed: Seed
-) -> Estimate:
+def _resampled(statistic: Callable[[FloatArray], FloatArray], n: int, n_boot: int, seed: Seed) -> Estimate:
     """A statistic of n items, and its interval over resamples of items: `statistic` gets how often each is taken."""
     value = float(statistic(np.ones((1, n)))[0])
     if n == 1:
@@ -192,7 +156,7 @@ def _resampled(
         return undefined(reason, n, value)
     if np.ptp(replicates) < 1e-12:
         return undefined("the items are all alike, so resampling shows no spread", n, value)
-    low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(replicates, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(value, float(low), float(high), n)
 
 
@@ -201,13 +165,6 @@ def _same_pairs(counts: FloatArray) -> FloatArray:
     judged = counts.sum(axis=1)
     result: FloatArray = (counts * (counts - 1)).sum(axis=1) / (judged * (judged - 1))
     return result
-
-
-def _kappa(tables: FloatArray) -> FloatArray:
-    """Cohen's kappa of tables of two raters' labels, [n_tables, n_labels, n_labels]."""
-    shares = tables / tables.sum(axis=(1, 2), keepdims=True)
-    chance = (shares.sum(axis=1) * shares.sum(axis=2)).sum(axis=1)
-    return _beyond_chance(np.trace(shares, axis1=1, axis2=2), chance)
 
 
 def _beyond_chance(agreed: FloatArray, chance: FloatArray) -> FloatArray:
@@ -229,30 +186,3 @@ def _label_counts(ratings: Any) -> tuple[FloatArray, list[Any]]:
     counts = np.zeros((table.shape[0], len(labels)))
     np.add.at(counts, (items[codes >= 0], codes[codes >= 0]), 1)
     return counts, list(labels)
-
-
-def _coincidences(counts: FloatArray) -> FloatArray:
-    """Each item's share of the coincidence matrix, [n_items, n_labels, n_labels]."""
-    ordered_pairs = counts[:, :, None] * counts[:, None, :]
-    label = np.arange(counts.shape[1])
-    ordered_pairs[:, label, label] -= counts  # a rating is no pair with itself
-    result: FloatArray = ordered_pairs / (counts.sum(axis=1) - 1)[:, None, None]
-    return result
-
-
-def _alpha(times: FloatArray, pairs: FloatArray, metric: str, scale: FloatArray) -> FloatArray:
-    """Alpha when item u is taken times[r, u] times: shape [n_resamples], NaN where only one label occurs."""
-    n_items, n_labels, _ = pairs.shape
-    observed = (times @ pairs.reshape(n_items, -1)).reshape(-1, n_labels, n_labels)
-    label_counts = observed.sum(axis=2)
-    if metric == "nominal":
-        distance = 1 - np.eye(n_labels)
-    else:
-        # The ordinal distance counts the ratings between two labels: it is the distance of their mid-ranks.
-        place = np.cumsum(label_counts, axis=1) - label_counts / 2 if metric == "ordinal" else scale[None, :]
-        distance = (place[:, :, None] - place[:, None, :]) ** 2
-    disagreement = (observed * distance).sum(axis=(1, 2))
-    by_chance = (label_counts[:, :, None] * label_counts[:, None, :] * distance).sum(axis=(1, 2))
-    by_chance /= label_counts.sum(axis=1) - 1
-    ratio = np.divide(disagreement, by_chance, out=np.full(len(times), np.nan), where=by_chance > 0)
-    return np.asarray(1 - ratio)

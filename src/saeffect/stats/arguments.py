@@ -3,7 +3,6 @@ them) give NaN, with the reason from `fault`."""
 
 from __future__ import annotations
 
-import math
 import zlib
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -15,11 +14,11 @@ from saeffect.errors import ConfigError, ShapeMismatch, Undefined
 
 __all__ = [
     "LEVEL",
+    "BoolArray",
     "FloatArray",
     "IntArray",
     "Resampling",
     "Seed",
-    "check_level",
     "check_resamples",
     "fault",
     "generator",
@@ -27,11 +26,13 @@ __all__ = [
 ]
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
+BoolArray: TypeAlias = npt.NDArray[np.bool_]
 IntArray: TypeAlias = npt.NDArray[np.int64]
 Seed: TypeAlias = int | np.random.Generator
 
 LEVEL = 0.95
-"""Confidence of every interval that a study reports."""
+"""Confidence of every interval."""
+_FEWEST = 40  # resamples, 2 / (1 - LEVEL)
 
 
 @dataclass(frozen=True)
@@ -105,20 +106,11 @@ def generator(seed: Seed) -> np.random.Generator:
     return np.random.default_rng(int(seed))
 
 
-def check_level(level: float) -> None:
-    """Refuse a confidence level that is not strictly between 0 and 1."""
-    if not 0.0 < level < 1.0:
-        raise ConfigError(f"level must lie between 0 and 1, got {level!r}.", at="level", fix="write 0.95 for 95 %.")
-
-
-def check_resamples(n_boot: int, level: float) -> None:
-    """Refuse so few resamples that not one is expected beyond each end of the interval."""
-    check_level(level)
-    # Rounded first: 2 / (1 - 0.95) is 39.99999999999996 or 40.00000000000004, depending on rounding.
-    fewest = math.ceil(round(2 / (1 - level), 6))
-    if isinstance(n_boot, bool) or not isinstance(n_boot, int | np.integer) or n_boot < fewest:
+def check_resamples(n_boot: int) -> None:
+    """Refuse so few resamples that not one is expected beyond each end of a 95 % interval."""
+    if isinstance(n_boot, bool) or not isinstance(n_boot, int | np.integer) or n_boot < _FEWEST:
         raise ConfigError(
-            f"n_boot must be an integer of at least {fewest} for a {level:.4g} interval, got {n_boot!r}.",
+            f"n_boot must be an integer of at least {_FEWEST} for a 95 % interval, got {n_boot!r}.",
             at="n_boot",
             fix="2000 is usual.",
         )

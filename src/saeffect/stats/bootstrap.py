@@ -12,7 +12,7 @@ import pandas as pd
 from scipy.special import ndtr, ndtri, stdtrit
 
 from saeffect.errors import ShapeMismatch, unknown_name
-from saeffect.stats.arguments import FloatArray, Seed, check_resamples, fault, generator, sample
+from saeffect.stats.arguments import LEVEL, FloatArray, Seed, check_resamples, fault, generator, sample
 from saeffect.stats.estimate import Estimate, undefined
 
 __all__ = [
@@ -31,15 +31,13 @@ Average: TypeAlias = Literal["mean", "median"]
 _BLOCK = 2_000_000
 
 
-def bootstrap(
-    values: npt.ArrayLike, statistic: Average = "mean", *, n_boot: int = 2000, level: float = 0.95, seed: Seed = 0
-) -> Estimate:
+def bootstrap(values: npt.ArrayLike, statistic: Average = "mean", *, n_boot: int = 2000, seed: Seed = 0) -> Estimate:
     """The mean or median of independent draws [n], with a bias-corrected and accelerated (BCa) interval.
 
     Where BCa is undefined (every resample on one side of the estimate, or leaving out any value changes nothing) the
-    interval is the plain percentile one. From fewer than about ten values it is too narrow, as with every bootstrap. n
-    is the number of values. All NaN for no values or NaN among them; no interval for one value or equal values.
-    Source: Efron (1987), Better bootstrap confidence intervals; acceleration by the jackknife.
+    interval is the plain percentile one. From fewer than about ten values it is too narrow. All NaN for no values or
+    NaN among them; no interval for one value or equal values. Source: Efron (1987), Better bootstrap confidence
+    intervals.
 
     Example:
         >>> bootstrap([1, 2, 3, 4, 10]).value
@@ -49,7 +47,7 @@ def bootstrap(
     """
     data, n = sample(values), np.size(values)
     check_average(statistic)
-    check_resamples(n_boot, level)
+    check_resamples(n_boot)
     rng = generator(seed)
     if reason := fault(data):
         return undefined(reason, n)
@@ -57,18 +55,15 @@ def bootstrap(
     if reason := _no_spread(data, "values"):
         return undefined(reason, n, value)
     replicates = _replicates(data, statistic, n_boot, rng)
-    low, high = np.quantile(replicates, _bca_shares(value, replicates, _leave_one_out(data, statistic), level))
+    low, high = np.quantile(replicates, _bca_shares(value, replicates, _leave_one_out(data, statistic)))
     return Estimate(value, float(low), float(high), n)
 
 
-def bootstrap_means(
-    rows: npt.ArrayLike, *, n_boot: int = 2000, level: float = 0.95, seed: Seed = 0
-) -> tuple[FloatArray, FloatArray]:
+def bootstrap_means(rows: npt.ArrayLike, *, n_boot: int = 2000, seed: Seed = 0) -> tuple[FloatArray, FloatArray]:
     """Expanded percentile intervals of the mean of every row of [n_rows, n], independent draws along a row.
 
-    All rows are resampled alike, so a row's interval does not depend on the other rows. For normal data a 95 % interval
-    from six values covers 93 %, from twelve 95. Returns low and high ends, float64 [n_rows]: NaN for fewer than two
-    values a row, for rows with NaN or infinity, and for rows of equal values.
+    All rows are resampled alike, so a row's interval does not depend on the other rows. Returns low and high ends,
+    float64 [n_rows]: NaN for fewer than two values a row, for rows with NaN or infinity, and for rows of equal values.
     Source: Hesterberg (2015), What Teachers Should Know About the Bootstrap.
 
     Example:
@@ -77,7 +72,7 @@ def bootstrap_means(
         (True, True)
     """
     data = sample(rows, "rows", ndim=2)
-    check_resamples(n_boot, level)
+    check_resamples(n_boot)
     rng = generator(seed)
     n_rows, n = data.shape
     low, high = np.full(n_rows, math.nan), np.full(n_rows, math.nan)
@@ -86,7 +81,7 @@ def bootstrap_means(
     known = np.isfinite(data).all(axis=1) & (data.max(axis=1) > data.min(axis=1))
     # A mean needs only how often each value is drawn.
     weights = rng.multinomial(n, np.full(n, 1 / n), size=n_boot) / n
-    ends = expanded_shares(level, n)
+    ends = expanded_shares(n)
     for i in np.flatnonzero(known):
         low[i], high[i] = np.quantile(weights @ data[i], ends)
     return low, high
@@ -98,15 +93,12 @@ def bootstrap_difference(
     statistic: Average = "mean",
     *,
     n_boot: int = 2000,
-    level: float = 0.95,
     seed: Seed = 0,
 ) -> Estimate:
-    """How much larger the mean or median is in `b` than in `a`, with the sampling error of both.
+    """How much larger the mean or median is in `b` [n_b] than in `a` [n_a], each resampled on its own.
 
-    The samples, [n_a] and [n_b], are independent (for pairs, bootstrap their differences), and each is resampled on its
-    own. The interval is the expanded percentile one, as wide as Student's for normal data. n = n_a + n_b. All NaN when
-    a sample is empty or holds NaN; no interval when a sample has one value, or neither varies.
-    Source: Hesterberg (2015), What Teachers Should Know About the Bootstrap.
+    The interval is the expanded percentile one, as wide as Student's for normal data (Hesterberg 2015). n = n_a + n_b.
+    All NaN when a sample is empty or holds NaN; no interval when a sample has one value, or neither varies.
 
     Example:
         >>> bootstrap_difference([1, 2, 3], [4, 5, 9]).value
@@ -114,7 +106,7 @@ def bootstrap_difference(
     """
     data_a, data_b = sample(a, "a"), sample(b, "b")
     check_average(statistic)
-    check_resamples(n_boot, level)
+    check_resamples(n_boot)
     rng = generator(seed)
     n = len(data_a) + len(data_b)
     if reason := fault(data_a, "a") or fault(data_b, "b"):
@@ -126,7 +118,7 @@ def bootstrap_difference(
     if np.ptp(data_a) == 0 and np.ptp(data_b) == 0:
         return undefined("neither a nor b varies, so resampling shows no spread", n, value)
     replicates = _replicates(data_b, statistic, n_boot, rng) - _replicates(data_a, statistic, n_boot, rng)
-    low, high = np.quantile(replicates, expanded_shares(level, min(len(data_a), len(data_b))))
+    low, high = np.quantile(replicates, expanded_shares(min(len(data_a), len(data_b))))
     return Estimate(value, float(low), float(high), n)
 
 
@@ -135,16 +127,14 @@ def cluster_bootstrap(
     clusters: Sequence[Any] | npt.NDArray[Any] | pd.Series,
     *,
     n_boot: int = 2000,
-    level: float = 0.95,
     seed: Seed = 0,
 ) -> Estimate:
-    """The mean of values that come in clusters (the samples of a prompt, the features of an SAE).
+    """The mean of values that come in clusters (the samples of a prompt, the features of an SAE), labelled by
+    `clusters`.
 
-    `clusters` holds the label (anything hashable) of each value's cluster. Whole clusters are resampled, since the
-    values of one resemble each other. The expanded percentile interval is too narrow for fewer than about ten clusters.
-    n is the number of clusters. All NaN for no values, NaN among them or missing labels; no interval for one cluster or
-    equal values.
-    Source: Field & Welsh (2007), Bootstrapping clustered data.
+    Whole clusters are resampled, since the values of one resemble each other (Field & Welsh 2007). The expanded
+    percentile interval is too narrow for fewer than about ten. n is the number of clusters. All NaN for no values, NaN
+    among them or missing labels; no interval for one cluster or equal values.
 
     Example:
         >>> cluster_bootstrap([1, 1, 5, 5], ["x", "x", "y", "y"]).value
@@ -155,7 +145,7 @@ def cluster_bootstrap(
     data, labels = sample(values), list(clusters)
     if len(labels) != len(data):
         raise ShapeMismatch(f"{len(data)} values but {len(labels)} cluster labels.", at="clusters")
-    check_resamples(n_boot, level)
+    check_resamples(n_boot)
     rng = generator(seed)
     codes, names = pd.factorize(pd.Series(labels, dtype=object))
     n, n_missing = len(names), int((codes < 0).sum())
@@ -170,17 +160,16 @@ def cluster_bootstrap(
     for block in _blocks(replicates, n):
         picks = rng.integers(0, n, size=(len(block), n))
         block[:] = sums[picks].sum(axis=1) / sizes[picks].sum(axis=1)
-    low, high = np.quantile(replicates, expanded_shares(level, n))
+    low, high = np.quantile(replicates, expanded_shares(n))
     return Estimate(value, float(low), float(high), n)
 
 
-def expanded_shares(level: float, n_drawn: int) -> list[float]:
-    """The shares of replicates below either end: percentiles a little outside the nominal ones.
-
-    Resamples of n units spread too little by (n - 1) / n, and normal quantiles are too near for few units. `n_drawn`
-    counts the units resampled (of the smaller sample), at least 2.
+def expanded_shares(n_drawn: int) -> list[float]:
+    """The shares of replicates below either end: percentiles a little outside the nominal ones, since resamples of n
+    units spread too little by (n - 1) / n, and normal quantiles are too near for few. `n_drawn` units (of the smaller
+    sample), at least 2.
     """
-    reach = float(stdtrit(n_drawn - 1, (1 + level) / 2)) * math.sqrt(n_drawn / (n_drawn - 1))
+    reach = float(stdtrit(n_drawn - 1, (1 + LEVEL) / 2)) * math.sqrt(n_drawn / (n_drawn - 1))
     upper = float(ndtr(reach))
     return [1 - upper, upper]
 
@@ -224,9 +213,9 @@ def _leave_one_out(data: FloatArray, statistic: Average) -> FloatArray:
     return np.asarray((ordered[lower + (lower >= gone)] + ordered[upper + (upper >= gone)]) / 2)
 
 
-def _bca_shares(value: float, replicates: FloatArray, leave_one_out: FloatArray, level: float) -> FloatArray:
+def _bca_shares(value: float, replicates: FloatArray, leave_one_out: FloatArray) -> FloatArray:
     """Which quantiles of the replicates bound the interval, shape [2]; plain ones where BCa is undefined."""
-    plain = np.array([(1 - level) / 2, (1 + level) / 2])
+    plain = np.array([(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     # Replicates equal to the estimate count half, or a statistic of few values (a median) would seem biased.
     share_below = (np.mean(replicates < value) + np.mean(replicates <= value)) / 2
     deviations = leave_one_out.mean() - leave_one_out

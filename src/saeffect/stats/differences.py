@@ -21,10 +21,9 @@ def clustered_difference(
 ) -> tuple[Estimate, Estimate]:
     """Difference b - a of the mean or the variance of clustered values, and the change 100 (b / a - 1) in %.
 
-    `a` and `b` are values [n] and the cluster of each [n]; `moment` is "mean" or "variance" (ddof 1). Expanded
-    percentile intervals from resampling whole clusters within each arm; two-sided p from permuting whole clusters
-    between the arms. For the variance both arms are first centred on their own mean, so that a difference in means
-    alone does not count. Intervals and p are NaN, with a reason, when an arm has fewer than two clusters.
+    `a` and `b` are values [n] and the cluster of each [n]; `moment` is "mean" or "variance" (ddof 1), for which both
+    are first centred. Expanded percentile intervals from resampling whole clusters; two-sided p from permuting these
+    between the arms. Both are NaN, with a reason, when an arm has fewer than two clusters.
 
     Example:
         >>> a, b = (np.array([1.0, 3.0, 2.0]), np.array([0, 0, 1])), (np.array([4.0, 2.0]), np.array([0, 1]))
@@ -52,10 +51,9 @@ def clustered_difference(
 
 
 def count_difference(a: IntArray, b: IntArray, resampling: Resampling, name: str) -> Estimate:
-    """Difference b - a of the means of small whole numbers (match counts), one a feature: int64 [n_a] and [n_b].
+    """Difference b - a of the means of small whole numbers, none negative, one a feature: int64 [n_a] and [n_b].
 
-    No count may be negative. Bootstrap and permutation are drawn from the table of counts (multinomial and multivariate
-    hypergeometric), so that 100,000 features cost no more than 100.
+    Bootstrap and permutation are drawn from the table of counts, so that 100,000 features cost no more than 100.
 
     Example:
         >>> count_difference(np.array([0, 0, 1]), np.array([2, 2, 3]), Resampling(), "x").value
@@ -78,12 +76,10 @@ def count_difference(a: IntArray, b: IntArray, resampling: Resampling, name: str
 
 
 def cliffs_delta(a: FloatArray, b: FloatArray, resampling: Resampling, name: str) -> Estimate:
-    """Cliff's delta, P(b > a) - P(b < a) for one random value of each arm.
+    """Cliff's delta, P(b > a) - P(b < a) for one random value of each arm, finite float64 [n_a] and [n_b].
 
-    1: every value of b exceeds every value of a; -1: the reverse; 0: neither tends to be larger. Values are finite,
-    float64 [n_a] and [n_b]. Expanded percentile interval, p of the Mann-Whitney test; all NaN when an arm has fewer
-    than two values.
-    Source: Cliff (1993), Dominance statistics.
+    Expanded percentile interval, p of the Mann-Whitney test; all NaN when an arm has fewer than two values. Source:
+    Cliff (1993), Dominance statistics.
 
     Example:
         >>> found = cliffs_delta(np.array([1.0, 2.0, 3.0]), np.array([2.0, 3.0, 4.0]), Resampling(), "x")
@@ -100,7 +96,7 @@ def cliffs_delta(a: FloatArray, b: FloatArray, resampling: Resampling, name: str
     rng = np.random.default_rng(resampling.seed_for(name))
     sizes = _chunks(resampling.n_boot, max(n_a, n_b))
     margins = np.concatenate([_wins(a, b, _draw(n_a, size, rng), _draw(n_b, size, rng)) for size in sizes])
-    low, high = np.quantile(margins / (n_a * n_b), expanded_shares(LEVEL, min(n_a, n_b)))
+    low, high = np.quantile(margins / (n_a * n_b), expanded_shares(min(n_a, n_b)))
     return Estimate(value, float(low), float(high), n_a + n_b, p=float(test.pvalue))
 
 
@@ -171,7 +167,7 @@ def _difference(
     value, n = values[1] - values[0], sum(sizes)
     if np.ptp(boots[0]) == 0 and np.ptp(boots[1]) == 0:
         return Estimate(value, math.nan, math.nan, n, "no spread between features in either arm", p)
-    low, high = np.quantile(boots[1] - boots[0], expanded_shares(LEVEL, min(sizes)))
+    low, high = np.quantile(boots[1] - boots[0], expanded_shares(min(sizes)))
     return Estimate(value, float(low), float(high), n, p=p)
 
 
@@ -191,7 +187,7 @@ def _percent_change(
     if reason:
         return Estimate(value, math.nan, math.nan, n, reason, p)
     changes = 100.0 * (boots[1][positive] / boots[0][positive] - 1.0)
-    low, high = np.quantile(changes, expanded_shares(LEVEL, min(sizes)))
+    low, high = np.quantile(changes, expanded_shares(min(sizes)))
     return Estimate(value, float(low), float(high), n, p=p)
 
 

@@ -12,11 +12,9 @@ __all__ = ["benjamini_hochberg", "holm"]
 
 
 def benjamini_hochberg(p: npt.ArrayLike) -> FloatArray:
-    """For each p its q: of all findings up to this q, about this share is false.
+    """For each p [n] its q: of all findings up to this q, about this share is false. NaN stays NaN and is no test.
 
-    `p` is [n], of independent (or positively dependent) tests; NaN for tests without an answer. Returns float64 [n],
-    each between its p and 1. NaN stays NaN and does not count as a test.
-    Source: Benjamini & Hochberg (1995), Controlling the false discovery rate, through statsmodels.
+    Source: Benjamini & Hochberg (1995), for independent (or positively dependent) tests, through statsmodels.
 
     Example:
         >>> benjamini_hochberg([0.01, 0.04, 0.03, float("nan")])
@@ -32,11 +30,9 @@ def benjamini_hochberg(p: npt.ArrayLike) -> FloatArray:
 
 
 def holm(p: npt.ArrayLike) -> FloatArray:
-    """For each p an adjusted one: among all findings up to 0.05, the chance of any false one is at most 5 %.
-
-    For a few declared tests, however they depend on each other. `p` is [n], NaN for tests without an answer. Returns
-    float64 [n], each between its p and 1; NaN stays NaN and does not count as a test.
-    Source: Holm (1979), A simple sequentially rejective multiple test procedure.
+    """For each p [n] an adjusted one: among all findings up to 0.05, the chance of any false one is at most 5 %,
+    however tests depend on each other. NaN stays NaN and is no test. Source: Holm (1979), A simple sequentially
+    rejective procedure.
 
     Example:
         >>> holm([0.01, 0.04, 0.02, float("nan")])

@@ -13,7 +13,7 @@ import pandas as pd
 from scipy.special import ndtr, stdtr, stdtrit
 
 from saeffect.errors import ShapeMismatch
-from saeffect.stats.arguments import FloatArray, Seed, check_level, check_resamples, fault, generator, sample
+from saeffect.stats.arguments import LEVEL, FloatArray, Seed, check_resamples, fault, generator, sample
 from saeffect.stats.estimate import Estimate, undefined
 
 __all__ = ["NestedMean", "nested_mean", "nested_mean_difference"]
@@ -58,14 +58,10 @@ class NestedMean:
 def nested_mean(values: npt.ArrayLike, levels: pd.DataFrame, *, n_boot: int = 2000, seed: Seed = 0) -> NestedMean:
     """Mean of means over nested groups, the outermost resampled whole (the hierarchical bootstrap).
 
-    Every group counts alike within the one above it, however many values it has. A group's mean already carries the
-    sampling error within the group; to resample there too would count it twice (tests/stats/test_nested.py).
-    Source: Davison & Hinkley (1997), Bootstrap Methods and their Application, section 3.8 (strategy 1).
-
-    Args:
-        levels: One column a level, outermost first (sae_seed, feature, prompt); as many rows as `values` [n]. Labels
-            need only be unique within the group above. Levels with a single group are skipped, with a remark: with one
-            SAE seed the interval leaves out the noise of SAE training.
+    `levels` has one column a level, outermost first (sae_seed, feature, prompt), and as many rows as `values` [n].
+    Every group counts alike within the one above it. A group's mean already carries the sampling error within the
+    group; to resample there too would count it twice. Levels with a single group are skipped, with a remark. Source:
+    Davison & Hinkley (1997), Bootstrap Methods and their Application, section 3.8 (strategy 1).
 
     Example:
         >>> levels = pd.DataFrame({"seed": [0, 0, 0, 1], "feature": [1, 1, 2, 1]})
@@ -77,7 +73,7 @@ def nested_mean(values: npt.ArrayLike, levels: pd.DataFrame, *, n_boot: int = 20
         raise ShapeMismatch(
             f"{len(data)} values but {len(levels)} rows of {len(levels.columns)} level(s).", at="levels"
         )
-    check_resamples(n_boot, 0.95)
+    check_resamples(n_boot)
     rng = generator(seed)
     missing = [str(name) for name in levels.columns if levels[name].isna().any()]
     if reason := fault(data) or (f"levels: labels of {', '.join(missing)} are missing" if missing else ""):
@@ -96,15 +92,12 @@ def nested_mean(values: npt.ArrayLike, levels: pd.DataFrame, *, n_boot: int = 20
     return NestedMean(value, means, replicates, remark)
 
 
-def nested_mean_difference(a: NestedMean, b: NestedMean, *, level: float = 0.95) -> Estimate:
-    """`b - a` of two independent nested means, with Welch's t test of the group means.
+def nested_mean_difference(a: NestedMean, b: NestedMean) -> Estimate:
+    """`b - a` of two independent nested means, with Welch's t test of the group means; n is that of the smaller side.
 
-    With the placebo arm as a and the treatment as b this is also (treatment - control) - (placebo - control). The
-    interval is Student's below 20 groups a side. From there on it is the expanded percentile one: resamples of n groups
-    spread too little by (n - 1) / n. p is two-sided, n the groups of the smaller side. NaN with a reason where either
-    side shows no spread; `reason` beside an interval says which noise it leaves out.
-    Source: Welch (1947), The generalization of 'Student's' problem; Satterthwaite (1946); Hesterberg (2015), What
-    Teachers Should Know About the Bootstrap.
+    The interval is Student's below 20 groups a side, from there on the expanded percentile one. NaN with a reason where
+    either side shows no spread; `reason` beside an interval says which noise it leaves out. Source: Welch (1947);
+    Satterthwaite (1946); Hesterberg (2015), What Teachers Should Know About the Bootstrap.
 
     Example:
         >>> seeds = pd.DataFrame({"sae_seed": [0, 1, 2]})
@@ -113,7 +106,6 @@ def nested_mean_difference(a: NestedMean, b: NestedMean, *, level: float = 0.95)
         >>> round(found.value, 6), round(found.p, 4)
         (4.0, 0.0548)
     """
-    check_level(level)
     reasons = list(dict.fromkeys(mean.reason for mean in (a, b) if mean.reason))
     value, n = b.value - a.value, min(a.n, b.n)
     if not (len(a.replicates) and len(b.replicates)):
@@ -122,7 +114,7 @@ def nested_mean_difference(a: NestedMean, b: NestedMean, *, level: float = 0.95)
     if not error > 0:
         return undefined("; ".join([*reasons, "all groups are alike"]), n, value)
     freedom = error**4 / (a.error**4 / (a.n - 1) + b.error**4 / (b.n - 1))
-    reach = float(stdtrit(freedom, (1 + level) / 2))
+    reach = float(stdtrit(freedom, (1 + LEVEL) / 2))
     low, high = value - reach * error, value + reach * error
     if n >= _FEW:
         upper = ndtr(reach * math.sqrt(n / (n - 1)))

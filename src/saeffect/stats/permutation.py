@@ -30,15 +30,12 @@ def sign_flip_many(
     n_permutations: int = 10_000,
     seed: Seed = 0,
 ) -> FloatArray:
-    """Sign-flip test of the mean of paired differences, for every row.
+    """Sign-flip test of the mean of paired differences [n_features, n_pairs], for every row: p, float64 [n_features].
 
-    Without an effect each difference (treated minus control of one pair) could as well have the other sign. All sign
-    patterns are tried for up to 14 pairs, `n_permutations` random ones for more. All rows see the same patterns, so a
-    row's p does not depend on the other rows.
-
-    `differences` is [n_features, n_pairs], pairs independent of each other; `alternative` is "greater" (the mean is
-    above 0), "less" or "two-sided". Returns p, float64 [n_features]; at least 1 / 2**n for n pairs, and 1 where all
-    differences are zero. NaN for rows with NaN or infinity, and for all when n_pairs is 0.
+    All sign patterns are tried for up to 14 pairs, `n_permutations` random ones for more. All rows see the same
+    patterns, so a row's p does not depend on the other rows. `alternative` is "greater" (the mean is above 0), "less"
+    or "two-sided". p is at least 1 / 2**n for n pairs, and 1 where all differences are zero; NaN for rows with NaN or
+    infinity.
 
     Example:
         >>> sign_flip_many([[1, 2, 3, 4], [-1, 2, 3, 4], [1, 2, float("nan"), 4]])
@@ -64,11 +61,10 @@ def permutation_test(
     n_permutations: int = 10_000,
     seed: Seed = 0,
 ) -> float:
-    """Two-sided p of statistic(b) - statistic(a) when values are assigned to the groups at random.
+    """Two-sided p of statistic(b) - statistic(a) when values [n_a] and [n_b] are assigned to the groups at random.
 
-    The groups, [n_a] and [n_b], are independent. Strictly it tests for the same distribution, so unlike spread can give
-    a small p too. All splits are tried when there are at most `n_permutations`, else that many random ones. 1 when all
-    values are equal, NaN when a group is empty or holds NaN.
+    All splits are tried when there are at most `n_permutations`, else that many random ones. 1 when all values are
+    equal, NaN when a group is empty or holds NaN.
 
     Example:
         >>> permutation_test([1, 2, 3], [4, 5, 6])  # 2 of the 20 splits

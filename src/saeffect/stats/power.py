@@ -24,14 +24,12 @@ _STUDIES = 20_000
 
 @dataclass(frozen=True)
 class Detectable:
-    """The smallest true difference that is found with the requested power.
+    """The smallest true difference that is found with the requested power, in the unit of the data.
 
     Attributes:
-        difference: In the unit of the data, above 0; NaN when undefined.
         low_side: For proportions, how far below the reference it must be instead (above 0, NaN where even 0 is not far
             enough); otherwise equal to `difference`.
         n: Independent units: the smaller group, or the pairs.
-        reason: Why `difference` is NaN; "" when it is defined.
 
     Example:
         >>> Detectable(difference=0.5, low_side=0.5, n=64, method="t test").reason
@@ -48,10 +46,8 @@ class Detectable:
 def detectable_mean_difference(
     spread: float, n_a: int, n_b: int, *, alpha: float = 0.05, power: float = 0.8
 ) -> Detectable:
-    """For two independent groups compared by their means (two-sided t test).
-
-    `spread` is the pooled standard deviation; `n_a` and `n_b` count independent units.
-    Source: Cohen (1988), Statistical Power Analysis, chapter 2.
+    """For two independent groups compared by their means (two-sided t test: Cohen 1988, chapter 2), of pooled deviation
+    `spread`.
 
     Example:
         >>> round(detectable_mean_difference(1.0, 64, 64).difference, 2)
@@ -66,10 +62,9 @@ def detectable_mean_difference(
 def detectable_few_means(
     spread: float, n_a: int, n_b: int, *, alpha: float = 0.05, power: float = 0.8, seed: int = 0
 ) -> Detectable:
-    """For two groups of very few values (one of them may have a single value), tested by `cautious_difference`.
+    """For two groups of very few values, of standard deviation `spread`, tested by `cautious_difference`.
 
-    From 20,000 simulated studies, since the larger of two p-values has no formula. `spread` is the standard deviation
-    within a group, the same in both.
+    From 20,000 simulated studies, since the larger of two p-values has no formula.
 
     Example:
         >>> round(detectable_few_means(1.0, 3, 3).difference, 1), round(detectable_few_means(1.0, 2, 1).difference, 0)
@@ -95,9 +90,8 @@ def detectable_few_means(
 
 
 def detectable_paired_mean(spread: float, n: int, *, alpha: float = 0.05, power: float = 0.8) -> Detectable:
-    """For `n` differences that should lie above 0 (one-sided t test), with standard deviation `spread`.
-
-    Source: Cohen (1988), chapter 2.
+    """For `n` differences of standard deviation `spread` that should lie above 0 (one-sided t test: Cohen 1988, chapter
+    2).
 
     Example:
         >>> round(detectable_paired_mean(1.0, 27).difference, 2)
@@ -110,11 +104,9 @@ def detectable_paired_mean(spread: float, n: int, *, alpha: float = 0.05, power:
 def detectable_proportion_difference(
     p_a: float, n_a: int, n_b: int, *, alpha: float = 0.05, power: float = 0.8
 ) -> Detectable:
-    """For two independent proportions (two-sided, on the arcsine scale).
+    """For two independent proportions (two-sided, arcsine scale: Cohen 1988, chapter 6), `p_a` being the reference.
 
-    `n_a` trials are behind the reference `p_a`, `n_b` behind the other. `difference` is how far above `p_a` the other
-    must be, NaN where 1 is not far enough.
-    Source: Cohen (1988), chapter 6 (effect size h).
+    `difference` is how far above `p_a` the other must be, NaN where 1 is not far enough.
 
     Example:
         >>> round(detectable_proportion_difference(0.5, 196, 196).difference, 2)

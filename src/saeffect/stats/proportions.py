@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from saeffect.errors import ShapeMismatch, Undefined
-from saeffect.stats.arguments import check_level, fault, sample
+from saeffect.stats.arguments import LEVEL, fault, sample
 from saeffect.stats.estimate import Estimate, undefined
 
 __all__ = [
@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 
-def wilson(k: int, n: int, level: float = 0.95) -> Estimate:
+def wilson(k: int, n: int) -> Estimate:
     """The share of `k` successes in `n` trials, 0 to 1, with Wilson's interval.
 
     The interval has a width even for 0 of n and n of n. NaN for no trials.
@@ -35,20 +35,18 @@ def wilson(k: int, n: int, level: float = 0.95) -> Estimate:
     from statsmodels.stats.proportion import proportion_confint  # takes a second, and few commands need it
 
     k, n = _counts(k, n, "k", "n")
-    check_level(level)
     if n == 0:
         return undefined("there are no trials")
-    low, high = proportion_confint(k, n, alpha=1 - level, method="wilson")
+    low, high = proportion_confint(k, n, alpha=1 - LEVEL, method="wilson")
     # The exact ends for k = 0 and k = n are 0 and 1; rounding misses them by a last digit.
     return Estimate(k / n, float(low) if k else 0.0, float(high) if k < n else 1.0, n)
 
 
-def newcombe_difference(k_a: int, n_a: int, k_b: int, n_b: int, level: float = 0.95) -> Estimate:
-    """p_b - p_a, the difference of two shares: 0.1 is ten percentage points more in b.
+def newcombe_difference(k_a: int, n_a: int, k_b: int, n_b: int) -> Estimate:
+    """p_b - p_a, the difference of two independent shares of `k` successes in `n` trials; n = n_a + n_b.
 
-    `k` counts successes, `n` trials; the groups are independent. n = n_a + n_b; p is two-sided, of Fisher's exact test.
-    NaN when a group has no trials.
-    Source: Newcombe (1998), method 10, which combines the Wilson intervals of both groups.
+    p is two-sided, of Fisher's exact test. NaN when a group has no trials. Source: Newcombe (1998), method 10, which
+    combines the Wilson intervals of both groups.
 
     Example:
         >>> print(newcombe_difference(48, 80, 56, 70))
@@ -58,20 +56,18 @@ def newcombe_difference(k_a: int, n_a: int, k_b: int, n_b: int, level: float = 0
     from statsmodels.stats.proportion import confint_proportions_2indep
 
     (k_a, n_a), (k_b, n_b) = _counts(k_a, n_a, "k_a", "n_a"), _counts(k_b, n_b, "k_b", "n_b")
-    check_level(level)
     if reason := _no_trials(n_a, n_b):
         return undefined(reason, n_a + n_b)
-    low, high = confint_proportions_2indep(k_b, n_b, k_a, n_a, method="newcomb", compare="diff", alpha=1 - level)
+    low, high = confint_proportions_2indep(k_b, n_b, k_a, n_a, method="newcomb", compare="diff", alpha=1 - LEVEL)
     p = min(1.0, float(fisher_exact([[k_b, n_b - k_b], [k_a, n_a - k_a]]).pvalue))
     return Estimate(k_b / n_b - k_a / n_a, float(low), float(high), n_a + n_b, p=p)
 
 
-def risk_ratio(k_a: int, n_a: int, k_b: int, n_b: int, level: float = 0.95) -> Estimate:
-    """p_b / p_a, how many times as often b succeeds as a.
+def risk_ratio(k_a: int, n_a: int, k_b: int, n_b: int) -> Estimate:
+    """p_b / p_a, how many times as often b succeeds as a; n = n_a + n_b.
 
-    `k` counts successes, `n` trials; the groups are independent. n = n_a + n_b. NaN when a group has no trials or a has
-    no successes. No interval when b has no successes, or every trial of both groups succeeded.
-    Source: Katz et al. (1978), the normal interval for the logarithm of the ratio.
+    NaN when a group has no trials or a has no successes. No interval when b has no successes, or every trial of both
+    groups succeeded. Source: Katz et al. (1978), the normal interval for the logarithm of the ratio.
 
     Example:
         >>> print(risk_ratio(10, 100, 20, 100))
@@ -80,7 +76,6 @@ def risk_ratio(k_a: int, n_a: int, k_b: int, n_b: int, level: float = 0.95) -> E
     from statsmodels.stats.proportion import confint_proportions_2indep
 
     (k_a, n_a), (k_b, n_b) = _counts(k_a, n_a, "k_a", "n_a"), _counts(k_b, n_b, "k_b", "n_b")
-    check_level(level)
     n = n_a + n_b
     reason = _no_trials(n_a, n_b) or ("a has no successes, so the ratio has no finite value" if k_a == 0 else "")
     if reason:
@@ -90,15 +85,13 @@ def risk_ratio(k_a: int, n_a: int, k_b: int, n_b: int, level: float = 0.95) -> E
         return undefined("b has no successes, and the interval needs at least one", n, ratio)
     if k_a == n_a and k_b == n_b:
         return undefined("every trial succeeded, so the standard error is zero", n, ratio)
-    low, high = confint_proportions_2indep(k_b, n_b, k_a, n_a, method="log", compare="ratio", alpha=1 - level)
+    low, high = confint_proportions_2indep(k_b, n_b, k_a, n_a, method="log", compare="ratio", alpha=1 - LEVEL)
     return Estimate(ratio, float(low), float(high), n)
 
 
-def bounded_mean(values: npt.ArrayLike, level: float = 0.95) -> Estimate:
-    """The mean of values between 0 and 1 [n], with Wilson's interval for a share of that size.
-
-    Values between 0 and 1 spread no more than zeros and ones of the same mean, for which the interval is Wilson's. So
-    it is a little wide for others, and has a width where all values are equal. NaN for no values or NaN among them.
+def bounded_mean(values: npt.ArrayLike) -> Estimate:
+    """The mean of values between 0 and 1 [n], with Wilson's interval for a share of that size: values spread no more
+    than zeros and ones of the same mean. NaN for no values or NaN among them.
 
     Example:
         >>> print(bounded_mean([1.0, 0.5, 0.0, 0.5]))
@@ -107,24 +100,21 @@ def bounded_mean(values: npt.ArrayLike, level: float = 0.95) -> Estimate:
     from scipy.special import ndtri
 
     data = sample(values)
-    check_level(level)
     n = len(data)
     if reason := fault(data):
         return undefined(reason, n)
     if data.min() < 0 or data.max() > 1:
         raise Undefined(f"values must lie between 0 and 1, got {data.min():g} to {data.max():g}.", at="values")
-    value, z = float(data.mean()), float(ndtri((1 + level) / 2))
+    value, z = float(data.mean()), float(ndtri((1 + LEVEL) / 2))
     middle, reach = value + z**2 / (2 * n), z * math.sqrt(value * (1 - value) / n + (z / (2 * n)) ** 2)
     low, high = ((middle + side * reach) / (1 + z**2 / n) for side in (-1, 1))
     return Estimate(value, low if value > 0 else 0.0, high if value < 1 else 1.0, n)
 
 
-def paired_difference(a: npt.ArrayLike, b: npt.ArrayLike, level: float = 0.95) -> Estimate:
-    """p_b - p_a for two answers of the same items, each [n] of zeros and ones.
+def paired_difference(a: npt.ArrayLike, b: npt.ArrayLike) -> Estimate:
+    """p_b - p_a for two answers of the same items, each [n] of zeros and ones; p is two-sided, McNemar's exact one.
 
-    n is the number of items; p is two-sided, McNemar's exact one. NaN for no items.
-    Source: Newcombe (1998), Improved confidence intervals for the difference between binomial proportions based on
-    paired data, method 10.
+    Source: Newcombe (1998), Improved confidence intervals based on paired data, method 10.
 
     Example:
         >>> print(paired_difference([1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0]))
@@ -148,7 +138,7 @@ def paired_difference(a: npt.ArrayLike, b: npt.ArrayLike, level: float = 0.95) -
     if agreement > 0:
         agreement = max(agreement - n / 2, 0.0)  # Newcombe's correction
     phi = agreement / math.sqrt(margins) if margins else 0.0
-    one, two = bounded_mean(first, level), bounded_mean(second, level)
+    one, two = bounded_mean(first), bounded_mean(second)
 
     def reach(a: float, b: float) -> float:
         return math.sqrt(max(0.0, a**2 - 2 * phi * a * b + b**2))
@@ -161,9 +151,9 @@ def paired_difference(a: npt.ArrayLike, b: npt.ArrayLike, level: float = 0.95) -
 
 
 def sum_of_independent(estimates: Sequence[Estimate], weights: Sequence[float]) -> Estimate:
-    """Weighted sum of independent numbers, with an interval from theirs; n is the sum of theirs, and there is no p.
+    """Weighted sum of independent numbers, with an interval from theirs (lopsided, perhaps); NaN where one is
+    undefined.
 
-    The distances to the ends are added in squares, so that intervals may be lopsided. NaN where one is undefined.
     Source: Zou & Donner (2008), Construction of confidence limits about effect measures (MOVER).
 
     Example:

@@ -8,21 +8,19 @@ import numpy as np
 import numpy.typing as npt
 
 from saeffect.errors import ShapeMismatch
-from saeffect.stats.arguments import LEVEL, FloatArray, check_level, fault, sample
+from saeffect.stats.arguments import LEVEL, FloatArray, fault, sample
 from saeffect.stats.estimate import Estimate, undefined
 
 __all__ = ["fieller", "ratio_of_means"]
 
 
-def ratio_of_means(part: npt.ArrayLike, whole: npt.ArrayLike, *, level: float = 0.95) -> Estimate:
-    """mean(part) / mean(whole) over units that were drawn together, [n] each, with Fieller's interval.
+def ratio_of_means(part: npt.ArrayLike, whole: npt.ArrayLike) -> Estimate:
+    """mean(part) / mean(whole) over n units that were drawn together, [n] each, with Fieller's interval.
 
     The interval holds every ratio r for which Student's t does not refute that part - r · whole has mean 0: exact for
-    normal data, unlike the delta method, and bounded only where the interval of mean(whole) excludes 0. Where it does
-    not, the ratio itself is undefined. p is that of Student's t for mean(part) = 0: below 1 - level exactly where the
-    interval excludes 0. n is the number of units. All NaN for fewer than two units or NaN among them; no interval where
-    no unit differs from another.
-    Source: Fieller (1954), Some problems in interval estimation.
+    normal data, and bounded only where the interval of mean(whole) excludes 0. Where it does not, the ratio itself is
+    undefined. p is that of Student's t for mean(part) = 0. All NaN for fewer than two units or NaN among them. Source:
+    Fieller (1954), Some problems in interval estimation.
 
     Example:
         >>> print(ratio_of_means([1.0, 2.0, 3.0], [2.0, 4.0, 6.0]))
@@ -34,7 +32,6 @@ def ratio_of_means(part: npt.ArrayLike, whole: npt.ArrayLike, *, level: float = 
     from scipy.special import stdtr, stdtrit
 
     a, b = sample(part, "part"), sample(whole, "whole")
-    check_level(level)
     n = len(a)
     if len(b) != n:
         raise ShapeMismatch(f"part has {n} values and whole {len(b)}; expected one of each for a unit.", at="whole")
@@ -42,7 +39,7 @@ def ratio_of_means(part: npt.ArrayLike, whole: npt.ArrayLike, *, level: float = 
         return undefined(reason, n)
     if n == 1:
         return undefined("one unit shows no spread", n)
-    t2 = float(stdtrit(n - 1, (1 + level) / 2)) ** 2
+    t2 = float(stdtrit(n - 1, (1 + LEVEL) / 2)) ** 2
     mean_a, mean_b = float(a.mean()), float(b.mean())
     (var_a, both), (_, var_b) = (np.cov(a, b, ddof=1) / n).tolist()
     clear = mean_b**2 - t2 * var_b
@@ -66,23 +63,16 @@ def fieller(
     sums: tuple[npt.ArrayLike, npt.ArrayLike],
     squares: tuple[npt.ArrayLike, npt.ArrayLike, npt.ArrayLike],
     n: npt.ArrayLike,
-    *,
-    level: float = LEVEL,
 ) -> tuple[FloatArray, FloatArray]:
     """Ends of the interval of the ratio of two sums over clusters, for many ratios at once.
 
     The ratios whose residuals, numerator minus ratio times denominator, add up to what Student's t allows by chance. It
-    holds also where the denominator is uncertain, where the usual error of a ratio does not. Source: Fieller (1954),
-    Some problems in interval estimation, with sums over clusters as in survey sampling.
+    holds also where the denominator is uncertain. Source: Fieller (1954), with sums over clusters as in survey
+    sampling.
 
-    Args:
-        sums: Σ numerator and Σ denominator over clusters, each `[m]`.
-        squares: Σ numerator², Σ numerator · denominator, Σ denominator², each `[m]`.
-        n: Clusters on which either is not 0, `[m]`.
-
-    Returns:
-        low and high, float64 `[m]`; NaN with fewer than two clusters, or where the denominator cannot be told from 0,
-        so that any ratio is possible.
+    `sums` are Σ numerator and Σ denominator, `squares` Σ numerator², Σ numerator · denominator, Σ denominator², each
+    `[m]`; `n` the clusters on which either is not 0. low and high, float64 `[m]`, are NaN with fewer than two clusters,
+    or where the denominator cannot be told from 0.
 
     Example:
         >>> low, high = fieller(([6.0], [3.0]), ([14.0], [6.0], [3.0]), [3])  # 1/1, 2/1 and 3/1
@@ -91,12 +81,11 @@ def fieller(
     """
     from scipy.special import stdtrit
 
-    check_level(level)
     top, bottom = (np.asarray(total, dtype=np.float64) for total in sums)
     count = np.asarray(n, dtype=np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         # Residuals add up to 0 at the ratio itself; elsewhere the spread is about their mean.
-        t_squared = stdtrit(np.maximum(count - 1, 1), (1 + level) / 2) ** 2 * count / (count - 1)
+        t_squared = stdtrit(np.maximum(count - 1, 1), (1 + LEVEL) / 2) ** 2 * count / (count - 1)
         spread = [
             t_squared * (np.asarray(square, dtype=np.float64) - a * b / count)
             for square, a, b in zip(squares, (top, top, bottom), (top, bottom, bottom), strict=True)

@@ -11,7 +11,7 @@ import pandas as pd
 from scipy.special import stdtr, stdtrit
 
 from saeffect.errors import ConfigError, ShapeMismatch
-from saeffect.stats.arguments import FloatArray, check_level, fault, sample
+from saeffect.stats.arguments import LEVEL, FloatArray, fault, sample
 
 __all__ = ["ols_robust"]
 
@@ -20,28 +20,18 @@ def ols_robust(
     y: npt.ArrayLike,
     X: pd.DataFrame,
     clusters: Sequence[Any] | npt.NDArray[Any] | pd.Series | None = None,
-    *,
-    level: float = 0.95,
 ) -> pd.DataFrame:
-    """By how much the outcome changes when one column grows by 1 and the others stay fixed. An association, not a
-    cause.
+    """By how much the outcome `y` [n] changes when one column of `X` (numbers or booleans) grows by 1 and the others
+    stay fixed. An association, not a cause.
 
-    An intercept (the outcome where every column is 0) comes first. Errors may be unequal (HC3) and, with `clusters`,
-    dependent within a cluster.
-
-    Args:
-        y: Shape [n], the outcome.
-        X: n rows; columns of numbers or booleans (code categories as 0 and 1). Rows go with `y` by position.
-        clusters: Length n, the label of each row's cluster (a prompt, an SAE), or None for independent rows.
-
-    Returns:
-        One row a term: `term`, `estimate`, `low`, `high` (unit of y per unit of the column), `p` (two-sided, of no
-        association), `n` (rows) and `reason`, why numbers of the row are NaN. Student's t with n - n_terms degrees of
-        freedom, or n_clusters - 1. A term that a single cluster determines has no error.
+    An intercept comes first. Errors may be unequal (HC3) and, with `clusters`, labels [n], dependent within a cluster.
+    One row a term: `term`, `estimate`, `low`, `high` (unit of y per unit of the column), `p` (two-sided), `n` (rows)
+    and `reason`, why numbers of the row are NaN. Student's t with n - n_terms degrees of freedom, or n_clusters - 1. A
+    term that a single cluster determines has no error.
 
     Source: MacKinnon & White (1985) for HC3, through statsmodels. Clusters: the jackknife that leaves out one after the
-    other (CV3: MacKinnon, Nielsen & Webb 2023, Cluster-robust inference: a guide to empirical practice). With 6 to 12
-    clusters Liang & Zeger's errors give 7 to 8 false findings in a hundred, the jackknife 3 to 5.
+    other (CV3: MacKinnon, Nielsen & Webb 2023). With 6 to 12 clusters Liang & Zeger's errors give 7 to 8 false findings
+    in a hundred, the jackknife 3 to 5.
 
     Example:
         >>> ols_robust([1, 3, 5, 8], pd.DataFrame({"dose": [0, 1, 2, 3]}))[["term", "estimate"]].round(2)
@@ -51,7 +41,6 @@ def ols_robust(
     """
     from statsmodels.regression.linear_model import OLS  # takes a second, and few commands need it
 
-    check_level(level)
     outcome, design = sample(y, "y"), _design(X)
     n = len(outcome)
     if len(design) != n:
@@ -70,12 +59,12 @@ def ols_robust(
         return table.assign(reason=reason)
     if codes is not None:
         error, freedom = _leave_one_cluster_out(outcome, design, estimate, codes), int(codes.max())
-        reach = float(stdtrit(freedom, (1 + level) / 2)) * error
+        reach = float(stdtrit(freedom, (1 + LEVEL) / 2)) * error
         alone = np.where(np.isfinite(error), "", "one cluster alone determines it, so its error is undefined")
         p = 2 * stdtr(freedom, -np.abs(estimate) / error)
         return table.assign(low=estimate - reach, high=estimate + reach, p=p, reason=alone)
     fit = model.fit(cov_type="HC3", use_t=True)
-    low, high = np.asarray(fit.conf_int(alpha=1 - level)).T
+    low, high = np.asarray(fit.conf_int(alpha=1 - LEVEL)).T
     return table.assign(low=low, high=high, p=np.asarray(fit.pvalues))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from saeffect.stats.arguments import FloatArray, check_level, fault, sample
+from saeffect.stats.arguments import LEVEL, FloatArray, fault, sample
 from saeffect.stats.estimate import Estimate, undefined
 
 __all__ = ["MIN_CLUSTERS", "cautious_difference", "independent_values", "mean_interval"]
@@ -24,10 +24,7 @@ Five prompts cannot give a p below 1/32, so with fewer than six every value coun
 def independent_values(
     values: npt.ArrayLike, clusters: npt.ArrayLike, *, min_clusters: int = MIN_CLUSTERS
 ) -> npt.NDArray[np.float64]:
-    """The mean of each cluster, or the values themselves where there are fewer than `min_clusters`.
-
-    `values` are finite, [n]; `clusters` are their labels, of any kind that sorts, [n]. Returns float64 [n_clusters], in
-    the order of the labels, or [n].
+    """The mean of each cluster, or the values [n] themselves where there are fewer than `min_clusters` labels.
 
     Example:
         >>> independent_values([1.0, 3.0, 5.0, 5.0], ["a", "a", "b", "b"], min_clusters=2)
@@ -43,11 +40,10 @@ def independent_values(
     return np.bincount(place.ravel(), weights=numbers) / np.bincount(place.ravel())
 
 
-def mean_interval(values: npt.ArrayLike, *, level: float = 0.95) -> Estimate:
-    """The mean of independent draws [n] (for pairs, of their differences), with Student's interval.
+def mean_interval(values: npt.ArrayLike) -> Estimate:
+    """The mean of n independent draws (for pairs, of their differences), with Student's interval (1908).
 
-    n is the number of values. All NaN for no values or NaN among them; no interval for one value or equal values.
-    Source: Student (1908), The probable error of a mean.
+    All NaN for no values or NaN among them; no interval for one value or equal values.
 
     Example:
         >>> print(mean_interval([1.0, 2.0, 3.0]))
@@ -59,7 +55,6 @@ def mean_interval(values: npt.ArrayLike, *, level: float = 0.95) -> Estimate:
     from scipy.special import stdtrit
 
     data = sample(values)
-    check_level(level)
     n = len(data)
     if reason := fault(data):
         return undefined(reason, n)
@@ -68,21 +63,18 @@ def mean_interval(values: npt.ArrayLike, *, level: float = 0.95) -> Estimate:
         return undefined("values: one value shows no spread", n, value)
     if np.ptp(data) == 0:
         return undefined(f"values: all {n} are equal, so they show no spread", n, value)
-    reach = float(stdtrit(n - 1, (1 + level) / 2)) * math.sqrt(_squared_error(data))
+    reach = float(stdtrit(n - 1, (1 + LEVEL) / 2)) * math.sqrt(_squared_error(data))
     return Estimate(value, value - reach, value + reach, n)
 
 
-def cautious_difference(a: npt.ArrayLike, b: npt.ArrayLike, *, level: float = 0.95) -> Estimate:
-    """mean(b) - mean(a) for very few values, with the wider of Student's and Welch's intervals.
+def cautious_difference(a: npt.ArrayLike, b: npt.ArrayLike) -> Estimate:
+    """mean(b) - mean(a) for very few values [n_a] and [n_b], with the wider of Student's and Welch's intervals.
 
     Student's is exact if the two sides differ in nothing; Welch's allows for unlike spread. With unequal numbers
-    Welch's alone misses the truth too often: in 7.5 of a hundred studies for two values against six, in 10 for two
-    against ten. A side of one value is taken to spread as the other does.
-
-    Samples are [n_a] and [n_b], independent of each other. n is that of the smaller side; p is the larger of the two,
-    below 0.05 exactly where the 95 % interval excludes 0. All NaN when a sample is empty or holds NaN; no interval and
-    p for fewer than three values, or when neither side varies.
-    Source: Student (1908), The probable error of a mean; Welch (1947), The generalization of 'Student's' problem.
+    Welch's alone misses the truth too often: in 7.5 of a hundred studies for two values against six. A side of one
+    value is taken to spread as the other does. n is that of the smaller side; p is the larger of the two. All NaN when
+    a sample is empty or holds NaN; no interval and p for fewer than three values, or when neither side varies. Source:
+    Student (1908), The probable error of a mean; Welch (1947), The generalization of 'Student's' problem.
 
     Example:
         >>> found = cautious_difference([1.0, 3.0], [9.0])
@@ -93,7 +85,6 @@ def cautious_difference(a: npt.ArrayLike, b: npt.ArrayLike, *, level: float = 0.
     from scipy.special import stdtr, stdtrit
 
     data_a, data_b = sample(a, "a"), sample(b, "b")
-    check_level(level)
     n_a, n_b = len(data_a), len(data_b)
     n = min(n_a, n_b)
     if reason := fault(data_a, "a") or fault(data_b, "b"):
@@ -110,7 +101,7 @@ def cautious_difference(a: npt.ArrayLike, b: npt.ArrayLike, *, level: float = 0.
         welch = _squared_error(data_a), _squared_error(data_b)
         error = sum(welch)
         tests.append((math.sqrt(error), error**2 / (welch[0] ** 2 / (n_a - 1) + welch[1] ** 2 / (n_b - 1))))
-    reach = max(float(stdtrit(freedom, (1 + level) / 2)) * error for error, freedom in tests)
+    reach = max(float(stdtrit(freedom, (1 + LEVEL) / 2)) * error for error, freedom in tests)
     p = max(2 * float(stdtr(freedom, -abs(value) / error)) for error, freedom in tests)
     return Estimate(value, value - reach, value + reach, n, p=p)
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from saeffect.errors import ShapeMismatch
-from saeffect.stats.arguments import FloatArray, check_level
+from saeffect.stats.arguments import LEVEL, FloatArray
 from saeffect.stats.estimate import Estimate, undefined
 
 __all__ = ["TwoWayMean", "complete_tables", "two_way_mean"]
@@ -30,29 +30,17 @@ class TwoWayMean:
     freedom: float = math.nan
 
 
-def two_way_mean(
-    tables: Sequence[npt.ArrayLike], weights: Sequence[float] = (1.0,), *, level: float = 0.95
-) -> TwoWayMean:
-    """Weighted sum of the means of tables [n_features, n_prompts] whose features differ and whose prompts are shared.
+def two_way_mean(tables: Sequence[npt.ArrayLike], weights: Sequence[float] = (1.0,)) -> TwoWayMean:
+    """Weighted sum of the means of finite tables [n_k, n_prompts] whose features differ and whose prompts are shared.
 
     A value is its table's mean, plus what its feature adds, what its prompt adds, and a rest. The variance of the
     weighted sum (method of moments) is that of the features' means, plus that of the prompts' means (of the weighted
     sum of the tables), less the rest, which both hold; and no less than either. The interval is Student's t with
     Satterthwaite's degrees of freedom. With one column there are no prompts, and the interval is Welch's.
 
-    Args:
-        tables: One a group of features, [n_k, n_prompts]; finite.
-        weights: One a table.
-
-    Returns:
-        The estimate, n the features of all tables, p two-sided. No interval for a table of one feature, or where no
-        value differs from others.
-
-    Raises:
-        ShapeMismatch: A table is no matrix, or the numbers of prompts differ.
-
-    Source:
-        Cornfield & Tukey (1956), Average values of mean squares in factorials; Satterthwaite (1946).
+    n counts the features of all tables, p is two-sided. No interval for a table of one feature, or where no value
+    differs. `ShapeMismatch`: a table is no matrix, or the numbers of prompts differ. Source: Cornfield & Tukey (1956),
+    Average values of mean squares in factorials; Satterthwaite (1946).
 
     Example:
         >>> found = two_way_mean([[[1.0, 2.0], [3.0, 6.0]]])
@@ -60,7 +48,6 @@ def two_way_mean(
         (3.0, 3.0, 1.485)
     """
     data = _checked(tables, weights)
-    check_level(level)
     n, n_prompts = sum(map(len, data)), data[0].shape[1]
     if not n or not n_prompts or not all(np.isfinite(table).all() for table in data):
         return TwoWayMean(undefined("there are no values" if not n * n_prompts else "a value is not finite", n))
@@ -72,13 +59,12 @@ def two_way_mean(
     error, freedom = _error(data, weights)
     if not error > 1e-12 * max(float(np.abs(table).max()) for table in data):
         return TwoWayMean(undefined("what differs cancels, so it shows no spread", n, value))
-    return TwoWayMean(_student(value, error, freedom, level, n), error, freedom)
+    return TwoWayMean(_student(value, error, freedom, n), error, freedom)
 
 
 def complete_tables(tables: Sequence[npt.ArrayLike]) -> tuple[list[npt.NDArray[np.int64]], npt.NDArray[np.int64]]:
-    """Rows of each table, and columns of all, that are left when what lacks most is left out until all is there.
-
-    `tables` are [n_k, n_columns] with NaN where a value is missing.
+    """Rows of each table [n_k, n_columns], and columns of all, that are left when what lacks most (NaN) is left out
+    until all is there.
 
     Example:
         >>> nan = float("nan")
@@ -133,8 +119,8 @@ def _error(data: Sequence[FloatArray], weights: Sequence[float]) -> tuple[float,
     return math.sqrt(variance), max(variance**2 / both, min(of_features, of_prompts)) if both else math.nan
 
 
-def _student(value: float, error: float, freedom: float, level: float, n: int) -> Estimate:
+def _student(value: float, error: float, freedom: float, n: int) -> Estimate:
     from scipy.special import stdtr, stdtrit  # much faster to import than scipy.stats
 
-    reach = error * float(stdtrit(freedom, (1 + level) / 2))
+    reach = error * float(stdtrit(freedom, (1 + LEVEL) / 2))
     return Estimate(value, value - reach, value + reach, n, p=2 * float(stdtr(freedom, -abs(value) / error)))

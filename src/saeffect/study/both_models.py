@@ -75,11 +75,8 @@ def read_both_models(folder: Path | str, log: Log = SILENT) -> list[Path]:
     peak at special tokens; chosen by either model (`chosen_in`), with activations in both. Where the SAE cannot read
     the other model, there are no such columns, and `reason` says why.
 
-    Raises:
-        NotFound: The run has no features yet.
-        ConfigError: A model or SAE is not the one that the run read.
-        InUse: Another process is writing these files.
-        SaeffectError: A model or SAE does not load.
+    NotFound: the run has no features yet. ConfigError: a model or SAE is not the one that the run read. InUse: another
+    process is writing these files.
     """
     place = Path(folder)
     study = Study.open(place / "study.yaml")
@@ -191,7 +188,7 @@ class ActivationHistograms:
     """Streaming histograms of activations above 0, one a feature and model, on a scale that the models share.
 
     The scale of a feature doubles when an activation lies above it; bars are then joined in pairs, so counts stay
-    exact. Results do not depend on how tokens were batched, but for where a scale begins.
+    exact.
 
     Example:
         >>> bars = ActivationHistograms(d_sae=1, n_models=2)

@@ -26,15 +26,14 @@ from saeffect.lm.tokens import known_tokens, separator_id, token_texts
 from saeffect.progress import SILENT, Log
 from saeffect.sae.formats import load_sae
 from saeffect.steering.operators import steered_tokens
-from saeffect.study.chat_check import chat_lines, template_words
-from saeffect.study.check_text import check_text, duplicates_in_training, first_rows
+from saeffect.study.check_text import chat_lines, check_text, duplicates_in_training, first_rows, template_words
 from saeffect.study.nulls import check_nulls
 from saeffect.study.review import store_digest
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.compare import arm_facts
-from saeffect.study.stages.seeds import open_seeds
+from saeffect.study.stages.dose_search import outcome_vectors
+from saeffect.study.stages.match import open_seeds
 from saeffect.study.stages.select import study_verdicts
-from saeffect.study.stages.steering_plan import outcome_vectors
 from saeffect.study.study import Study, require_width
 from saeffect.study.texts import beginning, study_rows
 from saeffect.study.training import arm_recipe, check_training
@@ -44,12 +43,8 @@ __all__ = ["CheckResult", "check_study"]
 
 @dataclass(frozen=True, eq=False)
 class CheckResult:
-    """Result of a check without errors.
-
-    Attributes:
-        lines: What was checked.
-        design: How the arms differ besides the model.
-        text: For each source of text a line, and its first rows.
+    """Result of a check without errors: what was checked, how the arms differ besides the model, and for each source of
+    text a line and its first rows.
     """
 
     lines: tuple[str, ...]

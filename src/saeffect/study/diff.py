@@ -48,9 +48,7 @@ class DiffRequest:
         tuned: The fine-tuned one, of the same kinds; an adapter alone is put on `base`.
         sae: An SAE of the base model: folder, bundled:<name>, or on the hub (`saeffect.sae.hub`; org/name/folder too).
         texts: Files, folders or dataset ids, each plain or as name=path; none: the bundled text, for the bundled model.
-        vocabulary: Bundled name or file of a domain's words.
         nulls: Folder of null fine-tunes' traces, or bundled:<name>; None: those of the embedded pair, if it is that.
-        name: What to call the study.
     """
 
     base: str

@@ -33,10 +33,8 @@ _IN_GGUF = {"mistral": "llama", "gpt_neox": "gptneox", "gemma3_text": "gemma3", 
 def group_of(run: RunFolder, arm: str, group: str) -> list[int]:
     """Numbers of an arm's features in a group: "domain", "steered", or "changed:N" (group N of what changed).
 
-    Raises:
-        ConfigError: There is no such kind of group, or the arm's features are not those that changed.
-        EmptySelection: The group has no features.
-        NotFound: The stage behind the group has not run.
+    ConfigError: no such kind of group, or the arm's features are not those that changed. EmptySelection: it has no
+    features. NotFound: the stage behind it has not run.
     """
     kind, _, number = group.partition(":")
     if kind == "domain":
@@ -60,11 +58,9 @@ def group_of(run: RunFolder, arm: str, group: str) -> list[int]:
 
 
 def feature_list(run: RunFolder, arm: str, features: Sequence[int]) -> pd.DataFrame:
-    """One row a feature, in the given order, with what the run knows of it.
-
-    Columns of `features.parquet`, then coherence, of the selection (matches, label, n_yes, …), and effect, its
-    interval, p and q where the feature was steered (NaN elsewhere). UnknownName for an arm, ConfigError for a feature,
-    that is not there; EmptySelection without features.
+    """One row a feature, in the given order, with what the run knows of it: `features.parquet`, then coherence, the
+    selection, and effects where it was steered (NaN elsewhere). UnknownName for an arm, ConfigError for a feature, that
+    is not there; EmptySelection without features.
     """
     run.study.arm(arm)
     table = run.read_table(run.arm(arm, "features.parquet")).set_index("feature")
@@ -131,10 +127,8 @@ def _dose_of(run: RunFolder) -> float:
 
 
 def neuronpedia_list(run: RunFolder, arm: str, features: Sequence[int]) -> dict[str, Any]:
-    """Features with the keys of Neuronpedia's JSON: modelId, layer, index, pos_str, frac_nonzero, activations, …
-
-    modelId and layer are those of the SAE's `neuronpedia_id` where its cfg.json has one; then `features` alone, cut to
-    modelId, layer and index, is a list that Neuronpedia opens. Otherwise they follow from the model's name and hook.
+    """Features with the keys of Neuronpedia's JSON. With the SAE's `neuronpedia_id`, `features` cut to modelId, layer
+    and index is a list that Neuronpedia opens; otherwise modelId and layer follow from the model's name and hook.
     """
     table = feature_list(run, arm, features)
     examples = run.table_or_none(run.arm(arm, "examples.parquet"))
@@ -194,10 +188,9 @@ class ExportFormat:
 def export_features(
     run: RunFolder, arm: str, features: Sequence[int], path: Path, *, kind: str, dose: float | None = None
 ) -> Path:
-    """Write features of an arm as one file of that kind, atomically; returns its path.
-
-    Raises `UnknownName` for a kind that is not in `FORMATS`, `ConfigError` for a dose where none belongs, others as
-    `feature_list`, `vector_of` and `control_layer`. Nothing is written then.
+    """Write features of an arm as one file of that kind, atomically; returns its path. `UnknownName` for a kind that is
+    not in `FORMATS`, `ConfigError` for a dose where none belongs, others as `feature_list`, `vector_of` and
+    `control_layer`.
     """
     if kind not in FORMATS:
         raise unknown_name("format", kind, FORMATS, at="format")

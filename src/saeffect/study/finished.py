@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from saeffect.errors import BadFile, ConfigError, NotFound, Undefined, unknown_name
+from saeffect.errors import ConfigError, NotFound, Undefined, unknown_name
 from saeffect.io import read_json
 from saeffect.lm.tokens import printable_text
 from saeffect.paths import user_path
-from saeffect.study.run_folder import RunFolder
+from saeffect.study.run_folder import RunFolder, read_table
 from saeffect.study.study import Study
 
 if TYPE_CHECKING:
@@ -65,11 +65,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What a run found. Made by `open_run`.
-
-    Attributes:
-        folder: The run directory.
-    """
+    """What a run found, in its run directory `folder`. Made by `open_run`."""
 
     folder: Path
 
@@ -95,7 +91,7 @@ class FinishedRun:
         """Every table by name: "contrasts", "table1", "dose_search", and of an arm "control/features"."""
         paths = {path.stem: path for name in _TABLE_FOLDERS for path in sorted((self.folder / name).glob("*.parquet"))}
         paths |= {f"{path.parent.name}/{path.stem}": path for path in sorted(self.folder.glob("arms/*/*.parquet"))}
-        return _Lazy(self.folder, "table", paths, _read_table)
+        return _Lazy(self.folder, "table", paths, read_table)
 
     @cached_property
     def figures(self) -> Mapping[str, Picture]:
@@ -171,13 +167,6 @@ class _Lazy(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         return f"{self._kind}s: {', '.join(self._paths)}"
-
-
-def _read_table(path: Path) -> pd.DataFrame:
-    try:
-        return pd.read_parquet(path)
-    except Exception as error:  # pyarrow raises many kinds
-        raise BadFile(f"this table cannot be read: {error}.", at=str(path), fix="run the study again.") from error
 
 
 def _text(text: str) -> str:

@@ -38,17 +38,12 @@ def guard(
     text: Sequence[str] = (),
     log: Log = SILENT,
 ) -> list[Verdict]:
-    """Judge a fine-tune of a base model by a budget; writes nothing.
+    """Judge a fine-tune of a base model by a budget; writes nothing. Arguments as in `DiffRequest`; without an SAE
+    groups are judged by the expected words alone.
 
-    Args:
-        base: As `DiffRequest.base`; `tuned`, `sae`, `nulls` and `text` too. Without an SAE groups are judged by the
-            expected words alone.
-
-    Raises:
-        ConfigError: Base and fine-tune are the same model or give the same predictions; a text of one row; a group of
-            features without an SAE.
-        EmptySelection: A group without a feature or a word of the tokenizer.
-        SaeffectError: A model, SAE, text or null that cannot be read, or belongs to something else.
+    ConfigError: base and fine-tune are the same model or give the same predictions; a text of one row; a group of
+    features without an SAE. EmptySelection: a group without a feature or a word of the tokenizer. SaeffectError: a
+    model, SAE, text or null that cannot be read, or belongs to something else.
     """
     named = None if nulls is None else str(nulls)
     request = DiffRequest(base, tuned, sae, tuple(text), nulls=named, name="guard")

@@ -93,18 +93,12 @@ def make_nulls(
     Each is the recipe with a seed of its own, on texts of its own. Stopped at any moment, the same call goes on from
     there and ends with the same numbers. Several processes may make the same call: each makes what no other is at.
 
-    Args:
-        text: "own", what the base model writes; "general", the recipe's `control_text`, whose subjects a short recipe
-            learns as it learns any others.
-        study: What the nulls are measured on: base model, the control's SAE, hook and text. Without one the adapters
-            are kept, and a later call with a study measures them.
-        keep_adapters: Keep them also when they are measured (tens of MB each).
+    `text` is "own", what the base model writes, or "general", the recipe's `control_text`. `study` says what the nulls
+    are measured on; without one the adapters are kept (tens of MB each), and a later call with a study measures them.
 
-    Raises:
-        ConfigError: `n` below 1; no `control_text` for nulls on general text; another recipe, or something else to
-            measure on, than the folder's; a recipe of another model than the study's control.
-        Interrupted: Ctrl-C or SIGTERM while training; the message says how to resume.
-        SaeffectError: What `finetune` or opening the study raises.
+    ConfigError: `n` below 1; no `control_text` for nulls on general text; another recipe, or something else to measure
+    on, than the folder's; a recipe of another model than the study's control. Interrupted: Ctrl-C or SIGTERM while
+    training. SaeffectError: what `finetune` or opening the study raises.
     """
     if n < 1:
         raise ConfigError(f"at least one null; got {n}.", at="--null", fix="for example --null 20.")

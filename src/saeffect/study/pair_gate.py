@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
 
 from saeffect.config import BosRule, GateConfig, ModelConfig, TextConfig
 from saeffect.errors import ConfigError, SaeffectError, Undefined
@@ -25,10 +24,10 @@ from saeffect.progress import SILENT, Log
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.fit import Fit, measure_fit
 from saeffect.sae.formats import load_sae
-from saeffect.sae.metrics import row_losses, spliced_losses
+from saeffect.sae.metrics import spliced_losses
 from saeffect.sae.mismatch import Change, Mismatch, Reading, find_mismatch, scan_hooks
 from saeffect.study.diff import DiffRequest, diff_study
-from saeffect.study.stages.gate import complaint_about_model, model_on_text
+from saeffect.study.stages.gate import complaint_about_model, model_on_text, text_losses
 from saeffect.study.study import Study, require_width
 from saeffect.study.texts import study_rows
 
@@ -77,8 +76,7 @@ class PairGate:
 
     Attributes:
         hook: Where the SAE was read.
-        fits: By model, "base" and perhaps "tuned".
-        on_text: By model, what `model_on_text` measures.
+        fits, on_text: By model, "base" and perhaps "tuned": the fit, and what `model_on_text` measures.
         trained: Values that the SAE's own card has, by their names in `Fit.values`.
         changes: What is wrong and what to do about it, likeliest first; empty if nothing is.
         mismatch: What was tried, and what mends; None if the text itself is not the model's.
@@ -190,15 +188,10 @@ def judge_pair(
     tokenizers: Mapping[str, Any] | None = None,
     log: Log = SILENT,
 ) -> PairGate:
-    """Measure an SAE on a base model, and perhaps its fine-tune, and look for what is wrong.
+    """Measure an SAE on a base model (and perhaps its fine-tune "tuned"), and look for what is wrong.
 
-    Args:
-        models: "base", and perhaps "tuned".
-        hook: None: the one where it explains most.
-        rows_of: Rows of text in a model's tokens.
-        tokenizers: Further ones to try, by name, if the model does not know its own text.
-
-    Errors as `capture`; ConfigError without a hook if the SAE fits none.
+    `hook` None is the one where it explains most; `rows_of` gives rows of text in a model's tokens; `tokenizers` are
+    further ones to try, by name. Errors as `capture`; ConfigError without a hook if the SAE fits none.
     """
     limits, base = limits or GateConfig(), models["base"]
     rows = rows_of(base)
@@ -269,22 +262,13 @@ def _of_text(
         rows = rows_of(with_it)
         if int(rows.ids.max(initial=0)) >= lm.d_vocab:
             continue
-        theirs = model_on_text(with_it, rows, _losses(with_it, rows), rows)["perplexity"]
+        losses = text_losses(with_it, torch.from_numpy(rows.ids.astype(np.int64)))
+        theirs = model_on_text(with_it, rows, losses, rows)["perplexity"]
         if all(math.log(measured["perplexity"][source]) - math.log(theirs[source]) > _BETTER for source in theirs):
             said = ", ".join(f"{value:,.4g} on {source}" for source, value in theirs.items())
             return (Change("tokenizer", f"{found}; with the tokenizer of {name} it is {said}", f"use that of {name}."),)
     fix = "put the tokenizer that the model was trained with into its folder; or look at its weights."
     return (Change("tokenizer", found, fix),)
-
-
-@torch.inference_mode()
-def _losses(lm: LanguageModel, rows: TokenRows) -> NDArray[np.float64]:
-    """The model's mean loss on each row, `[n_rows]`."""
-    parts = []
-    for start in range(0, len(rows), _ROWS_CHECKED):
-        ids = torch.from_numpy(rows.ids[start : start + _ROWS_CHECKED].astype(np.int64)).to(lm.device)
-        parts.append(row_losses(lm.model(input_ids=ids, use_cache=False).logits[:, :-1].float(), ids))
-    return np.concatenate(parts)
 
 
 def _other_tokenizers(sae: SparseAutoencoder, lm: LanguageModel) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from saeffect.errors import SaeffectError
 from saeffect.io import read_json, write_json
 from saeffect.progress import Log, Progress
@@ -26,17 +28,9 @@ _EVERY = 1.0  # seconds between two writings within a stage
 
 @dataclass(frozen=True)
 class RunProgress:
-    """What a run is doing. Times are in seconds since 1970.
-
-    Attributes:
-        study: Name of the study.
-        title: Its title; may be empty.
-        stages: Keys of all stages of this run, in order, such as "steer control".
-        stage: The stage that it is at; "" before the first.
-        what: The piece of work within the stage, `done` of `total` `unit`; "" if the stage reports none.
-        started: When the stage began.
-        updated: When this was written.
-        pid: The process, on the machine `host`.
+    """What a run is doing: all its stages by key, such as "steer control", the stage that it is at ("" before the
+    first), and in it `what`, `done` of `total` `unit` ("" if it reports none). Times (when the stage began, when this
+    was written) are in seconds since 1970; the process is `pid` on the machine `host`.
     """
 
     study: str
@@ -113,11 +107,6 @@ class ProgressFile:
 def read_progress(folder: Path) -> RunProgress | None:
     """What a run in the directory is doing; None if none is, or the file is no such note."""
     try:
-        found = read_json(folder / _NAME)
-        progress = RunProgress(**{**found, "stages": tuple(str(key) for key in found["stages"])})
-    except (SaeffectError, OSError, TypeError, KeyError):
+        return TypeAdapter(RunProgress).validate_python(read_json(folder / _NAME))
+    except (SaeffectError, OSError, ValidationError):
         return None
-    fields = RunProgress.__dataclass_fields__
-    kinds: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "tuple[str, ...]": tuple}
-    sound = all(isinstance(getattr(progress, name), kinds[str(field.type)]) for name, field in fields.items())
-    return progress if sound else None

@@ -72,18 +72,12 @@ class _Row:
 def reproduce(folder: Path | str, *, embeddings: str | Path | WordVectors = DEFAULT_EMBEDDINGS) -> pd.DataFrame:
     """Every figure of the paper that its published files allow: the paper's, ours, and whether they agree.
 
-    Args:
-        folder: A copy of the authors' repository, or any folder with some of its files (searched by name).
-        embeddings: Word vectors for equation 1 and the coverage; the paper's are the default.
+    `folder` is a copy of the authors' repository, or any folder with some of its files (searched by name).
 
-    Returns:
-        One row a figure: place (in the paper), figure, arm, paper (as printed, str), ours (float; percentages from 0 to
-        100; NaN without files), verdict, note. The verdict compares at the printed digits: `AGREES`; `ROUNDED`, if the
-        paper computed it from figures that it had rounded; `DIFFERS`; `NO_FILE`; `UNPUBLISHED`.
-
-    Raises:
-        NotFound: None of the files is in the folder.
-        BadFile: A file has another form.
+    One row a figure: place (in the paper), figure, arm, paper (as printed, str), ours (float; percentages from 0 to
+    100; NaN without files), verdict, note. The verdict compares at the printed digits: `AGREES`; `ROUNDED`, if the
+    paper computed it from figures that it had rounded; `DIFFERS`; `NO_FILE`; `UNPUBLISHED`. NotFound if none of the
+    files is there, BadFile for one of another form.
     """
     vectors = embeddings if isinstance(embeddings, WordVectors) else load_embeddings(embeddings)
     files = _Published(Path(folder), vectors)

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from saeffect.errors import BadFile, NotFound
+from saeffect.errors import NotFound
 from saeffect.io import fingerprint
 from saeffect.review.queue import Queue, fingerprint_tokens, make_queue
 from saeffect.review.store import NOT_BLIND, STORE, Given, VerdictStore
 from saeffect.review.verdicts import ADJUDICATION, COLUMNS, read_verdicts, write_verdicts
+from saeffect.study.run_folder import read_table
 
 __all__ = ["Standing", "read_queue", "standing_verdicts", "store_digest", "store_verdicts", "write_store_verdicts"]
 
@@ -85,11 +86,8 @@ def write_store_verdicts(folder: Path | str, file: Path | str) -> tuple[int, int
 def store_verdicts(folder: Path | str, file: Path | str) -> tuple[int, int]:
     """Add the verdicts of a CSV file to the run's store, all or none; how many were new, and how many there before.
 
-    A verdict that differs from the rater's own goes on top of it: the history keeps both.
-
-    Raises:
-        NotFound: No such file or run, or one of its features is not in the run.
-        SaeffectError: As `read_verdicts` and `VerdictStore`.
+    A verdict that differs from the rater's own goes on top of it: the history keeps both. NotFound: no such file or
+    run, or one of its features is not in the run; others as `read_verdicts` and `VerdictStore`.
     """
     arms = _arms(folder)
     table = read_verdicts(file, arms=arms)
@@ -140,19 +138,10 @@ def _arms(folder: Path | str) -> list[str]:
 
 
 def _arm_table(folder: Path | str, arm: str) -> pd.DataFrame:
-    features = _read(Path(folder) / "arms" / arm / "features.parquet", _FEATURES)
-    return features.merge(_read(Path(folder) / "arms" / arm / "selection.parquet", _SELECTION), on="feature")
+    features = read_table(Path(folder) / "arms" / arm / "features.parquet", _FEATURES)
+    return features.merge(read_table(Path(folder) / "arms" / arm / "selection.parquet", _SELECTION), on="feature")
 
 
 def _tokens(folder: Path | str, arm: str) -> dict[int, tuple[str, ...]]:
-    table = _read(Path(folder) / "arms" / arm / "features.parquet", _FEATURES[:2])
+    table = read_table(Path(folder) / "arms" / arm / "features.parquet", _FEATURES[:2])
     return {int(f): tuple(t) for f, t in zip(table["feature"], table["top_tokens"], strict=True)}
-
-
-def _read(path: Path, columns: list[str]) -> pd.DataFrame:
-    try:
-        return pd.read_parquet(path, columns=columns)
-    except FileNotFoundError as error:
-        raise NotFound(f"there is no {path.name}.", at=str(path), fix="run the stage before this one.") from error
-    except Exception as error:  # pyarrow raises many kinds
-        raise BadFile(f"this table cannot be read: {error}.", at=str(path), fix="delete it and run again.") from error

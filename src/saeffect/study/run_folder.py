@@ -21,7 +21,7 @@ from saeffect.io import atomic_path, fingerprint, hash_file, read_json, remove_l
 from saeffect.progress import SILENT, Log
 from saeffect.study.study import Study
 
-__all__ = ["KeptRows", "RunFolder", "drop_kept_rows"]
+__all__ = ["KeptRows", "RunFolder", "drop_kept_rows", "read_table"]
 
 _FOLDERS = ("arms", "comparison", "figures", "partial", "steering", "tables")
 # A run writes these only after its manifest and study.
@@ -61,11 +61,7 @@ class RunFolder:
         if not path.is_file():
             name = path.relative_to(self.folder)
             raise NotFound(f"there is no {name}.", at=str(self.folder), fix="run the stage before this one.")
-        try:
-            return pd.read_parquet(path)
-        except Exception as error:  # pyarrow raises many kinds
-            fix = "delete it and run again."
-            raise BadFile(f"this table cannot be read: {error}.", at=str(path), fix=fix) from error
+        return read_table(path)
 
     def table_or_none(self, path: Path) -> pd.DataFrame | None:
         """A table, or None where the stage wrote none; a file that the manifest does not list is ignored."""
@@ -89,14 +85,9 @@ class RunFolder:
         return fingerprint([(str(p.relative_to(self.folder)), hash_file(p) if p.is_file() else None) for p in paths])
 
     def stage(self, key: str, inputs: Any, work: Callable[[], Iterable[Path]], log: Log, *, redo: bool = False) -> bool:
-        """Do a stage's work unless it was done with the same inputs and its files are whole; True if work was done.
-
-        Files of an earlier time that are not written again are removed, unless somebody changed them.
-
-        Args:
-            key: Name of the stage, with the arm for per-arm stages.
-            inputs: Everything that the stage's numbers depend on, JSON-able.
-            work: Does the work and returns the files it wrote.
+        """Do a stage's work, which returns the files it wrote, unless it was done with the same inputs (everything that
+        its numbers depend on, JSON-able) and its files are whole; True if work was done. Files of an earlier time that
+        are not written again are removed, unless somebody changed them.
         """
         if not redo and self.is_done(key, inputs):
             drop_kept_rows(self._kept_folder(key))
@@ -231,6 +222,17 @@ class RunFolder:
         return {"study": found["study"], "stages": whole}
 
 
+def read_table(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
+    """A table of a run directory, or some of its columns; NotFound if there is none, BadFile if it is broken."""
+    try:
+        return pd.read_parquet(path, columns=columns)
+    except FileNotFoundError as error:
+        raise NotFound(f"there is no {path.name}.", at=str(path), fix="run the stage before this one.") from error
+    except Exception as error:  # pyarrow raises many kinds
+        fix = "delete it and run again."
+        raise BadFile(f"this table cannot be read: {error}.", at=str(path), fix=fix) from error
+
+
 def _is_note(note: Any) -> bool:
     """Whether this is a valid manifest entry of a stage."""
     if not isinstance(note, dict) or not isinstance(note.get("fingerprint"), str):
@@ -247,10 +249,8 @@ _PIECE = re.compile(r"[0-9a-f]{16}-[0-9a-f]{32}\.parquet")
 
 
 class KeptRows:
-    """Pieces of a table, one file each, named by `made_with` and the hash of their content.
-
-    `made_with` is a fingerprint of everything that the rows depend on; `folder` may hold pieces with other
-    fingerprints. Every process reads all pieces, so a run may resume with another number of processes.
+    """Pieces of a table, one file each, named by `made_with` (of everything that the rows depend on) and the hash of
+    their content. Every process reads all pieces, so a run may resume with another number of processes.
     """
 
     def __init__(self, folder: Path, made_with: str) -> None:

@@ -33,9 +33,7 @@ __all__ = ["Residuals", "beginning", "first_texts", "machine_memory", "shortage"
 def study_rows(text: TextConfig, model: Callable[[], LanguageModel], *, prepend_bos: bool | None) -> TokenRows:
     """Rows of text, sources in turn, at most `text.tokens` tokens, each with the model's BOS token in front, if any.
 
-    Chats are written by the model's `chat_format`.
-
-    `model` gives the model whose tokenizer cuts files into tokens; it is not called for bundled ids without BOS.
+    `model`, whose tokenizer cuts files and whose `chat_format` writes chats, is not called for bundled ids without BOS.
     SaeffectError if a source cannot be read, or has less than one row of text.
     """
     if text.bundled is None:

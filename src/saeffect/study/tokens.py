@@ -28,13 +28,9 @@ _SHOWN = 8  # tokens
 
 @dataclass(frozen=True)
 class TokenizerDifference:
-    """How an arm's own tokenizer differs from the control's.
-
-    Attributes:
-        added: Tokens that only the arm has.
-        missing: Tokens that only the control has.
-        renamed: Ids with different tokens: (the control's, the arm's).
-        cut: A text that is cut differently, the control's pieces, and the arm's; None if none was found.
+    """How an arm's own tokenizer differs from the control's: tokens that only the arm has, or only the control; ids
+    with different tokens, (the control's, the arm's); and a text that is cut differently, with the control's and the
+    arm's pieces.
     """
 
     added: tuple[str, ...] = ()
@@ -99,12 +95,9 @@ def study_tokens(
 ) -> StudyTokens:
     """Load the tokenizer of every model, by arm, and compare it with the control's.
 
-    `texts` gives texts that all tokenizers should cut alike, and is called only if their rules differ; `at` gives an
-    arm's place for error messages.
-
-    Raises:
-        SaeffectError: A tokenizer cannot be loaded.
-        IncompatibleModels: Two models have different tokens, apart from added ones.
+    `texts` gives texts that all should cut alike, called only if their rules differ; `at` an arm's place for messages.
+    SaeffectError: a tokenizer cannot be loaded. IncompatibleModels: two models have different tokens, apart from added
+    ones.
     """
     loaded: dict[tuple[str, str | None], Any] = {}
     of_arm = {}

@@ -18,10 +18,8 @@ _OF_THE_ARM = {"model": "arms.<arm>.model", "hook": "arms.<arm>.hook", "saes": "
 
 
 def arm_recipe(study: Study, arm: str) -> SaeRecipe:
-    """The recipe by which an arm's SAE is trained.
-
-    UnknownName for an unknown arm or key in `training`; ConfigError if the study has no section `training`, the arm no
-    hook, or a value is out of range.
+    """The recipe by which an arm's SAE is trained. UnknownName for an unknown arm or key in `training`; ConfigError if
+    the study has no section `training`, the arm no hook, or a value is out of range.
     """
     config, section = study.arm(arm), study.config.training
     if section is None:

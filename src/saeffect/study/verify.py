@@ -24,12 +24,11 @@ import pandas as pd
 from saeffect.errors import BadFile, ConfigError, NotFound, SaeffectError
 from saeffect.io import hash_file, read_json, versions
 from saeffect.progress import SILENT, Log
-from saeffect.study.run_folder import RunFolder
-from saeffect.study.stages.coherence import run_coherence
+from saeffect.study.run_folder import RunFolder, read_table
 from saeffect.study.stages.compare import run_compare
 from saeffect.study.stages.dose_search import chosen_dose
-from saeffect.study.stages.models_report import run_models_report
-from saeffect.study.stages.report import run_report
+from saeffect.study.stages.features import run_coherence
+from saeffect.study.stages.report import run_models_report, run_report
 from saeffect.study.stages.select import run_select, stored_verdicts, write_selection
 from saeffect.study.stages.steer import effect_tables
 from saeffect.study.study import Study
@@ -56,14 +55,9 @@ class Disagreement:
 
 @dataclass(frozen=True)
 class Verified:
-    """What was found, and how much was looked at.
-
-    Attributes:
-        disagreements: In the order of the study; a file's own change before what follows from it.
-        files: Files whose hash was compared with the manifest's.
-        recomputed: Files that were recomputed.
-        values: Values in these.
-        note: What may explain disagreements: another version of a package. "" for nothing.
+    """What was found, in the order of the study: a file's own change before what follows from it. How many files were
+    compared with the manifest's hashes, how many recomputed, with how many values; and versions that may explain
+    disagreements.
     """
 
     disagreements: tuple[Disagreement, ...]
@@ -74,12 +68,8 @@ class Verified:
 
 
 def verify(folder: Path | str, log: Log = SILENT) -> Verified:
-    """Check a finished run; writes nothing to it.
-
-    Raises:
-        NotFound: No run there, or a file that the study names (an SAE, a word list) is gone.
-        ConfigError: The run was not finished.
-        BadFile: A table that cannot be read.
+    """Check a finished run; writes nothing to it. NotFound: no run there, or a file that the study names (an SAE, a
+    word list) is gone. ConfigError: the run was not finished. BadFile: a table that cannot be read.
     """
     place = Path(folder)
     manifest = _manifest(place)
@@ -180,7 +170,7 @@ def differing(stored: Path, recomputed: Path) -> tuple[int, list[tuple[str, str]
     if not stored.is_file():
         return 0, [("", "is missing")]
     if stored.suffix == ".parquet":
-        return _tables(_parquet(stored), pd.read_parquet(recomputed))
+        return _tables(read_table(stored), pd.read_parquet(recomputed))
     if stored.suffix == ".csv":
         kept: dict[str, Any] = {"dtype": str, "keep_default_na": False}
         return _tables(pd.read_csv(stored, **kept), pd.read_csv(recomputed, **kept))
@@ -190,13 +180,6 @@ def differing(stored: Path, recomputed: Path) -> tuple[int, list[tuple[str, str]
     if stored.suffix == ".html":
         return _pages(stored.read_text(encoding="utf-8"), recomputed.read_text(encoding="utf-8"))
     return 0, []  # pictures
-
-
-def _parquet(path: Path) -> pd.DataFrame:
-    try:
-        return pd.read_parquet(path)
-    except Exception as error:  # pyarrow raises many kinds
-        raise BadFile(f"this table cannot be read: {error}.", at=str(path), fix="run its stage again.") from error
 
 
 def _tables(stored: pd.DataFrame, fresh: pd.DataFrame) -> tuple[int, list[tuple[str, str]]]:

@@ -70,16 +70,16 @@ def test_what_could_not_be_tried_is_named_with_its_reason() -> None:
 
 
 def test_the_verdict_in_a_sentence() -> None:
-    assert calibration_verdict(found(calibration())).startswith("Not to be believed")
-    assert "pass rate (the interval excludes zero)" in calibration_verdict(found(calibration()))
+    assert calibration_verdict(calibration()).startswith("Not to be believed")
+    assert "pass rate (the interval excludes zero)" in calibration_verdict(calibration())
     fine = calibration(verdict="within nominal", unit="pairs of SAEs").iloc[[2]]
-    assert calibration_verdict(found(fine)).startswith("No test raised more false alarms than it promises. Between")
-    assert "it needs three SAEs" in calibration_verdict(found(calibration().iloc[[3]]))
+    assert calibration_verdict(fine).startswith("No test raised more false alarms than it promises. Between")
+    assert "it needs three SAEs" in calibration_verdict(calibration().iloc[[3]])
     untried = calibration().assign(declared=[False, False, False, True])
-    assert calibration_verdict(found(untried)) == (
+    assert calibration_verdict(untried) == (
         "It cannot be said how often the declared tests raise false alarms: it needs three SAEs."
     )
-    assert "was not measured" in calibration_verdict(found(pd.DataFrame()))
+    assert "was not measured" in calibration_verdict(pd.DataFrame())
     assert calibration_table(found(pd.DataFrame()), ReportContext()) is None
 
 
@@ -141,14 +141,14 @@ def regressed(estimate: float = 0.2, low: float = 0.1, high: float = 0.3, reason
     ],
 )  # fmt: skip
 def test_the_open_question(numbers: tuple[float, float, float], words: str) -> None:
-    assert words in coherence_sentence(regressed(*numbers))
+    assert words in coherence_sentence(regressed(*numbers).regression)
 
 
 def test_why_it_cannot_be_said() -> None:
-    assert coherence_sentence(regressed(NAN, NAN, NAN, "coherence is the same in every feature")).endswith(
+    assert coherence_sentence(regressed(NAN, NAN, NAN, "coherence is the same in every feature").regression).endswith(
         "cannot be said: coherence is the same in every feature."
     )
-    assert "no feature was steered" in coherence_sentence(SimpleNamespace(regression=pd.DataFrame()))  # type: ignore[arg-type]
+    assert "no feature was steered" in coherence_sentence(pd.DataFrame())
 
 
 def test_terms_and_errors() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from saeffect.comparison import MatchTables
+from saeffect.diffing.matched_null import ONE_PLACEBO
 from saeffect.report import ReportContext
 from saeffect.report.tables.matching import (
     cross_table,
@@ -16,7 +17,7 @@ from saeffect.report.tables.matching import (
     notable_table,
     stagewise_table,
 )
-from saeffect.report.words.matching import cross_summary, fate_summary
+from saeffect.report.words.evidence import cross_summary, fate_summary
 from synthetic_matches import NO_PLACEBO, cross_activity, stagewise, synthetic_matches
 
 
@@ -37,7 +38,7 @@ def test_more_comes_before_less_with_the_most_changed_first(context: ReportConte
 
 
 def test_the_summary_sets_the_domain_against_the_rest(context: ReportContext) -> None:
-    text = cross_summary(found(), context)
+    text = cross_summary(cross_activity(), context.alpha, "medical")
     assert "Of 119 features that fire, 8 fire more strongly in the fine-tuned model and 2 more weakly" in text
     assert (
         "Of the 10 medical features 50.0\u202f% fire more and 20.0\u202f% less; of all others 2.8\u202f% and 0.0"
@@ -47,9 +48,9 @@ def test_the_summary_sets_the_domain_against_the_rest(context: ReportContext) ->
 
 def test_nothing_to_test_is_said(context: ReportContext) -> None:
     silent = cross_activity().assign(q=float("nan"), reason="one row of text shows no spread")
-    assert cross_summary(found(cross_activity=silent), context).endswith("one row of text shows no spread.")
+    assert cross_summary(silent, context.alpha).endswith("one row of text shows no spread.")
     assert cross_table(found(cross_activity=silent), context) is None
-    assert "was not applied" in cross_summary(SimpleNamespace(matches=MatchTables()), context)  # type: ignore[arg-type]
+    assert "was not applied" in cross_summary(MatchTables().cross_activity, context.alpha)
 
 
 def test_rotations_beside_training_alone(context: ReportContext) -> None:
@@ -89,10 +90,12 @@ def test_fine_tuning_stands_beside_another_seed(context: ReportContext) -> None:
 
 
 def test_the_summary_counts_both_measures(context: ReportContext) -> None:
-    text = fate_summary(matched(), context)
+    text = fate_summary(matched().matches.fate_counts, context.alpha)
     assert text.count("60 of 120 features of the control have no counterpart in the treatment, +14 [8, 20]") == 2
     assert "2 moved, 4 gone, 2 absorbed, 6 new" in text
-    assert "No single feature stands out" in fate_summary(matched(called=False), context)
+    few = matched().matches.fate_counts.assign(reason=ONE_PLACEBO)
+    assert "With one other seed these intervals" in fate_summary(few, context.alpha)
+    assert "No single feature stands out" in fate_summary(matched(called=False).matches.fate_counts, context.alpha)
 
 
 def test_notable_features_have_words_and_parents(context: ReportContext, arms: dict) -> None:
@@ -123,7 +126,7 @@ def test_without_other_seeds_every_number_has_a_reason(context: ReportContext) -
     assert view.rows[2].cells[0].text == f"undefined: {NO_PLACEBO}"
     assert not any("nan" in cell.text + cell.sub for row in view.rows for cell in row.cells)
     assert notable_table(matched(placebo=False), context) is None
-    assert fate_summary(matched(placebo=False), context) == ""
+    assert fate_summary(matched(placebo=False).matches.fate_counts, context.alpha).endswith(f"or new: {NO_PLACEBO}.")
 
 
 @pytest.mark.parametrize("made", [fate_table, notable_table])

@@ -10,8 +10,10 @@ import pytest
 
 from saeffect.comparison.factorial import CROSSED, EFFECTS, FACTORIAL_COLUMNS, no_factorial
 from saeffect.errors import Undefined
-from saeffect.report.figures.factorial import factorial as drawing
+from saeffect.report import ReportContext
+from saeffect.report.figures.learned import crossed
 from saeffect.report.words.factorial import factorial_sentences
+from synthetic_where import with_tables
 
 
 def rows(quantity: str, **effects: tuple[float, float, float]) -> pd.DataFrame:
@@ -66,7 +68,7 @@ def test_the_picture_has_a_mark_for_each_estimate() -> None:
     table = pd.concat(
         [rows("direct_effect", model=(-0.8, -0.9, -0.7)), rows("coherence", rest=(0.0, math.nan, math.nan))]
     )
-    drawn = drawing(table)
+    drawn = crossed(with_tables({"factorial": table}), ReportContext())
     panels = drawn.figure.axes
     assert [ax.get_title(loc="left") for ax in panels] == [
         CROSSED[name].label for name in ("direct_effect", "coherence")
@@ -78,8 +80,9 @@ def test_the_picture_has_a_mark_for_each_estimate() -> None:
     hollow = [line for line in panels[1].lines if line.get_marker() == "|"]
     assert hollow[0].get_markerfacecolor() == "none"
     assert "features push their tokens 0.80 nats less" in drawn.alt
+    unknown = no_factorial(["coherence"], "the models differ in width")
     with pytest.raises(Undefined, match="differ in width"):
-        drawing(no_factorial(["coherence"], "the models differ in width"))
+        crossed(with_tables({"factorial": unknown}), ReportContext())
 
 
 def test_thousands_are_written_whole() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from saeffect.diffing.put_back_shares import COLUMNS, OWN_WRITING
 from saeffect.errors import Undefined
-from saeffect.report.figures.put_back import draw_shares
+from saeffect.report.figures.learned import draw_shares
 from saeffect.report.words.put_back import put_back_sentence, what_it_causes
 
 _NAN = (math.nan, math.nan, math.nan)

@@ -13,7 +13,7 @@ from saeffect.errors import ConfigError, NotFound, SaeffectError, Undefined
 from saeffect.lm.hooks import capture
 from saeffect.steering import load_text_vectors, run_trials
 from saeffect.study.run_folder import RunFolder
-from saeffect.study.stages.steering_plan import site_of
+from saeffect.study.stages.dose_search import site_of
 from saeffect.study.study import Study
 from saeffect.web.play.ask import Ask
 from saeffect.web.play.engine import Engine, features_to_steer

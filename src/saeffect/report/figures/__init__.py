@@ -14,11 +14,11 @@ from saeffect.io import atomic_path
 from saeffect.report.context import ReportContext
 from saeffect.report.figures.distributions import coherence, density, match_counts, mean_activation, top_token_weights
 from saeffect.report.figures.evidence import calibration, contrasts, partial_residuals
-from saeffect.report.figures.learned import crossed, learned, where_changed, written_more
+from saeffect.report.figures.learned import crossed, learned, put_back
 from saeffect.report.figures.matching import cross_activity, fates
-from saeffect.report.figures.put_back import put_back
 from saeffect.report.figures.steering import doses, forests
 from saeffect.report.figures.style import DrawnFigure, FigureKind, drawn_into
+from saeffect.report.figures.where import where, written
 
 __all__ = ["FIGURES", "DrawnFigure", "draw_figures", "drawn_into", "write_figures"]
 
@@ -32,10 +32,10 @@ FIGURES = [
     FigureKind(
         "where",
         "Where the model changed",
-        where_changed,
+        where,
         "comparison/change_by_layer.parquet, change_by_word.parquet",
     ),
-    FigureKind("written", "What it writes more often", written_more, "comparison/written_words.parquet"),
+    FigureKind("written", "What it writes more often", written, "comparison/written_words.parquet"),
     FigureKind("put_back", "What the changed features cause", put_back, "comparison/put_back.parquet"),
     FigureKind("crossed", "What the model does, and what the SAE does", crossed, "comparison/factorial.parquet"),
     FigureKind(
@@ -140,8 +140,7 @@ def write_figures(
 ) -> tuple[DrawnFigure, ...]:
     """Write each figure as `<name>.svg` and `<name>.png` (200 dots per inch), atomically; `folder` is made if missing.
 
-    Returns the figures for `write_report`. One without data has no files and carries the reason; without `context`
-    effects, coherence and doses have no data.
+    Returns the figures for `write_report`; one without data has no files and carries the reason.
     """
     figures = draw_figures(comparison, context)
     for figure in figures:

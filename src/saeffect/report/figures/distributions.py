@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -18,10 +17,10 @@ from saeffect.errors import Undefined
 from saeffect.report.context import ReportContext
 from saeffect.report.figures.style import GRID, MUTED, ArmStyle, Drawing, arm_styles, clean_axes, new_figure, safe_text
 from saeffect.report.words.numbers import amount, count, percent
+from saeffect.stats.arguments import FloatArray
 
 __all__ = ["coherence", "density", "match_counts", "mean_activation", "top_token_weights"]
 
-FloatArray = npt.NDArray[np.float64]
 _GOLDEN = 0.6180339887498949  # its multiples spread evenly: jitter without random numbers
 
 

@@ -1,17 +1,35 @@
-"""Which groups of features changed beyond what null fine-tunes reach."""
+"""What changed beyond null fine-tunes, how much the changed features carry, and what model and SAE do."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from saeffect.comparison import Comparison
+from saeffect.diffing.put_back_shares import OWN_WRITING
 from saeffect.errors import Undefined
 from saeffect.report.context import ReportContext
-from saeffect.report.figures import where
-from saeffect.report.figures.factorial import factorial
-from saeffect.report.figures.style import INK, MUTED, ROLE_STYLES, Drawing, clean_axes, new_figure, safe_text
+from saeffect.report.figures.style import (
+    DASHED,
+    GRID,
+    INK,
+    MUTED,
+    ROLE_STYLES,
+    Drawing,
+    clean_axes,
+    new_figure,
+    safe_text,
+)
+from saeffect.report.words.factorial import factorial_estimate, factorial_sentences
+from saeffect.report.words.numbers import count, is_defined, percent
+from saeffect.report.words.put_back import text_name, what_it_causes
 
-__all__ = ["crossed", "learned", "where_changed", "written_more"]
+__all__ = ["crossed", "draw_shares", "learned", "put_back"]
 
 _SHOWN = 10
 
@@ -51,25 +69,159 @@ def learned(comparison: Comparison, _context: ReportContext) -> Drawing:
     )
 
 
+# By effect: what is written beside it, colour, marker, size of the marker.
+_MARKS: Mapping[str, tuple[str, str, str, float]] = {
+    "model": ("model", ROLE_STYLES["treatment"].colour, "s", 6.5),
+    "dictionary": ("SAE", ROLE_STYLES["control"].colour, "o", 6.5),
+    "both": ("both", INK, "D", 5.0),
+    "rest": ("rest", ROLE_STYLES["placebo"].colour, "|", 8.0),
+}
+_NOUNS = {"share": "percentage points", "share of tokens": "percentage points of tokens", "coherence": ""}
+
+
 def crossed(comparison: Comparison, _context: ReportContext) -> Drawing:
-    """The study's `factorial`."""
+    """Dots with 95 % intervals: the effects of model, SAE, both together, and the rest."""
     table = comparison.matches.further.get("factorial")
     if table is None or table.empty:
         raise Undefined("no SAE was read on both models.")
-    return factorial(table)
+    rows = table[table["estimate"].notna()]
+    names = list(dict.fromkeys(rows["quantity"]))
+    if not names:
+        reason = next((f": {reason}" for reason in table["reason"] if reason), "")
+        raise Undefined(f"no quantity was measured with each SAE on both models{reason}.")
+    figure = new_figure(0.3 + 1.16 * len(names))
+    for ax, name in zip(figure.subplots(len(names), 1, squeeze=False)[:, 0], names, strict=True):
+        _panel(ax, rows[rows["quantity"] == name].set_index("effect"))
+    return Drawing(
+        figure,
+        "Each arm's SAE, read and steered on both models; every quantity on its own scale, with 95 % intervals "
+        "and, at the right, the value of the control's SAE on its own model. "
+        "Model: the fine-tuned model minus the base model, with the same SAE. SAE: the treatment's SAE minus the "
+        "control's, on the same model. Both: their sum, the difference between the arms. Rest: half of how much the "
+        "model's part depends on the SAE. Intervals of the SAE's part hold for these two SAEs, not for other seeds.",
+        " ".join(factorial_sentences(table).values()),
+    )
 
 
-def where_changed(comparison: Comparison, context: ReportContext) -> Drawing:
-    """The study's `where.where`."""
-    tables = comparison.matches.further
-    if "change_by_layer" not in tables:
-        raise Undefined("the models were not compared layer by layer.")
-    return where.where(tables, alpha=context.alpha)
+def _panel(ax: Axes, rows: pd.DataFrame) -> None:
+    first = rows.iloc[0]
+    unit = str(first["unit"])
+    factor = 100.0 if unit.startswith("share") else 1.0
+    ends = factor * np.abs(rows[["low", "high", "estimate"]].to_numpy(dtype=float))
+    reach = 1.08 * max(float(np.nanmax(ends)), 1e-12)
+    ax.axvline(0, **DASHED)
+    for line, (effect, (label, colour, marker, size)) in enumerate(_MARKS.items()):
+        y = len(_MARKS) - 1 - line
+        ax.text(-0.015, y, label, transform=ax.get_yaxis_transform(), color=colour, ha="right", va="center", size=8.2)
+        if effect in rows.index:
+            _mark(ax, y, rows.loc[effect], factor, (colour, marker, size))
+    ax.set_title(safe_text(first["label"], 44), loc="left", size=8.8, pad=5)
+    noun, start = _NOUNS.get(unit, unit), factor * float(first["mean_cc"])
+    noun = f"{noun}, from {start:.3g}".removeprefix(", ").replace("-", "−") if np.isfinite(start) else noun
+    ax.text(1.0, 1.04, noun, transform=ax.transAxes, size=7.8, color=MUTED, ha="right", va="bottom")
+    ax.set(xlim=(-reach, reach), ylim=(-0.6, len(_MARKS) - 0.4), yticks=[])
+    ax.xaxis.set_major_locator(MaxNLocator(5, symmetric=True))
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}".replace("-", "−"))
+    ax.tick_params(labelsize=8)
+    clean_axes(ax, grid="x")
 
 
-def written_more(comparison: Comparison, context: ReportContext) -> Drawing:
-    """The study's `where.written`."""
-    tables = comparison.matches.further
-    if "written_words" not in tables:
-        raise Undefined("the models wrote nothing to compare.")
-    return where.written(tables, alpha=context.alpha)
+def _mark(ax: Axes, y: int, row: Mapping[Any, Any], factor: float, mark: tuple[str, str, float]) -> None:
+    """An interval and its dot; a dot without an interval is hollow."""
+    found, (colour, marker, size) = factorial_estimate(row), mark
+    if found.defined:
+        low, high = factor * found.low, factor * found.high
+        ax.plot([low, high], [y, y], color=colour, linewidth=2.2, solid_capstyle="butt")
+    face = colour if found.defined else "none"
+    value = factor * found.value
+    ax.plot([value], [y], marker, color=colour, markerfacecolor=face, markersize=size, markeredgewidth=1.4)
+
+
+_SHARE_OF = {"loss": "of the change in loss", "kl": "of the change in predictions (KL)"}
+_LEAST, _MOST = -0.25, 1.3  # shares beyond are cut off
+
+
+def put_back(comparison: Comparison, context: ReportContext) -> Drawing:
+    """The study's `draw_shares`."""
+    table = comparison.matches.further.get("put_back")
+    if table is None or table.empty:
+        raise Undefined("no features were put back.")
+    return draw_shares(table, subject=context.domain)
+
+
+def draw_shares(table: pd.DataFrame, *, source: str = "domain", subject: str = "medical", n_named: int = 20) -> Drawing:
+    """Share carried by the most changed features over their number, beside matched features and the whole activation.
+
+    `table` is that of `put_back_table`; `source` is the text, and `subject` what to call it; the alternative text names
+    the shares of `n_named` features. Undefined where no share is.
+    """
+    rows = table[(table["edited"] == "tuned") & table["source"].isin([source, OWN_WRITING])]
+    curves = rows[(rows["features"] == "changed") & (rows["source"] == source)]
+    if curves.empty:
+        raise Undefined(f"no features were put back on text of the source {source!r}.")
+    # Of what the model writes itself the share is drawn where the text has none.
+    drawn: dict[str, pd.DataFrame] = {}
+    for measure in _SHARE_OF:
+        for on in (source, OWN_WRITING):
+            mine = rows[(rows["features"] == "changed") & (rows["measure"] == measure) & (rows["source"] == on)]
+            if measure not in drawn and _has_share(mine):
+                drawn[measure] = mine
+    if not drawn:
+        raise Undefined(f"{curves['reason'].iloc[0]}.")
+    figure = new_figure(0.55 + 2.25 * len(drawn))
+    panels = figure.subplots(len(drawn), 1, squeeze=False, sharex=True)[:, 0]
+    for ax, (measure, mine) in zip(panels, drawn.items(), strict=True):
+        on = str(mine["source"].iloc[0])
+        of_text = rows[(rows["measure"] == measure) & (rows["features"] == "whole") & (rows["source"] == on)]
+        _curve(ax, mine)
+        ax.set_title(f"Share {_SHARE_OF[measure]} on {text_name(on, safe_text(subject, 20))}", size=8.8)
+        ax.text(0.01, 1.0, f" the whole activation: {abs(of_text['whole'].iloc[0]):.2g} nats a token", size=7.8,
+                color=MUTED, transform=ax.get_yaxis_transform(), va="bottom")  # fmt: skip
+    panels[-1].set_xlabel("features put back, the most changed first")
+    missing = [_SHARE_OF[measure] for measure in _SHARE_OF if measure not in drawn]
+    reasons = curves[~curves["measure"].isin(drawn)]["reason"]
+    return Drawing(
+        figure,
+        "While the fine-tuned model reads, features at the hook get the values that they have in the base model, and "
+        "the rest of the model runs as it is. Orange: the features that changed most, found on other text. Grey: as "
+        "many others that fire as often and as strongly, drawn anew for each text. At the dashed line the whole "
+        "activation is put back; what all features leave to it is what the SAE does not rebuild. Bands: 95 % intervals "
+        f"over {count(curves['n_rows'].iloc[0])} texts."
+        + (f" The share {missing[0]} is undefined: {reasons.iloc[0]}." if missing else ""),
+        what_it_causes(table, subject, n_named, source)
+        or f"All features carry {percent(curves['share'].iloc[-1], 0)}.",
+    )
+
+
+def _has_share(rows: pd.DataFrame) -> bool:
+    return bool((rows["kind"] == "own").any() and is_defined(rows.loc[rows["kind"] == "own", "share"].iloc[0]))
+
+
+def _curve(ax: Axes, rows: pd.DataFrame) -> None:
+    own = rows[rows["kind"] == "own"].sort_values("n_features")
+    matched = rows[(rows["kind"] == "matched") & rows["share"].notna()].sort_values("n_features")
+    style = ROLE_STYLES["treatment"]
+    n_all = int(own["n_features"].iloc[-1])
+    ax.axhline(0, color=GRID, linewidth=0.8)
+    ax.axhline(1, **DASHED)
+    for mine, colour, marker, name in ((matched, MUTED, None, "matched"), (own, style.colour, "o", "most changed")):
+        if mine.empty:
+            continue
+        x, share, low, high = (mine[c].to_numpy(dtype=np.float64) for c in ("n_features", "share", "low", "high"))
+        ax.fill_between(x, low.clip(_LEAST, _MOST), high.clip(_LEAST, _MOST), color=colour, alpha=0.22, linewidth=0)
+        ax.plot(x, share.clip(_LEAST, _MOST), color=colour, marker=marker, markersize=4, linewidth=1.4)
+        # Matched sets end before all features, so there is room behind them.
+        up = name == "most changed"
+        place = len(x) // 2 if up else -1
+        ax.annotate(name, (x[place], share.clip(_LEAST, _MOST)[place]), xytext=(-4, 8) if up else (6, 0),
+                    textcoords="offset points", ha="right" if up else "left", va="bottom" if up else "center",
+                    color=colour if up else INK, size=8.2)  # fmt: skip
+    ends = rows.loc[rows["kind"] != "difference", ["low", "high"]].to_numpy(dtype=np.float64)
+    least, most = np.nanmin(ends, initial=0.0), np.nanmax(ends, initial=1.0)
+    ax.set_ylim(max(_LEAST, min(-0.05, least - 0.03)), min(_MOST, max(1.16, most + 0.05)))
+    ax.set_xscale("log")
+    ticks = own["n_features"].astype(int).tolist()
+    ax.set_xticks(ticks, [*(f"{n:,}" for n in ticks[:-1]), f"all\n{n_all:,}"])
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %".replace("-", "−"))
+    clean_axes(ax, grid="y")

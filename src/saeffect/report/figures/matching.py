@@ -28,7 +28,7 @@ from saeffect.report.figures.style import (
     new_figure,
     safe_text,
 )
-from saeffect.report.words.matching import called_features
+from saeffect.report.words.evidence import called_features
 from saeffect.report.words.names import feature_names
 from saeffect.report.words.numbers import count, fixed, has_interval, interval, is_defined, percent, signed
 

@@ -121,8 +121,7 @@ class DrawnFigure:
     """A figure with its texts.
 
     Attributes:
-        name: File name without ending.
-        caption: `[[figure:name]]` in it refers to another figure.
+        name: File name without ending; `[[figure:name]]` in a caption refers to another figure.
         figure: None without data; then `reason` says why.
         source: Files of the run folder, and their columns, behind the figure.
         group: Neighbours of one group share a number on the page; "" for none.

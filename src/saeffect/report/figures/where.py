@@ -10,7 +10,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from saeffect.comparison import Comparison
 from saeffect.errors import Undefined
+from saeffect.report.context import ReportContext
 from saeffect.report.figures.style import INK, PAPER, ROLE_STYLES, Drawing, clean_axes, new_figure, safe_text
 from saeffect.report.words.numbers import count, fixed, is_defined, joined, percent
 
@@ -21,11 +23,11 @@ _LINE = 0.185  # inches a word
 _TUNED, _NULL, _BASE = ROLE_STYLES["treatment"], ROLE_STYLES["placebo"], ROLE_STYLES["control"]
 
 
-def where(tables: Mapping[str, pd.DataFrame], *, alpha: float = 0.05) -> Drawing:
-    """Three panels: each layer's change; the words after which, and the words of which, predictions changed most.
-
-    `tables` are those of `saeffect.diffing.where.where_changed`. Raises `Undefined`: no layer changed.
-    """
+def where(comparison: Comparison, context: ReportContext) -> Drawing:
+    """Three panels: each layer's change; the words after which, and the words of which, predictions changed most."""
+    tables, alpha = comparison.matches.further, context.alpha
+    if "change_by_layer" not in tables:
+        raise Undefined("the models were not compared layer by layer.")
     layers, words = tables["change_by_layer"], tables["change_by_word"]
     if layers.empty or not (layers["change"] > 0).any():
         raise Undefined("the two models are the same at every layer.")
@@ -147,12 +149,11 @@ def _alt(layers: pd.DataFrame, read: pd.DataFrame, expected: pd.DataFrame) -> st
     return "; ".join(parts) + "."
 
 
-def written(tables: Mapping[str, pd.DataFrame], *, alpha: float = 0.05) -> Drawing:
-    """One line a word: in how many of the texts the tuned model writes it, the base model, and the nulls (range).
-
-    `tables` as for `where`. Raises `Undefined`: no word was written often enough to compare.
-    """
-    table = tables["written_words"]
+def written(comparison: Comparison, context: ReportContext) -> Drawing:
+    """One line a word: in how many of the texts the tuned model writes it, the base model, and the nulls (range)."""
+    table, alpha = comparison.matches.further.get("written_words"), context.alpha
+    if table is None:
+        raise Undefined("the models wrote nothing to compare.")
     rows = table[table["change"] > 0].head(_WORDS + 5)
     if rows.empty:
         raise Undefined("no word comes up more often than without fine-tuning.")

@@ -1,4 +1,4 @@
-"""The groups of features that changed most, beside what null fine-tunes reach."""
+"""The groups of features that changed most, beside what null fine-tunes reach, and what the models write."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 from saeffect.comparison import Comparison
 from saeffect.report.context import ReportContext
 from saeffect.report.tables.view import Cell, Column, Row, TableView
-from saeffect.report.tables.where import openings_table
-from saeffect.report.words.numbers import count, p_value, percent
+from saeffect.report.texts import visible_text
+from saeffect.report.words.numbers import count, fixed, is_defined, p_value, percent
 
 __all__ = ["learned_table", "openings"]
 
 _NOT_CLAIMED = 3  # groups shown below those that are claimed
 _MOST = 15
+_OPENINGS, _LONGEST = 12, 160  # texts shown, and characters of one
 
 
 def learned_table(comparison: Comparison, context: ReportContext) -> TableView | None:
@@ -46,12 +47,6 @@ def learned_table(comparison: Comparison, context: ReportContext) -> TableView |
     )
 
 
-def openings(comparison: Comparison, _context: ReportContext) -> TableView | None:
-    """The study's `openings_table`; None if the models wrote nothing."""
-    tables = comparison.matches.further
-    return openings_table(tables) if "openings" in tables else None
-
-
 def _row(row: Mapping[Any, Any]) -> Row:
     claimed = bool(row["claimed"])
     words = ", ".join(str(token) for token in list(row["tokens"])[:8])
@@ -67,4 +62,35 @@ def _row(row: Mapping[Any, Any]) -> Row:
         sub="" if claimed else "not beyond the nulls",
         strong=claimed,
         key=str(row["group"]),
+    )
+
+
+def openings(comparison: Comparison, _context: ReportContext) -> TableView | None:
+    """Texts side by side, one sample an opening, where the models differ most comes first."""
+    table = comparison.matches.further.get("openings")
+    if table is None or table.empty:
+        return None
+    first = table[table["sample"] == 0].head(_OPENINGS)
+    has_null = bool((first["null"] != "").any())
+    columns = [Column("base model", is_text=True), Column("fine-tuned", role="treatment", is_text=True)]
+    columns += [Column("a null fine-tune", is_text=True)] if has_null else []
+    lines = []
+    for row in first.to_dict("records"):
+        texts = [row["base_text"], row["tuned_text"], *([row["null_text"]] if has_null else [])]
+        p = f", p {p_value(row['p'])}" if is_defined(row["p"]) else ""
+        lines.append(
+            Row(
+                visible_text(str(row["opening"])),
+                tuple(Cell.words(visible_text(str(text), _LONGEST)) for text in texts),
+                sub=f"differ by {fixed(row['change'], 2)} nats{p}",
+            )
+        )
+    return TableView(
+        "openings",
+        "What the models write after openings that name nothing",
+        tuple(columns),
+        tuple(lines),
+        corner="opening",
+        note="All models drew with the same random numbers. Sorted by how much the first word's probabilities differ.",
+        source="comparison/openings.parquet",
     )

@@ -12,7 +12,7 @@ from saeffect.comparison import Comparison
 from saeffect.diffing.cross_activity import most_changed
 from saeffect.report.context import ReportContext
 from saeffect.report.tables.view import Cell, Column, Row, TableView
-from saeffect.report.words.matching import CALLED, MEASURES
+from saeffect.report.words.evidence import CALLED, MEASURES
 from saeffect.report.words.names import capital, feature_names
 from saeffect.report.words.numbers import (
     amount,

@@ -60,10 +60,8 @@ class Column(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row's heading and cells; `strong` rows carry the result.
-
-    Adjacent rows of one `group` share a heading; `tag` is a mark beside it. A row with a `key` has the id
-    `row-<table>-<key>`.
+    """A row's heading and cells; `strong` rows carry the result. Adjacent rows of one `group` share a heading; `tag` is
+    a mark beside it. A row with a `key` has the id `row-<table>-<key>`.
     """
 
     label: str
@@ -80,12 +78,9 @@ class TableView:
     """A table of the page.
 
     Attributes:
-        name: Its id on the page.
-        caption: One line; `[[table:name]]` in caption and note refers to another table.
+        name: Its id on the page; `[[table:name]]` in caption and note refers to another table.
         corner: Heading of the column of row headings.
         stacks: Whether rows become blocks on a narrow screen.
-        note: Text below the table.
-        source: Files behind the table.
         paper: Its number in the paper, if it reproduces a table of the paper.
         terms: Glossary keys of the terms that it uses.
     """

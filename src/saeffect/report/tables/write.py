@@ -24,13 +24,8 @@ def write_tables(
 ) -> tuple[Path, ...]:
     """Write each table as `<name>.csv` and `<name>.json`, and the answer as `answer.json`, atomically.
 
-    Numbers keep every digit. NaN is an empty field in CSV and null in JSON. Lists are JSON text in CSV, so that no
-    field begins with a token (a spreadsheet would take "=1+1" for a formula); text that starts like a formula gets a
-    leading apostrophe in CSV. `folder` is made if missing.
-
-    The context adds those that it has of `domain_features`, `raters`, `agreement`, `gate`, `doses`, `steering_outcomes`
-    (`outcome_summary`), `outcome_effects`, `steering_baselines` (`baseline_summary`), `baseline_effects`,
-    `together_effects`, `dose_response` and `dose_response_by_arm` (`dose_summary`).
+    Numbers keep every digit. NaN is an empty field in CSV and null in JSON. Lists are JSON text in CSV; text that
+    starts like a spreadsheet's formula gets a leading apostrophe there. The context adds its own tables.
     """
     folder = Path(folder)
     tables: dict[str, pd.DataFrame] = {name: getattr(comparison, name) for name in Comparison.table_names()}

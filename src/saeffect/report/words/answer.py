@@ -13,11 +13,12 @@ from saeffect.comparison.findings import Answer, Comparison
 from saeffect.comparison.judgement import Judgement
 from saeffect.comparison.quantities import wording
 from saeffect.report.words.evidence import (
-    calibration_sentence,
+    calibration_verdict,
+    cross_summary,
+    fate_summary,
     power_sentence,
     too_many_alarms,
 )
-from saeffect.report.words.matching import cross_sentence, fate_sentences
 from saeffect.report.words.names import short_name
 from saeffect.report.words.numbers import LEVEL, count, difference, fixed, joined, percent, plural, signed
 from saeffect.report.words.paragraph import over_saes, paragraph
@@ -35,13 +36,10 @@ _ONE_SAE = (
 def with_answer(
     found: Comparison, arms: Mapping[str, ArmTables], *, tests: Sequence[str], min_matches: int, alpha: float
 ) -> Comparison:
-    """The comparison (of `saeffect.comparison.compare`, for these arms) with its threats and its answer.
+    """The comparison (of `saeffect.comparison.compare`, for these arms and settings) with its threats and its answer.
 
     A change is credited to fine-tuning only if its judgement says so. Every difference has its interval, over all SAEs
     where both models have several; a difference without one has the reason.
-
-    `tests` are the declared quantities passed to `compare`; the headline covers these. `min_matches` top tokens in the
-    vocabulary make a feature count under a projection. `alpha` is the highest q of a finding or a passing feature.
     """
     roles = roles_of({name: arm.role for name, arm in arms.items()})
     arms = {name: arms[name] for name in roles.ordered}
@@ -59,9 +57,9 @@ def with_answer(
         _passes(first, judged["pass_rate"], roles, alpha),
         _coherence(second, judged["coherence_mean"], roles),
         _effects(first, judged["effect"], roles, outcome) if first["tested"].any() else "",
-        *fate_sentences(found.matches.fate_counts, roles),
-        cross_sentence(found.matches.cross_activity, roles, alpha),
-        calibration_sentence(found.calibration),
+        fate_summary(found.matches.fate_counts, alpha),
+        cross_summary(found.matches.cross_activity, alpha) if len(found.matches.cross_activity) else "",
+        calibration_verdict(found.calibration) if len(found.calibration) else "",
         power_sentence(found.power, roles, outcome),
     ]
     answer = Answer(

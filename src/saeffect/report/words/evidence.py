@@ -1,4 +1,4 @@
-"""Calibration, power and the regression on coherence in sentences; "" if there is nothing to say."""
+"""Calibration, power, regression, fates and activity in both models, in sentences; "" if there is nothing to say."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 import pandas as pd
 
-from saeffect.comparison import Comparison
 from saeffect.comparison.arms import Roles
 from saeffect.comparison.calibration import WITHIN
+from saeffect.diffing.cross_activity import activity_changes
+from saeffect.diffing.matched_null import ONE_PLACEBO
 from saeffect.report.words.names import short_name
 from saeffect.report.words.numbers import (
     count,
@@ -26,48 +27,21 @@ from saeffect.report.words.numbers import (
 from saeffect.steering.outcomes import OUTCOMES
 
 __all__ = [
-    "calibration_sentence",
+    "CALLED",
+    "MEASURES",
     "calibration_verdict",
+    "called_features",
     "coherence_sentence",
+    "cross_summary",
+    "fate_summary",
     "power_sentence",
     "size",
     "too_many_alarms",
 ]
 
 
-def calibration_sentence(calibration: pd.DataFrame) -> str:
-    """What the comparison finds where there is nothing to find."""
-    if calibration.empty:
-        return ""
-    tried = calibration[(calibration["tests"] > 0) & (calibration["test"] != "cross-activity")]
-    if tried.empty:
-        reasons = calibration.loc[calibration["reason"] != "", "reason"]
-        why = str(reasons.iloc[0]) if len(reasons) else "nothing can stand in for the treatment"
-        return f"How often this comparison finds something where there is nothing could not be checked: {why}."
-    declared = tried[tried["declared"]]
-    shown = declared if len(declared) else tried
-    parts = [
-        f"{count(row['findings'])} of {count(row['tests'])} for {short_name(row['test'])} ({row['rule']})"
-        for row in shown.to_dict("records")
-    ]
-    text = (
-        "With SAEs of the control's model in the treatment's place, where there is nothing to find, the tests found: "
-        f"{joined(parts)}."
-    )
-    bad = [
-        f"{short_name(row['test'])} ({percent(row['rate'])}, {percent(row['nominal'])} promised)"
-        for row in tried[tried["verdict"] != WITHIN].to_dict("records")
-    ]
-    if bad:
-        return f"{text} Too many alarms: {joined(bad)}. What these tests find in the treatment is not to be believed."
-    few = int(shown["tests"].min())
-    often = f", though with {few} test{'' if few == 1 else 's'} only frequent alarms would show" if few < 20 else ""
-    return f"{text} No test raised more alarms than its nominal rate allows{often}."
-
-
-def calibration_verdict(comparison: Comparison) -> str:
+def calibration_verdict(table: pd.DataFrame) -> str:
     """In a few plain sentences: may the findings be believed?"""
-    table = comparison.calibration
     if table.empty:
         return (
             "How often these tests raise false alarms was not measured, so nothing here can be checked against chance."
@@ -135,9 +109,8 @@ def size(row: dict[Any, Any]) -> str:
     return f"{fixed(100 * value, 1)} percentage points" if row["unit"] == "share" else fixed(value)
 
 
-def coherence_sentence(comparison: Comparison) -> str:
-    """The paper's open question: do coherent features have stronger effects?"""
-    table = comparison.regression
+def coherence_sentence(table: pd.DataFrame) -> str:
+    """The paper's open question: do coherent features have stronger effects? `table` is the regression."""
     row = next((row for row in table.to_dict("records") if row["term"] == "coherence"), None)
     if row is None or not is_defined(row["estimate"]):
         why = row["reason"] if row and row["reason"] else "no feature was steered"
@@ -164,3 +137,67 @@ def coherence_sentence(comparison: Comparison) -> str:
         f"It cannot be said: a coherence higher by 0.1 goes with a change of the effect of {signed(step)} {ends}, and "
         "that interval includes zero."
     )
+
+
+CALLED = ("moved", "gone", "absorbed", "new")
+"""Fates that single features can be called, since seeds of one model do not show them."""
+MEASURES = {
+    "decoder cosine": "Matched by what they write (decoder cosine)",
+    "activation correlation": "Matched by when they fire (activation correlation)",
+}
+"""Headings of the measures of similarity."""
+
+
+def fate_summary(counts: pd.DataFrame, alpha: float) -> str:
+    """How many more features than between seeds have no counterpart, and how many single ones differ beyond noise."""
+    if counts.empty:
+        return ""
+    if not counts["n_placebo"].notna().any():
+        return f"No feature can be called kept, moved, gone or new: {counts['reason'].iloc[0]}."
+    parts = []
+    rows = counts[(counts["side"] == "control") & (counts["fate"] == "gone")]
+    for row in rows[rows["n_placebo"].notna()].to_dict("records"):
+        ends = interval(row["low"], row["high"], 0) if has_interval(row) else f"no interval: {row['reason']}"
+        parts.append(
+            f"{MEASURES[row['measure']]}, {count(row['n_treatment'])} of {count(row['n_features'])} features of the "
+            f"control have no counterpart in the treatment, {signed(row['excess'], 0)} {ends} against another seed of "
+            "the same model."
+        )
+    if (rows["reason"] == ONE_PLACEBO).any():
+        parts.append("With one other seed these intervals do not hold the noise of SAE training.")
+    called = called_features(counts)
+    single = (
+        f"Single features that stand out by either measure (q ≤ {alpha:g}): {called}."
+        if called
+        else f"No single feature stands out as moved, gone or new (q ≤ {alpha:g})."
+    )
+    return " ".join([*parts, single])
+
+
+def called_features(counts: pd.DataFrame) -> str:
+    """How many features are called moved, gone, absorbed and new, from the fate counts; "" for none."""
+    sums = counts[counts["fate"].isin(CALLED)].groupby("fate", sort=False)["called"].sum()
+    return ", ".join(f"{count(n)} {fate}" for fate, n in sums.items() if n)
+
+
+def cross_summary(cross: pd.DataFrame, alpha: float, domain: str = "domain") -> str:
+    """How many domain features fire more, beside all others, in two sentences; or why that cannot be said."""
+    if cross.empty:
+        return "The control's SAE was not applied to the fine-tuned model, so which features fire more cannot be said."
+    if not cross["q"].notna().any():
+        reason = next((reason for reason in cross["reason"] if reason), "no feature could be tested")
+        return f"Which features fire more cannot be said: {reason}."
+    changes = activity_changes(cross, alpha=alpha)
+    more, less, chosen = changes.more, changes.less, changes.domain
+    parts = [
+        f"Of {count(len(more))} features that fire, {count(more.sum())} fire more strongly in the fine-tuned model "
+        f"and {count(less.sum())} more weakly (q ≤ {alpha:g})."
+    ]
+    if chosen.any() and not chosen.all():
+        parts.append(
+            f"Of the {count(chosen.sum())} {domain} features {percent(more[chosen].mean())} fire more and "
+            f"{percent(less[chosen].mean())} less; of all others {percent(more[~chosen].mean())} and "
+            f"{percent(less[~chosen].mean())}."
+        )
+    parts.append("Any further training moves the activations of many features a little, so read the sizes.")
+    return " ".join(parts)

@@ -24,10 +24,10 @@ def is_same(trace: Trace) -> bool:
 
 
 def more_expected(trace: Trace, plain: npt.NDArray[np.bool_], *, less: bool = False) -> npt.NDArray[np.int64]:
-    """Ids of the tokens that the tuned model expects more than the base model, the most telling first.
+    """Ids of the `plain` tokens (bool [d_vocab]) that the tuned model expects more than the base model, most telling
+    first.
 
-    Ordered by p log(p / q), their share of the divergence of the mean predictions; `less` turns the two around. `plain`
-    is bool [d_vocab], the tokens that count. Only tokens with a positive share.
+    By p log(p / q), their share of the divergence of the mean predictions, where positive; `less` turns the two around.
     """
     base, tuned = trace.expected.astype(np.float64)[:: -1 if less else 1]
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -50,14 +50,10 @@ def first_findings(
     groups: pd.DataFrame | None = None,
     decode: Callable[[list[int]], str] | None = None,
 ) -> list[str]:
-    """Lines, the plainest first.
+    """Lines, the plainest first, from what `more_expected` takes, and more.
 
-    Args:
-        tokens: The token of every id, [d_vocab].
-        plain: Bool [d_vocab], the ids that are words.
-        top_tokens: Of each feature of the SAE, [d_sae]; empty without an SAE.
-        groups: The table `change_groups` of named groups of features, if it was made.
-        decode: Text of a list of ids; None: the tokens joined.
+    `top_tokens` are those of each feature of the SAE, [d_sae], empty without one; `groups` the table `change_groups`,
+    if it was made; `decode` gives the text of a list of ids (None: the tokens joined).
     """
     words = word_tokens(tokens, plain)
     lines = [_losses(trace), _distance(trace)]

@@ -23,13 +23,9 @@ _LISTED = 6  # groups in the sentence below
 
 @dataclass(frozen=True)
 class Learned:
-    """The answer to "what did fine-tuning change?".
-
-    Attributes:
-        headline: One sentence; "" without null fine-tunes, whose sentence is then in `missing`.
-        parts: What changed, how sure, where, what it causes, what did not change: a label and sentences each, in this
-            order; those that the study does not know are left out.
-        missing: What the study lacks to say more, and how to make it; "" for nothing.
+    """The answer to "what did fine-tuning change?": one sentence, "" without null fine-tunes; what changed, how sure,
+    where, what it causes, what did not change, as far as known, a label and sentences each; and what the study lacks to
+    say more.
     """
 
     headline: str
@@ -44,12 +40,8 @@ def claimed_groups(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def learned(tables: Mapping[str, pd.DataFrame], domain: str, *, alpha: float) -> Learned:
-    """What may be said, from the tables of `diffing.naming.name_changes`, and `null_recipe` of the stage `changes`.
-
-    Args:
-        tables: By name; any may be missing.
-        domain: What the study calls its domain, a name in `declared_changes`.
-        alpha: Highest p of a claim.
+    """What may be said, from the tables of `diffing.naming.name_changes`, and `null_recipe` of the stage `changes`; any
+    may be missing. `domain` is a name in `declared_changes`, `alpha` the highest p of a claim.
     """
     nulls = tables.get("null_groups", pd.DataFrame())
     if nulls.empty:

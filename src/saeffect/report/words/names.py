@@ -40,9 +40,8 @@ def capital(text: str) -> str:
 
 
 def first_tokens(tokens: Sequence[str], limit: int = 2, longest: int | None = 16) -> str:
-    """A feature's first top tokens, visible and cut to `longest` characters (None: whole).
-
-    Tokens that differ only in capitals or a leading space count once.
+    """A feature's first top tokens, visible and cut to `longest` characters (None: whole), differing in more than
+    capitals.
 
     Example:
         >>> first_tokens([" insulin", " Insulin", " dose", " drug"]), first_tokens(["\\n", " "])

@@ -135,8 +135,7 @@ _SCALES = {  # by unit: factor, digits, suffix
 def amount(value: SupportsFloat, unit: str = "", *, sign: bool = False) -> str:
     """A number in its unit; `sign` puts a plus before positive values (not before ratios).
 
-    `unit` is "share" (0 to 1), "points" (difference of two shares), either followed by " of tokens" (more digits),
-    "ratio", "percent" or "%" (already times 100), "features", "count", "pairs"; any other gives about three figures.
+    `unit` is one of `_SCALES`, "features", "count" or "pairs"; any other gives about three figures.
 
     Example:
         >>> amount(0.25, "share", sign=True).split(), amount(12, "features"), amount(1.5, "ratio")

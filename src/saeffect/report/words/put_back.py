@@ -42,10 +42,8 @@ def text_name(source: str, subject: str) -> str:
 def put_back_row(
     table: pd.DataFrame, measure: str, n_features: int | None, kind: str = "own", **where: str
 ) -> dict[str, Any] | None:
-    """The row of `put_back_table` of this measure, set and kind; None if there is none.
-
-    `n_features` None takes the set of any number. `where` are further columns: edited ("tuned"), source ("domain"),
-    features ("changed").
+    """The row of `put_back_table` of this measure, set (None: of any number) and kind; None if there is none. `where`
+    are further columns: edited ("tuned"), source ("domain"), features ("changed").
     """
     where = {"edited": "tuned", "source": "domain", "features": "changed"} | where
     rows = table[(table["measure"] == measure) & (table["kind"] == kind)]
@@ -66,16 +64,9 @@ def put_back_sentence(
 ) -> str:
     """How much of what fine-tuning does at the hook these features carry, beside matched features and with intervals.
 
-    Args:
-        table: As `saeffect.diffing.put_back_shares.put_back_table` gives it.
-        n_features: So many of the most changed features; None for a named group.
-        subject: What to call the text.
-        called: What to call the features, such as 'the features of "symptom"'; by default those that changed most.
-        **where: See `put_back_row`.
-
-    Returns:
-        "" if nothing was measured for these features. A share that is undefined, not clear of zero or not clearly more
-        than matched features carry is said to be so.
+    `n_features` of the most changed (None for a named group) of a `put_back_table`; `subject` is what to call the text,
+    `called` the features; `where` see `put_back_row`. "" if nothing was measured for these features. A share that is
+    undefined, not clear of zero or not clearly more than matched features carry is said to be so.
     """
     own = {measure: put_back_row(table, measure, n_features, **where) for measure in ("loss", "kl")}
     loss, predictions = own["loss"], own["kl"]

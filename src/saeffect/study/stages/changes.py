@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from saeffect.diffing.naming import FEWEST_NULLS, Basis, name_changes
@@ -24,7 +23,7 @@ from saeffect.io import fingerprint, hash_file, read_json
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import BUNDLED, locate_adapter
 from saeffect.progress import Log
-from saeffect.stats.arguments import FloatArray
+from saeffect.stats.arguments import BoolArray, FloatArray, IntArray
 from saeffect.stats.multiplicity import benjamini_hochberg
 from saeffect.study.nulls import nulls_folder, study_tracer
 from saeffect.study.run_folder import RunFolder
@@ -46,8 +45,6 @@ CHANGE_TABLES = (*_NAMED, "null_recipe", *_WHERE)
 """What this stage writes; the report reads these, and those of `put_back` and `cross`."""
 # Settings of a recipe by which a fine-tune moves a model more or less, whatever it reads.
 _RECIPE = ("steps", "batch_size", "context_size", "learning_rate", "warmup_steps", "rank", "alpha", "modules")
-IntArray = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
 
 
 def changes_inputs(run: RunFolder) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from saeffect.report import with_answer
 from saeffect.report.words.learned import learned
 from saeffect.sae.formats import saved_dtype
 from saeffect.study.run_folder import RunFolder
-from saeffect.study.stages.coherence import embeddings_identity
 from saeffect.study.stages.dose_search import chosen_dose
+from saeffect.study.stages.features import embeddings_identity
 from saeffect.study.stages.match import matched_tables, read_matches
 from saeffect.study.stages.select import stored_verdicts
 from saeffect.study.study import Study

@@ -40,10 +40,8 @@ from saeffect.steering import (
 from saeffect.steering.placebos import STEERED
 from saeffect.steering.trials import TRIAL_COLUMNS
 from saeffect.study.run_folder import RunFolder
-from saeffect.study.stages.coherence import embeddings_identity
-from saeffect.study.stages.dose_search import chosen_dose
-from saeffect.study.stages.features import features_settings, ranked_tokens, shared_unembedding
-from saeffect.study.stages.steering_plan import encoder_identity, outcome_vectors, site_of, tested_features
+from saeffect.study.stages.dose_search import chosen_dose, encoder_identity, outcome_vectors, site_of, tested_features
+from saeffect.study.stages.features import embeddings_identity, features_settings, ranked_tokens, shared_unembedding
 from saeffect.study.study import Arm, Study
 
 __all__ = ["cross_inputs", "help_cross", "null_effects", "run_cross"]

@@ -1,7 +1,8 @@
-"""Stage 2, the feature table: top tokens, projection moments, decoder norm, activity, contexts."""
+"""Stages 2 and 3: the feature table (top tokens, moments, decoder norm, activity, contexts), and its coherence."""
 
 from __future__ import annotations
 
+import importlib.resources
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,23 +11,27 @@ import torch
 from torch import Tensor
 
 from saeffect.errors import EmptySelection
+from saeffect.features.coherence import coherence
 from saeffect.features.embeddings import load_embeddings
 from saeffect.features.table import ActivationBatch, FeatureOptions, FeatureTables, extract_tables
 from saeffect.features.vocabulary import choosable_tokens
+from saeffect.io import fingerprint, hash_file
 from saeffect.lm.activations import TokenRows, kept_positions
 from saeffect.lm.architectures import unembedding
 from saeffect.lm.language_model import LanguageModel
 from saeffect.progress import SILENT, Log
 from saeffect.study.run_folder import RunFolder
-from saeffect.study.stages.coherence import embeddings_identity
 from saeffect.study.study import Arm, Study
 from saeffect.study.texts import Residuals
 
 __all__ = [
+    "coherence_inputs",
+    "embeddings_identity",
     "extract_features",
     "features_inputs",
     "features_settings",
     "ranked_tokens",
+    "run_coherence",
     "run_features",
     "shared_unembedding",
 ]
@@ -121,3 +126,30 @@ def _batches(arm: Arm, rows: TokenRows, residuals: Residuals, log: Log) -> Itera
         n_bos, kept = arm.lm.n_bos(rows.ids[start]), kept_positions(x, limit, rows.counts_of(start, len(ids)))
         yield ActivationBatch(ids[:, n_bos:], arm.sae.encode(x[:, n_bos:]), sources, kept[:, n_bos:])
         log.progress(f"features {arm.name}", start + len(ids), len(rows), "rows")
+
+
+COHERENCE_VERSION = 1
+
+
+def coherence_inputs(run: RunFolder, arm: str) -> dict[str, Any]:
+    return {
+        "version": COHERENCE_VERSION,
+        "features": run.digest(run.arm(arm, "features.parquet")),
+        "embeddings": embeddings_identity(run.study),
+    }
+
+
+def run_coherence(run: RunFolder, arm: str, _: Log = SILENT) -> Iterable[Path]:
+    """Write `coherence.parquet`."""
+    features = run.read_table(run.arm(arm, "features.parquet"))
+    vectors = load_embeddings(run.study.config.coherence.embeddings)
+    return [run.write_table(run.arm(arm, "coherence.parquet"), coherence(features, embeddings=vectors))]
+
+
+def embeddings_identity(study: Study) -> str:
+    """Hash of the word vectors."""
+    name = study.config.coherence.embeddings
+    if Path(name).is_file():
+        return hash_file(name)
+    bundled = Path(str(importlib.resources.files("saeffect"))) / "bundled" / "embeddings"
+    return fingerprint([hash_file(file) for file in sorted(bundled.glob(f"{name}*"))])

@@ -26,7 +26,15 @@ from saeffect.study.run_folder import RunFolder
 from saeffect.study.study import Arm, Study
 from saeffect.study.texts import beginning, shortage
 
-__all__ = ["complaint_about_model", "gate_inputs", "measure_gate", "model_on_text", "run_gate", "words_of_perplexity"]
+__all__ = [
+    "complaint_about_model",
+    "gate_inputs",
+    "measure_gate",
+    "model_on_text",
+    "run_gate",
+    "text_losses",
+    "words_of_perplexity",
+]
 
 VERSION = 4
 
@@ -168,15 +176,12 @@ _BATCH = 4
 
 
 def model_on_text(lm: LanguageModel, head: TokenRows, losses: NDArray[np.float64], text: TokenRows) -> dict[str, Any]:
-    """Measurements of the model without its SAE.
+    """Measurements of the model without its SAE, from its mean cross-entropy of each row of `head`, float64 `[n_rows]`,
+    in nats.
 
-    `losses` is the mean cross-entropy of each row of `head`, float64 `[n_rows]`, in nats; `text` gives token
-    frequencies.
-
-    Returns:
-        perplexity and unigram_perplexity (of the source's token frequencies) by source; prepend_bos, whether rows begin
-        with BOS; ce_with_bos and ce_without_bos, nats per token on equal tokens of some rows, NaN for a tokenizer
-        without BOS.
+    perplexity and unigram_perplexity (of the token frequencies of `text`) by source; prepend_bos, whether rows begin
+    with BOS; ce_with_bos and ce_without_bos, nats per token on equal tokens of some rows, NaN for a tokenizer without
+    BOS.
     """
     measured: dict[str, Any] = {"perplexity": {}, "unigram_perplexity": {}}
     for index, name in enumerate(text.names):
@@ -237,12 +242,14 @@ def _both_beginnings(lm: LanguageModel, rows: TokenRows) -> tuple[float, float]:
         return math.nan, math.nan
     plain = torch.from_numpy(rows.ids[:, n_bos:][:, : rows.context_size - 1].astype(np.int64))
     begun = torch.cat([torch.full_like(plain[:, :1], bos), plain], dim=1)
-    return _mean_loss(lm, begun, skip=1), _mean_loss(lm, plain)
+    return float(text_losses(lm, begun, skip=1).mean()), float(text_losses(lm, plain).mean())
 
 
-def _mean_loss(lm: LanguageModel, ids: torch.Tensor, skip: int = 0) -> float:
+@torch.inference_mode()
+def text_losses(lm: LanguageModel, ids: torch.Tensor, skip: int = 0) -> NDArray[np.float64]:
+    """The model's mean loss on each row `[n_rows]`, in nats, of ids int64 `[n_rows, n]` after the first `skip`."""
     found = []
     for batch in ids.to(lm.device).split(_BATCH):
         logits = lm.model(input_ids=batch, use_cache=False).logits[:, skip:-1].float()
         found.append(row_losses(logits, batch[:, skip:]))
-    return float(np.concatenate(found).mean())
+    return np.concatenate(found)

@@ -71,10 +71,8 @@ def run_put_back(run: RunFolder, log: Log) -> Iterable[Path]:
 
 
 def put_back_rows(study: Study, n_read: int) -> tuple[TokenRows, bool]:
-    """So many rows of each source as the study says, each cut; and whether none is among the first `n_read`.
-
-    Those are the rows on which features were chosen; what follows them is read even where the study's own text ends
-    there. If fewer than two rows of some source are left behind them, rows are taken from the beginning.
+    """So many rows of each source as the study says, each cut; and whether none is among the first `n_read`, on which
+    features were chosen. If fewer than two rows of some source are left behind them, rows are taken from the beginning.
     """
     config, text = _settings(study), study.rows()
     if n_read:

@@ -31,8 +31,8 @@ from saeffect.steering import (
 )
 from saeffect.steering.effects import Obstacles
 from saeffect.study.run_folder import KeptRows, RunFolder
-from saeffect.study.stages.dose_search import chosen_dose
-from saeffect.study.stages.steering_plan import (
+from saeffect.study.stages.dose_search import (
+    chosen_dose,
     encoder_identity,
     matched_lists_of,
     matched_placebos,

@@ -18,7 +18,7 @@ from saeffect.sae.formats import load_sae
 from saeffect.steering import NoiseCell, Site, SteeringPlan, features_together, stream
 from saeffect.steering.actions import actions_of
 from saeffect.study.run_folder import RunFolder
-from saeffect.study.stages.steering_plan import matched_lists_of, matched_placebos, site_of
+from saeffect.study.stages.dose_search import matched_lists_of, matched_placebos, site_of
 from saeffect.study.study import Arm
 from saeffect.study.texts import machine_memory
 from saeffect.web.play.ask import Ask
