@@ -224,26 +224,11 @@ def complains() -> Callable[..., Any]:
     return check
 
 
-@contextlib.contextmanager
-def only_figures(*names: str) -> Iterator[None]:
-    """Each other figure of a report has a reason in the place of a drawing: drawing takes most of a tiny study."""
-    from dataclasses import replace
-
-    from saeffect.errors import Undefined
-    from saeffect.report import figures
-
-    def undrawn(*_: Any) -> None:
-        raise Undefined("not drawn in this test.")
-
-    kinds = [kind if kind.name in names else replace(kind, draw=undrawn) for kind in figures.FIGURES]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "FIGURES", kinds)
-        yield
-
-
 @pytest.fixture(scope="module")
 def without_figures() -> Iterator[None]:
     """For a module's tests: no figure is drawn."""
+    from tiny_study import only_figures
+
     with only_figures():
         yield
 
@@ -256,7 +241,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     from saeffect.study.run import run_study
     from saeffect.study.study import Study
-    from tiny_study import BEFORE_STEERING, make_study
+    from tiny_study import BEFORE_STEERING, make_study, only_figures
 
     # All processes of pytest-xdist share one.
     base = tmp_path_factory.getbasetemp()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import saeffect
-from conftest import only_figures
+from tiny_study import only_figures
 
 PAGE = Path(__file__).parents[1] / "docs" / "python.md"
 

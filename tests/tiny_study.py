@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from pytest import MonkeyPatch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -130,3 +133,20 @@ def make_study(folder: Path, **changes: Any) -> Path:
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     return path
+
+
+@contextlib.contextmanager
+def only_figures(*names: str) -> Iterator[None]:
+    """Each other figure of a report has a reason in the place of a drawing: drawing takes most of a tiny study."""
+    from dataclasses import replace
+
+    from saeffect.errors import Undefined
+    from saeffect.report import figures
+
+    def undrawn(*_: Any) -> None:
+        raise Undefined("not drawn in this test.")
+
+    kinds = [kind if kind.name in names else replace(kind, draw=undrawn) for kind in figures.FIGURES]
+    with MonkeyPatch.context() as patch:
+        patch.setattr(figures, "FIGURES", kinds)
+        yield

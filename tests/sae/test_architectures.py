@@ -164,3 +164,16 @@ def test_no_other_precision(tmp_path: Path, complains: Callable[..., Any]) -> No
     with complains(ConfigError, "dtype 'int8' is not float32, float16 or bfloat16"):
         save_sae(_sae("topk"), tmp_path / "a", dtype="int8")
     assert not (tmp_path / "a").exists()
+
+
+def test_weights_are_float32_while_a_model_loads_in_half_precision(tmp_path: Path) -> None:
+    """transformers changes torch's default for all threads meanwhile."""
+    sae = ARCHITECTURES["topk"](SaeConfig("topk", 4, 6, k=2))
+    sae.W_dec.data = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    save_sae(sae, tmp_path / "sae")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        loaded = load_sae(tmp_path / "sae")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(loaded.W_dec, sae.W_dec) and loaded.W_enc.dtype == torch.float32

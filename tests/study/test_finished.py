@@ -13,10 +13,10 @@ import pytest
 import yaml
 
 import saeffect as sx
-from conftest import only_figures
 from saeffect.config import StudyConfig
 from saeffect.errors import BadFile, ConfigError, NotFound, UnknownName
 from saeffect.study.finished import open_run
+from tiny_study import only_figures
 
 STUDY: dict[str, Any] = {
     "name": "mine",

@@ -117,8 +117,9 @@ class SparseAutoencoder(nn.Module, ABC):
     def __init__(self, cfg: SaeConfig) -> None:
         super().__init__()
         self.cfg = cfg
+        # Named, since torch's default is another one while some thread loads a model in half precision.
         for name, shape in self.shapes(cfg).items():
-            setattr(self, name, nn.Parameter(torch.zeros(shape)))
+            setattr(self, name, nn.Parameter(torch.zeros(shape, dtype=torch.float32)))
 
     @classmethod
     def shapes(cls, cfg: SaeConfig) -> dict[str, tuple[int, ...]]:

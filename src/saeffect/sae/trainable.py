@@ -66,7 +66,7 @@ class TrainableSae(SparseAutoencoder):
 
     def __init__(self, cfg: SaeConfig) -> None:
         super().__init__(cfg)
-        self.W_enc = nn.Parameter(torch.zeros(cfg.d_sae, cfg.d_in).T)
+        self.W_enc = nn.Parameter(torch.zeros(cfg.d_sae, cfg.d_in, dtype=torch.float32).T)
         for name in self.running:
             # Float64, as in SAELens: a small rate times a small change is lost in float32.
             self.register_buffer(name, torch.zeros((), dtype=torch.float64))
