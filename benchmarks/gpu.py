@@ -7,7 +7,7 @@
 
 The check trains each architecture for some steps, harvests, projects, steers, and runs a whole tiny study on both, in
 float32 without TF32. The speeds are at real shapes, beside the training step that anybody would write first and, where
-they import, sae-lens and sparsify, and as a share of what the device's products or memory allow. Writes gpu.json and
+it imports, sae-lens, and as a share of what the device's products or memory allow. Writes gpu.json and
 gpu.md into the results folder; the last line of stdout is one line of JSON.
 """
 
@@ -106,8 +106,8 @@ def model_parts(folder: Path, device: torch.device) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().float().cpu() for name, tensor in found.items()}
 
 
-def study(folder: Path, device: torch.device) -> Path:
-    """The run directory of a whole tiny study."""
+def study(folder: Path, device: torch.device, name: str) -> Path:
+    """The run directory `name` of a whole tiny study on a device."""
     import yaml
 
     from saeffect.study.run import run_study
@@ -116,10 +116,10 @@ def study(folder: Path, device: torch.device) -> Path:
     config = yaml.safe_load((folder / "study.yaml").read_text(encoding="utf-8"))
     for arm in config["arms"].values():
         arm["model"] = {"path": arm["model"], "device": str(device), "dtype": "float32"}
-    path = folder / f"{device.type}.yaml"
+    path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
-    run_study(Study.open(path), folder / f"run-{device.type}")
-    return folder / f"run-{device.type}"
+    run_study(Study.open(path), folder / name)
+    return folder / name
 
 
 def worst(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -152,10 +152,7 @@ def checks(device: torch.device) -> Iterator[dict[str, Any]]:
         make_study(folder)
         yield part("hooks, top tokens, steering", lambda on: model_parts(folder, on))
         try:
-            runs = study(folder, cpu), folder / "run-again"
-            study(folder, device).rename(runs[1]) if device != cpu else runs[0].rename(runs[1])
-            if device == cpu:
-                study(folder, cpu)
+            runs = study(folder, cpu, "on-cpu"), study(folder, device, "on-device")
             unlike = [line for line in differences(*runs, rtol=TOLERANCE) if not _of_text(line)]
             yield {"part": "whole study", "ok": not unlike, "error": len(unlike), "problem": "; ".join(unlike[:5])}
         except Exception as problem:

@@ -26,6 +26,11 @@ WORDS = (
     "cancer tumor disease doctor nurse patient clinic fever cough blood heart kidney drug dose vaccine virus "
     "river bridge market music garden window letter winter summer market teacher engine ocean forest paper story"
 ).split()
+TWO_ARMS = {
+    role: {"role": role, "model": f"./{model}", "sae": f"./saes/{role}"}
+    for role, model in (("control", "base"), ("treatment", "tuned"))
+}
+"""`arms` of a study without a placebo."""
 HOSTILE = ["<script>alert(1)</script>", "\u202eevil", "a\nb"]
 
 

@@ -13,17 +13,15 @@ import pytest
 from command_line import call
 from saeffect.io import hash_file
 from saeffect.study.verify import differing, verify
-from tiny_study import make_study
+from tiny_study import TWO_ARMS, make_study
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, without_figures: None) -> Path:
     folder = tmp_path_factory.mktemp("verify")
-    roles = {"control": "base", "treatment": "tuned"}
-    arms = {role: {"role": role, "model": f"./{model}", "sae": f"./saes/{role}"} for role, model in roles.items()}
     steering = {"prompts": ["The river", "My doctor said"], "max_features": 3, "samples": 1, "max_new_tokens": 6}
     few = {"n_boot": 40, "n_permutations": 100}
-    make_study(folder, arms=arms, comparison=few, steering=steering | {"doses": [0.5], "baselines": []})
+    make_study(folder, arms=TWO_ARMS, comparison=few, steering=steering | {"doses": [0.5], "baselines": []})
     assert call(["run", str(folder / "study.yaml"), "--out", str(folder / "run")]) == 0
     return folder / "run"
 

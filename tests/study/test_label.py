@@ -24,7 +24,7 @@ from saeffect.study.label_contexts import LabelPlan, read_contexts
 from saeffect.study.run import run_study
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.study import Study
-from tiny_study import make_study
+from tiny_study import TWO_ARMS, make_study
 
 PLAN = LabelPlan(contexts=4, per_request=4)
 KEY = "sk-secret-123"
@@ -33,11 +33,7 @@ KEY = "sk-secret-123"
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("label")
-    arms = {
-        r: {"role": r, "model": f"./{m}", "sae": f"./saes/{r}"}
-        for r, m in (("control", "base"), ("treatment", "tuned"))
-    }
-    study = Study.open(make_study(folder, arms=arms, steering=None))
+    study = Study.open(make_study(folder, arms=TWO_ARMS, steering=None))
     run_study(study, folder / "run", stages=("gate", "features", "coherence", "select"))
     return folder / "run"
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-import socket
 import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
-import uvicorn
 from fastapi import Body, FastAPI
 
+from app_server import serving
 from saeffect.lm.language_model import LanguageModel
 from saeffect.study.label import Cost, label
 from saeffect.study.label_contexts import LabelPlan
@@ -60,24 +56,6 @@ def chat_app(lm: LanguageModel) -> FastAPI:
     return app
 
 
-@contextlib.contextmanager
-def serving(app: FastAPI) -> Iterator[str]:
-    """The app on a free port; its base address."""
-    listening = socket.socket()
-    listening.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive(), "the server has not started"
-        time.sleep(0.02)
-    try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
-    finally:
-        server.should_exit = True
-        thread.join(timeout=10)
-
-
 def test_the_embedded_model_labels_its_own_features(
     real_model: LanguageModel, real_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,7 +65,7 @@ def test_the_embedded_model_labels_its_own_features(
     costs: list[Cost] = []
     options: dict[str, Any] = {"limit": 2, "plan": LabelPlan(contexts=4, per_request=4)}
     with serving(chat_app(real_model)) as url:
-        monkeypatch.setenv("OPENAI_BASE_URL", url)
+        monkeypatch.setenv("OPENAI_BASE_URL", f"{url}/v1")
         found = label(tmp_path / "run", confirm=lambda cost: costs.append(cost) or True, **options)
     assert 2 <= costs[0].requests <= 6  # fewer where a feature is rare
     assert len(found) == 2 and (found["label"] != "").all()

@@ -19,7 +19,7 @@ from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.compare import compare_inputs
 from saeffect.study.study import Study
 from saeffect.study.verify import _recomputed
-from tiny_study import make_study
+from tiny_study import TWO_ARMS, make_study
 
 STAGES = ("gate", "features", "coherence", "select")
 
@@ -27,11 +27,7 @@ STAGES = ("gate", "features", "coherence", "select")
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("review")
-    arms = {
-        r: {"role": r, "model": f"./{m}", "sae": f"./saes/{r}"}
-        for r, m in (("control", "base"), ("treatment", "tuned"))
-    }
-    run_study(Study.open(make_study(folder, arms=arms, steering=None)), folder / "run", stages=STAGES)
+    run_study(Study.open(make_study(folder, arms=TWO_ARMS, steering=None)), folder / "run", stages=STAGES)
     return folder
 
 

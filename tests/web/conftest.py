@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import socket
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+import app_server
 
 
 @pytest.fixture(scope="session")
@@ -46,27 +45,11 @@ def client_of() -> Callable[..., Any]:
     return make
 
 
-@contextlib.contextmanager
-def serving(run: Path, settings: Any = None) -> Iterator[str]:
-    """The app over a run directory, served on a free port for the block; gives its address without a last slash."""
-    import uvicorn
-
+def serving(run: Path, settings: Any = None) -> contextlib.AbstractContextManager[str]:
+    """The app over a run directory, served on a free port for a block; gives its address without a last slash."""
     from saeffect.web.app import create_app
 
-    listening = socket.socket(proto=socket.IPPROTO_TCP)
-    listening.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(create_app(run, settings), log_level="warning", timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive(), "the server has not started"
-        time.sleep(0.02)
-    try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(timeout=10)
+    return app_server.serving(create_app(run, settings))
 
 
 @pytest.fixture(scope="session")

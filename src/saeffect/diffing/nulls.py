@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ from saeffect.errors import ConfigError, EmptySelection, NotFound, ShapeMismatch
 from saeffect.io import read_json
 from saeffect.stats.arguments import FloatArray
 
-__all__ = ["CARD", "NAME", "another_measurement", "null_files", "pooled_p", "read_nulls", "smallest_p"]
+__all__ = ["CARD", "NAME", "another_measurement", "null_card", "null_files", "pooled_p", "read_nulls", "smallest_p"]
 
 
 CARD = "nulls.json"
@@ -93,6 +94,13 @@ def smallest_p(n_nulls: int, n_pooled: int = 1) -> float:
     return 1.0 if n_nulls < 1 else 0.5 if n_nulls == 1 else 1 / (1 + n_nulls * n_pooled)
 
 
+def null_card(folder: Path) -> dict[str, Any]:
+    """What `CARD` in a folder of nulls says; {} without one, or if it is none."""
+    path = folder / CARD
+    card = read_json(path) if path.is_file() else {}
+    return card if isinstance(card, dict) else {}
+
+
 def null_files(folder: Path) -> dict[int, Path]:
     """The traces of nulls in a folder, by number."""
     found = {}
@@ -136,8 +144,7 @@ def read_nulls(
 
 def another_measurement(folder: Path, name: str, wanted: Mapping[str, str] | None, *, at: str | None) -> ConfigError:
     """The error for a null that was measured on something else than `wanted`."""
-    card = read_json(folder / CARD) if (folder / CARD).is_file() else {}
-    noted = card.get("measured_on") if isinstance(card, dict) else None
+    noted = null_card(folder).get("measured_on")
     differs = [what for what in wanted or {} if isinstance(noted, dict) and noted.get(what) != (wanted or {})[what]]
     what = f"another {' and '.join(differs)}" if differs else "another base model, SAE, hook or text"
     return ConfigError(

@@ -66,10 +66,7 @@ class ModelRates:
             self.n_layers = int(saved.get_text_config().num_hidden_layers)
             n = min(_BLOCKS, self.n_layers)
             short = _without_weights(_shortened(saved, n), config, self.dtype)
-            few, total = (
-                _size(short),
-                _size(_without_weights(saved, config, self.dtype)),
-            )  # tied weights are counted once
+            few, total = (_size(one) for one in (short, _without_weights(saved, config, self.dtype)))
             self._lm = LanguageModel(_filled(short, self.device), None, config.path)
         self.block = (total - few) // (self.n_layers - n) if self.n_layers > n else few // n
         self.d_model, self.d_vocab = self._lm.d_model, self._lm.d_vocab
@@ -138,6 +135,7 @@ def _filled(model: Any, device: torch.device) -> Any:
 
 
 def _size(model: Any) -> int:
+    """Weights of a model, tied ones counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from saeffect.diffing.naming import FEWEST_NULLS, Basis, name_changes
-from saeffect.diffing.nulls import CARD, null_files, pooled_p, read_nulls, smallest_p
+from saeffect.diffing.nulls import CARD, null_card, null_files, pooled_p, read_nulls, smallest_p
 from saeffect.diffing.standardised import BASES, among_nulls
 from saeffect.diffing.trace import Trace, Tracer
 from saeffect.diffing.where import where_changed
@@ -199,8 +199,7 @@ def _training(study: Study) -> dict[str, Any]:
 
 def _recipes(training: Mapping[str, Any], folder: Path) -> pd.DataFrame:
     """The fine-tune's recipe beside the nulls': setting, tuned, nulls ("" where not recorded), differs (None there)."""
-    card = read_json(folder / CARD) if (folder / CARD).is_file() else {}
-    both = [said.get("recipe") if isinstance(said, Mapping) else None for said in (training, card)]
+    both = training.get("recipe"), null_card(folder).get("recipe")
     tuned, nulls = (recipe if isinstance(recipe, Mapping) else {} for recipe in both)
     rows = []
     for setting in _RECIPE:
