@@ -34,8 +34,8 @@ _WHOLE_NUMBER = re.compile(r"[0-9]{1,19}")
 def read_verdicts(path: Path | str, *, arms: Collection[str] | None = None) -> pd.DataFrame:
     """Read verdicts from a UTF-8 CSV file; `label` and `note` stay text, whatever a spreadsheet would make of them.
 
-    The first line names the columns feature, arm, rater, verdict, label and note in any order, and perhaps blind (yes or
-    no; yes without it). Verdicts are yes, no or unsure, in any case; `arms` are the valid ones (None for any). One row
+    The first line names the columns feature, arm, rater, verdict, label and note in any order, and perhaps blind (yes,
+    as without it, or no). Verdicts are yes, no or unsure, in any case; `arms` are the valid ones (None for any). One row
     per verdict, in the file's order: feature (int64), arm, rater, verdict (lower case), label, note (stripped str, ""
     if empty), blind (bool).
 

@@ -22,7 +22,7 @@ _FEATURES, _SELECTION = ["feature", "top_tokens", "n_active"], ["feature", "in_v
 
 @dataclass(frozen=True, eq=False)
 class Standing:
-    """Verdicts on the features as they are: `verdicts` with `COLUMNS`, `BLIND`, kind; `gone`, how many are on older ones.
+    """Verdicts on the features as they are: `verdicts` with `COLUMNS`, `BLIND`, kind; `gone`: on how many older ones.
 
     The rater of an adjudication begins with `ADJUDICATION`.
     """
