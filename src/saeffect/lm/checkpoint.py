@@ -194,6 +194,14 @@ class TrainingFolder:
         hashes = {name: hash_file(self.path / name) for name in files}
         write_json(self.path / _FINISHED, {"made_by": self._made_by, "files": hashes, **also})
 
+    def remove(self) -> None:
+        """Delete what a training left, and the folder if it is empty then."""
+        self.checkpoint.drop_all()
+        for name in self._leaves:
+            (self.path / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # somebody's own files
+            self.path.rmdir()
+
     def note(self) -> dict[str, Any] | None:
         """A finished training's note, None without one; BadFile if it is damaged."""
         path = self.path / _FINISHED
