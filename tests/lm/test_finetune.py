@@ -152,6 +152,19 @@ def test_one_writer_and_nobody_elses_folder(
     assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
 
 
+def test_no_adapter_is_put_into_a_models_folder(
+    config: FinetuneConfig, tmp_path: Path, complains: Callable[..., Any]
+) -> None:
+    base = Path(shutil.copytree(config.model.path, tmp_path / "base"))
+    before = _bytes(base)
+    with complains(ConfigError, "holds config.json", at=str(base)):
+        finetune(config, base)
+    assert _bytes(base) == before
+    (tmp_path / "file").write_text("mine")
+    with complains(BadFile, "cannot be written", at=str(tmp_path / "file")):
+        finetune(config, tmp_path / "file")
+
+
 def test_other_files_outlive_a_removed_adapter(whole: FinetuneResult, tmp_path: Path) -> None:
     out = Path(shutil.copytree(whole.folder, tmp_path / "out"))
     (out / "notes.txt").write_text("mine")

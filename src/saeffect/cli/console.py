@@ -60,7 +60,7 @@ class ConsoleProgress(Log):
         self.console = Console(stderr=True, highlight=False)
         self._is_terminal = self.console.is_terminal
         self._bar = ProgressBar(
-            TextColumn("  {task.description:<20}"),
+            TextColumn("  {task.description:<20}", markup=False),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
             _Rate(),
@@ -114,7 +114,8 @@ class ConsoleProgress(Log):
             left = (total - done) / rate
             pace = f"{rate:,.1f}/s" if rate >= 0.1 else f"{1 / rate:,.0f} s each"
             with still_writable(self.console.file, "standard error"):
-                self.console.print(f"  {name}: {done}/{total} {unit}, {pace}, {left:.0f} s left")
+                line = f"  {name}: {done}/{total} {unit}, {pace}, {left:.0f} s left"
+                self.console.print(escape(line), soft_wrap=True)
 
     def _is_due(self, now: float, share: float) -> bool:
         """Whether to print a line, `share` of the work after the last one."""
