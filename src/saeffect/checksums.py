@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 _CHECKSUM = "saeffect_crc32"
+_HARMLESS = 1 << 28  # bytes
 # What zipfile and numpy raise for files that are no .npz, encrypted (RuntimeError), or packed in an unknown way.
 NPZ_ERRORS: tuple[type[Exception], ...] = (ValueError, KeyError, TypeError, AttributeError, EOFError, OverflowError)
 NPZ_ERRORS += (MemoryError, RuntimeError, OSError, zipfile.BadZipFile, zlib.error)
@@ -143,7 +144,7 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
 
 def unpacked_limit(packed: int) -> int:
     """The most bytes that numbers of so many packed bytes have unpacked: real ones compress to about a third."""
-    return max(1 << 28, 50 * packed)
+    return max(_HARMLESS, 50 * packed)
 
 
 def npz_shapes(path: Path, names: Sequence[str] | None = None) -> dict[str, tuple[int, ...]]:

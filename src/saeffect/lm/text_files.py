@@ -40,7 +40,8 @@ _MARKS = (  # the longer ones first
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_FOREIGN = 0.15  # share of bytes above 127 from which a text is not in a Western alphabet
+# Share of bytes above 127, and their number, from which a text is not in a Western alphabet.
+_FOREIGN, _FEW = 0.15, 16
 
 
 class Record(NamedTuple):
@@ -173,13 +174,12 @@ def _guess(data: bytes) -> str | None:
         return None
     if sum(byte < 32 and byte not in b"\t\n\r\f" for byte in data) > 0.01 * len(data):
         return None
-    if sum(byte > 127 for byte in data) > _FOREIGN * len(data):
+    foreign = sum(byte > 127 for byte in data)
+    if foreign > max(_FEW, _FOREIGN * len(data)):
         from charset_normalizer import from_bytes
 
         best = from_bytes(data).best()
-        # Of a short text it is a guess; without null characters it is hardly UTF-16.
-        if best is not None and not best.encoding.startswith("utf_16"):
-            return best.encoding
+        return None if best is None else best.encoding
     for name in ("cp1252", "latin-1"):
         try:
             data.decode(name)
