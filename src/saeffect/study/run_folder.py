@@ -152,7 +152,9 @@ class RunFolder:
         before = self._manifest["stages"].get(key, {}).get("outputs", {})
         for name in before.keys() - outputs.keys():
             path = self.output(name)
-            if path is not None and hash_file(path) == before[name]:
+            # Whatever a manifest says, notes and verdicts beside these folders stay.
+            inside = path is not None and path.relative_to(self.folder).parts[0] in _FOLDERS
+            if path is not None and inside and hash_file(path) == before[name]:
                 path.unlink()
 
     def output(self, name: str) -> Path | None:
