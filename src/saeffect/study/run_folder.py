@@ -210,7 +210,7 @@ class RunFolder:
         path = self.folder / "manifest.json"
         if not path.is_file():
             return {"stages": {}}
-        found = None
+        found: Any = None
         with contextlib.suppress(BadFile):
             found = read_json(path)
         if not _is_manifest(found):

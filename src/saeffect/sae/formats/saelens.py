@@ -60,7 +60,7 @@ def config(folder: Path, raw: Any, where: str) -> SaeConfig:
             at=where,
             fix="check that it is an SAE's.",
         )
-    if sizes["d_in"] * sizes["d_sae"] >= _TOO_MANY:
+    if raw["d_in"] * raw["d_sae"] >= _TOO_MANY:
         raise BadFile("cfg.json gives sizes that no file of weights can have.", at=where, fix="restore cfg.json.")
     reshaping = raw.get("reshape_activations", "none")
     # Heads lie side by side in what is read here, as in its weights: there is nothing to reshape.
