@@ -154,6 +154,9 @@ def test_a_run_that_was_killed_is_not_running(tmp_path: Path) -> None:
 def test_another_file_of_that_name_is_no_progress(tmp_path: Path, text: str) -> None:
     (tmp_path / "progress.json").write_text(text)
     assert read_progress(tmp_path) is None
+    with ProgressFile(tmp_path, "tiny", "", ("gate a",)) as file:
+        file.begin("gate a")
+    assert (tmp_path / "progress.json").read_text() == text, "it is somebody's own"
 
 
 def test_progress_is_passed_on_and_no_disk_stops_it(tmp_path: Path) -> None:
