@@ -291,7 +291,8 @@ def _columns(tokens: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[float
 
 def _change(row: Mapping[str, Any]) -> tuple[str, ...]:
     """A row of the table of changes: basis, base, tuned, z, p, q, and what must be added."""
-    cells = [amount(row[name]) if is_defined(row.get(name)) else "" for name in ("base", "tuned")]
+    shown = share if row["basis"] == "expected" else amount  # probabilities, of a token among tens of thousands
+    cells = [shown(row[name]) if is_defined(row.get(name)) else "" for name in ("base", "tuned")]
     z = signed(row["z"], 1) if is_defined(row.get("z")) else "–"
     chances = [p_value(row[name]) if is_defined(row.get(name)) else "–" for name in ("p", "q")]
     return (BASES.get(row["basis"], row["basis"]), *cells, z, *chances, str(row.get("reason") or ""))
