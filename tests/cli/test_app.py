@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -175,6 +176,18 @@ def test_full_disk_under_the_help_is_an_error(
         monkeypatch.setattr(sys, "stdout", full)
         assert _typed(monkeypatch, *arguments) == 2
     assert "standard output cannot be written: No space left on device." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["saes", "--release", "gpt2-small-res-jb"]])
+def test_a_reader_that_has_gone_ends_it_in_silence(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w", encoding="utf-8", buffering=1) as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert _typed(monkeypatch, *arguments) == 141
+    assert capsys.readouterr().err == ""
 
 
 def test_commands_print_through_the_console_alone() -> None:

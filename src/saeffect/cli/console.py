@@ -41,6 +41,7 @@ __all__ = [
 # Minimum seconds between progress lines without a terminal; also a tenth of the work or half the elapsed time, so that
 # a rate shows early and a day of work does not fill a log.
 _LINE_EVERY, _WORK, _TIME = 10.0, 0.1, 1.5
+_NO_READER = 128 + 13  # as if ended by SIGPIPE
 _PEER_SECONDS = 5.0  # `torchrun` looks after its processes every tenth of a second
 
 
@@ -157,13 +158,17 @@ def show_error(text: str) -> None:
 
 @contextlib.contextmanager
 def still_writable(stream: IO[str], name: str) -> Iterator[None]:
-    """Raise one error if a stream cannot be written (a log on a full disk, say), and stop writing to it."""
+    """Raise one error if a stream cannot be written (a log on a full disk, say), and stop writing to it; end in
+    silence if nobody reads it any more, as in `saeffect saes | head`.
+    """
     try:
         yield
     except OSError as error:
         # Python would flush its buffer again at exit, with a traceback.
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise typer.Exit(_NO_READER) from error
         raise BadFile(
             f"{name} cannot be written: {error.strerror or error}.",
             at=name,
