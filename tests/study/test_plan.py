@@ -61,6 +61,7 @@ def test_tokens_and_operations(tiny: Study, planned: Plan) -> None:
 def test_totals(planned: Plan) -> None:
     assert planned.total["seconds"] == pytest.approx(planned.table["seconds"].sum())
     assert planned.total["memory"] == planned.table["memory"].max()
+    assert "steer control" in planned._repr_html_()
 
 
 def test_what_a_pass_costs_besides_its_blocks_is_counted_once(tiny: Study, monkeypatch: pytest.MonkeyPatch) -> None:

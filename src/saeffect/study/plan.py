@@ -29,6 +29,7 @@ from saeffect.lm.loading import bundled_path, locate_model, model_shape
 from saeffect.progress import SILENT, Log
 from saeffect.sae.base import SaeConfig
 from saeffect.steering.sampling import Sampling
+from saeffect.study.finished import html_of
 from saeffect.study.nulls import nulls_folder
 from saeffect.study.rates import PROMPT, DiskRates, ModelRates, StageCost, encode_seconds, product_rate, table_speed
 from saeffect.study.study import SHARE_OF_A_MODEL, Study
@@ -69,6 +70,9 @@ class Plan:
     def total(self) -> pd.Series:
         """Sums over the stages; of memory the largest."""
         return self.table.drop(columns="stage").sum().mask(lambda x: x.index == "memory", self.table["memory"].max())
+
+    def _repr_html_(self) -> str:
+        return html_of(self.lines, self.table.set_index("stage"))
 
 
 def plan_study(study: Study, *, gpus: int = 1, out: Path | None = None, log: Log = SILENT) -> Plan:

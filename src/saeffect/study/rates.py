@@ -26,7 +26,7 @@ from saeffect.io import hash_file, writing
 from saeffect.lm.accounting import loading_errors, quiet_transformers
 from saeffect.lm.hooks import capture
 from saeffect.lm.language_model import LanguageModel, fused
-from saeffect.lm.loading import load_config, locate_model, resolve_device, resolve_dtype
+from saeffect.lm.loading import load_config, locate_model, resolve_dtype, usable_device
 from saeffect.sae.base import SaeConfig
 from saeffect.steering.generate import last_logits, read_prompt
 from saeffect.steering.sampling import NoiseCell, Sampling, next_tokens
@@ -62,7 +62,7 @@ class ModelRates:
     """
 
     def __init__(self, config: ModelConfig, context_size: int, *, at: str | None = None) -> None:
-        self.device = resolve_device(config.device)
+        self.device = usable_device(config, at=at)
         self.dtype = resolve_dtype(config.dtype, self.device)
         place = locate_model(config, at=at)
         with quiet_transformers(), loading_errors(config, at, place):
