@@ -16,9 +16,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from saeffect.diffing.naming import beside_nulls, evidence_row
-from saeffect.diffing.standardised import along
+from saeffect.diffing.standardised import differences_among_nulls
 from saeffect.diffing.trace import Trace
-from saeffect.stats.arguments import FloatArray
 from saeffect.stats.multiplicity import simes
 
 __all__ = ["ALL", "SEEN", "FurtherSae", "further_evidence"]
@@ -47,16 +46,15 @@ def further_evidence(
 ) -> pd.DataFrame:
     """`found`, the table `evidence` of `name_changes`, with rows of kind "vocabulary" for further SAEs and for `ALL`.
 
-    For an SAE the basis is "difference in <name>": the mean over its features of how far the mean difference points
-    their way, and as score its distance from the nulls' mean in standard errors of one more null. `ALL` combines the p
-    of "combined" and of all tested further SAEs by `simes`; its score is NaN.
+    For an SAE the basis is "difference in <name>": score and p are as those of "difference", on its own features. `ALL`
+    combines the p of "combined" and of all tested further SAEs by `simes`; its score is NaN.
     """
     rows = []
     of_words = found[(found["kind"] == "vocabulary") & (found["basis"] == "combined")]
     for own in of_words.to_dict("records"):
         name, p = own["name"], [own["p"]]
         for sae in saes:
-            score, mine, reason = _tested(sae, name, trace, nulls)
+            score, mine, reason = _tested(sae, name, [trace, *nulls])
             same = np.sign(score) == np.sign(own["score"])
             row = evidence_row("vocabulary", name, f"difference in {sae.name}", score, mine, same, alpha)
             rows.append(row | {"reason": reason})
@@ -65,17 +63,14 @@ def further_evidence(
     return found if not rows else pd.concat([found, pd.DataFrame(rows).astype({"group": "Int64"})], ignore_index=True)
 
 
-def _tested(sae: FurtherSae, vocabulary: str, trace: Trace, nulls: Sequence[Trace]) -> tuple[float, float, str]:
+def _tested(sae: FurtherSae, vocabulary: str, traces: Sequence[Trace]) -> tuple[float, float, str]:
     """Score, p and reason."""
     members = sae.members[vocabulary]
     if not members.any():
         return math.nan, math.nan, "no feature is of this group"
-    rows = sae.W_dec[members].astype(np.float64)
-    direction = (rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)).mean(axis=0, keepdims=True)
-    own, *others = (float(along(one, direction)[0]) for one in (trace, *nulls))
-    values: FloatArray = np.array(others)
-    spread = float(values.std(ddof=1)) * math.sqrt(1 + 1 / len(values))
-    if spread == 0:
+    rows = sae.W_dec.astype(np.float64)
+    z = differences_among_nulls(traces, rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12))
+    own, *others = z[:, members].mean(axis=1)
+    if not np.any(z):
         return math.nan, math.nan, "the mean activation does not differ"
-    score = (own - float(values.mean())) / spread
-    return (score, beside_nulls(own, others)["p"], "") if sae.base_alone else (score, math.nan, SEEN)
+    return (float(own), beside_nulls(own, others)["p"], "") if sae.base_alone else (float(own), math.nan, SEEN)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,7 @@ from saeffect.diffing.trace import Trace
 from saeffect.errors import BadFile, ShapeMismatch
 from saeffect.stats.arguments import FloatArray, IntArray
 
-__all__ = ["BASES", "FEWEST_TOKENS", "along", "among_nulls", "standardised"]
+__all__ = ["BASES", "FEWEST_TOKENS", "along", "among_nulls", "differences_among_nulls", "standardised"]
 
 
 BASES = ("read", "written", "expected", "difference")
@@ -23,7 +24,7 @@ FEWEST_TOKENS = 10
 _STRATUM = 200  # fewest features (or tokens) of like density that share a scale
 
 
-def _raw(trace: Trace, top_tokens: IntArray, directions: FloatArray | None) -> dict[str, FloatArray]:
+def _raw(trace: Trace, top_tokens: IntArray, directions: npt.NDArray[np.floating[Any]] | None) -> dict[str, FloatArray]:
     """Changes on a scale whose noise depends little on frequency: roots of mean activations, logarithms of
     probabilities; and the mean activation difference along each direction.
     """
@@ -36,7 +37,7 @@ def _raw(trace: Trace, top_tokens: IntArray, directions: FloatArray | None) -> d
     return changes if directions is None else changes | {"difference": along(trace, directions)}
 
 
-def along(trace: Trace, directions: FloatArray) -> FloatArray:
+def along(trace: Trace, directions: npt.NDArray[np.floating[Any]]) -> FloatArray:
     """The mean over the text of tuned minus base at the hook, along unit rows [n, d_in]: float64 [n]."""
     return np.asarray(directions @ trace.halves.mean(axis=0), dtype=np.float64)
 
@@ -57,12 +58,13 @@ def standardised(
     trace: Trace,
     nulls: Sequence[Trace],
     top_tokens: IntArray,
-    directions: FloatArray | None = None,
+    directions: npt.NDArray[np.floating[Any]] | None = None,
 ) -> dict[str, FloatArray]:
     """Changes of all features in units of what nulls show, by basis and "combined": float64 [d_sae] each.
 
     z = (change - mean of the nulls') / scale. The scale is the root mean of two variances with equal weight: the
-    feature's own over the nulls, and that of features that fire as often (Smyth 2004). If the z of one fine-tune spread
+    feature's own over the nulls, and that of features that fire as often, of all features on the basis "difference"
+    (Smyth 2004). If the z of one fine-tune spread
     wider than the nulls' as a whole, they are divided by how much wider (the empirical null of Efron 2004). "combined"
     is the sum over bases divided by the square root of their number.
 
@@ -75,7 +77,7 @@ def standardised(
 
 
 def among_nulls(
-    traces: Sequence[Trace], top_tokens: IntArray, directions: FloatArray | None = None
+    traces: Sequence[Trace], top_tokens: IntArray, directions: npt.NDArray[np.floating[Any]] | None = None
 ) -> list[dict[str, FloatArray]]:
     """`standardised` of each trace, first the fine-tune's: it among the nulls, each null among the other nulls."""
     fires = _fires(_comparable(traces))
@@ -87,6 +89,17 @@ def among_nulls(
     return found
 
 
+def differences_among_nulls(traces: Sequence[Trace], directions: npt.NDArray[np.floating[Any]]) -> FloatArray:
+    """z of the mean activation difference along unit rows [n, d_in] that need not be this SAE's: float64 [1 + K, n].
+
+    As on the basis "difference", with one scale for all: the fine-tune among the nulls, each null among the others.
+    """
+    changes = np.stack([along(trace, directions) for trace in traces])
+    groups = np.zeros(changes.shape[1], dtype=np.int64)
+    rows = range(len(changes))
+    return np.stack([_z(changes[i], changes[[j for j in rows if j not in (0, i)]], groups) for i in rows])
+
+
 def _scored(
     trace: Trace, changes: Sequence[Mapping[str, FloatArray]], fires: Mapping[str, npt.NDArray[np.bool_]]
 ) -> dict[str, FloatArray]:
@@ -96,7 +109,11 @@ def _scored(
     density = trace.read[2].astype(np.float64)
     groups = strata(np.where(density > 0, density, np.nan)[:, None], _STRATUM)
     groups[groups == NO_STRATUM] = groups.max(initial=0) + 1  # features that never fire share a scale
-    found = {name: _z(own, np.stack([c[name] for c in changes[1:]]), groups) for name, own in changes[0].items()}
+    found = {}
+    for name, own in changes[0].items():
+        # How far the mean difference points somewhere has nothing to do with how often a feature fires.
+        alike = np.zeros_like(groups) if name == "difference" else groups
+        found[name] = _z(own, np.stack([change[name] for change in changes[1:]]), alike)
     for name, enough in fires.items():
         found[name] = np.where(enough, found[name], np.nan)
     return found | {"combined": np.nansum(list(found.values()), axis=0) / math.sqrt(len(found))}

@@ -21,7 +21,7 @@ def test_the_domain_and_its_groups_are_named() -> None:
     assert "15.0" in parts["What changed"]  # per cent of the change: 10 and 5
     assert "+2.50 on average" in parts["How sure"]
     assert "nulls: −0.40 to +0.50" in parts["How sure"]
-    assert "Of 2 bases 1 shows this alone: the same text, read; not what the models write." in parts["How sure"]
+    assert "Of 2 bases 1 shows this alone: text that both read; not text that they write." in parts["How sure"]
     assert "in 1 of 1 further SAE of the base model; with it, p < 0.001." in parts["How sure"]
     assert "no such SAE: treatment, trained with the fine-tuned model." in parts["How sure"]
     assert "less than 0.048" in parts["How sure"]  # 1 / 21

@@ -20,9 +20,9 @@ from saeffect.report.words.put_back import what_it_causes
 __all__ = ["Learned", "claimed_groups", "learned"]
 
 _BASES = {
-    "read": "the same text, read",
-    "written": "what the models write",
-    "expected": "the words expected next",
+    "read": "text that both read",
+    "written": "text that they write",
+    "expected": "words that they expect",
     "difference": "the mean activation difference",
 }
 _NAMED = 3  # groups in the headline
