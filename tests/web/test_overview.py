@@ -68,6 +68,19 @@ def test_half_a_run_shows_what_it_has_and_how_to_go_on(run_copy: Path, client_of
     assert (statuses["steer control"], statuses["steer treatment"], statuses["compare"]) == ("done", *["waiting"] * 2)
 
 
+def test_a_run_has_its_page_after_each_stage(run_copy: Path, client_of: Callable[..., Any]) -> None:
+    client = client_of(run_copy)
+    stages = client.get("/api/progress").json()["stages"]
+    manifest = read_json(run_copy / "manifest.json")
+    for stage in reversed(stages):
+        for output in manifest["stages"].pop(stage["key"])["outputs"]:
+            (run_copy / output).unlink(missing_ok=True)
+        write_json(run_copy / "manifest.json", manifest)
+        page = page_of(client)
+        assert "cannot be shown" not in page, stage["key"]
+        assert "Not finished" in page or "No study yet" in page
+
+
 def test_a_table_that_is_damaged_takes_nothing_else_away(run_copy: Path, client_of: Callable[..., Any]) -> None:
     (run_copy / "comparison" / "contrasts.parquet").write_bytes(b"PAR1")
     page = page_of(client_of(run_copy))
@@ -140,6 +153,9 @@ def test_a_run_that_was_killed_is_not_running(tmp_path: Path) -> None:
 def test_another_file_of_that_name_is_no_progress(tmp_path: Path, text: str) -> None:
     (tmp_path / "progress.json").write_text(text)
     assert read_progress(tmp_path) is None
+    with ProgressFile(tmp_path, "tiny", "", ("gate a",)) as file:
+        file.begin("gate a")
+    assert (tmp_path / "progress.json").read_text() == text, "it is somebody's own"
 
 
 def test_progress_is_passed_on_and_no_disk_stops_it(tmp_path: Path) -> None:

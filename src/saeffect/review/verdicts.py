@@ -35,9 +35,9 @@ def read_verdicts(path: Path | str, *, arms: Collection[str] | None = None) -> p
     """Read verdicts from a UTF-8 CSV file; `label` and `note` stay text, whatever a spreadsheet would make of them.
 
     The first line names the columns feature, arm, rater, verdict, label and note in any order, and perhaps blind (yes,
-    as without it, or no). Verdicts are yes, no or unsure, in any case; `arms` are the valid ones (None for any). One row
-    per verdict, in the file's order: feature (int64), arm, rater, verdict (lower case), label, note (stripped str, ""
-    if empty), blind (bool).
+    as without it, or no). Verdicts are yes, no or unsure, in any case; `arms` are the valid ones (None for any). One
+    row per verdict, in the file's order: feature (int64), arm, rater, verdict (lower case), label, note (stripped str,
+    "" if empty), blind (bool).
 
     Raises, with the line: NotFound: no such file. BadFile: not UTF-8, not CSV, a column missing or too many, a row of
     another length, no rows. ConfigError: a feature that is no whole number, an empty arm or rater, or a repeated
