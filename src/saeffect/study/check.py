@@ -42,7 +42,7 @@ from saeffect.study.review import store_digest
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.compare import arm_facts
 from saeffect.study.stages.dose_search import outcome_vectors
-from saeffect.study.stages.match import open_seeds
+from saeffect.study.stages.seeds import open_seeds
 from saeffect.study.stages.select import study_verdicts
 from saeffect.study.study import Study, require_width
 from saeffect.study.texts import beginning, study_rows
