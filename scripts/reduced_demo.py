@@ -1,4 +1,4 @@
-"""The bundled study with less text and fewer interventions: every stage on the real models, in a minute.
+"""The bundled study with less text and fewer interventions: every stage on the real models, in two minutes.
 
 python scripts/reduced_demo.py runs/reduced
 """
@@ -21,8 +21,8 @@ from saeffect.study.study import Study
 def main(out: Path) -> None:
     config = yaml.safe_load(Study.open("bundled:smollm2-medical").source.read_text(encoding="utf-8"))
     config["name"] = "smollm2-medical-reduced"
-    config["text"]["tokens"] = 2048
-    config["gate"]["tokens"] = 1024
+    config["text"]["tokens"] = 3840
+    config["gate"]["tokens"] = 512
     for arm in ("control", "treatment"):  # one further SAE a model is enough to tell fine-tuning from seeds
         config["arms"][arm]["more_saes"] = config["arms"][arm]["more_saes"][:1]
     # Null fine-tunes are measured on more rows than this.
