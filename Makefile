@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 STUDY ?= bundled:smollm2-medical
 OUT ?= runs/smollm2-medical
+# Where it is set, each start would compile all that it imports anew: 20 s for the models' libraries.
+unexport PYTHONDONTWRITEBYTECODE
 # Processes that share the unit tests, of one thread each: on tensors this small a second thread costs more than it gives.
 TEST_JOBS ?= 2
 SHARED = $(if $(filter-out 1,$(TEST_JOBS)),-n $(TEST_JOBS))
@@ -88,7 +90,7 @@ clean:
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache
 
 VERSION := import sys; sys.exit(0 if sys.version_info >= (3, 11) else "saeffect needs Python 3.11 or newer; set PYTHON=...")
-# Not compiled: Python does that for the few files that are imported.
+# Not compiled: Python does that, once, for the few files that are imported.
 INSTALL := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt
 
 .venv/.installed: pyproject.toml constraints.txt

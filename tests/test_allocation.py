@@ -45,6 +45,15 @@ def test_elsewhere_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parallel.keep_freed_memory() is False
 
 
+def test_threads_wait_politely_unless_the_user_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    from saeffect.parallel import wait_politely
+
+    for chosen, spins in (({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)):
+        monkeypatch.setattr(os, "environ", dict(chosen))
+        wait_politely()
+        assert os.environ.get("GOMP_SPINCOUNT") == spins
+
+
 LARGE = """
 import torch
 from saeffect.parallel import use_large_pages

@@ -36,6 +36,7 @@ __all__ = [
     "rank_and_world",
     "stopping",
     "use_large_pages",
+    "wait_politely",
 ]
 
 # Others wait while one process works alone; defaults are 30 minutes (gloo) and 10 (NCCL). A process that ends is
@@ -268,3 +269,13 @@ def use_large_pages() -> None:
     Source: THP_MEM_ALLOC_ENABLE in PyTorch (c10/core/impl/alloc_cpu.cpp); madvise(2), MADV_HUGEPAGE.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def wait_politely() -> None:
+    """Have the threads of libgomp sleep soon while they wait for each other, unless the user chose otherwise.
+
+    They spin for 10 ms or so by default; where other programs want the same processors, each product then takes as
+    long. For programs, before torch is imported. Source: GOMP_SPINCOUNT in the manual of GNU libgomp.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -32,11 +32,11 @@ def test_reads_any_order_case_and_line_ends(tmp_path: Path) -> None:
         "ben,,3,treatment,Unsure,\r\n"
     )
     verdicts = read_verdicts(_file(tmp_path, text))
-    assert list(verdicts.columns) == ["feature", "arm", "rater", "verdict", "label", "note"]
+    assert list(verdicts.columns) == ["feature", "arm", "rater", "verdict", "label", "note", "blind"]
     assert verdicts["feature"].dtype == np.int64
     assert verdicts.to_numpy().tolist() == [
-        [12, "control", "ann", "yes", "cancer", "two\r\nlines, one comma"],
-        [3, "treatment", "ben", "unsure", "", ""],
+        [12, "control", "ann", "yes", "cancer", "two\r\nlines, one comma", True],
+        [3, "treatment", "ben", "unsure", "", "", True],
     ]
 
 
@@ -143,10 +143,19 @@ def test_what_is_written_is_read_back_and_no_spreadsheet_runs_it(tmp_path: Path)
     notes = ["=1+1", "-", "'=1", "''@x", 'it\'s, "so"', "two\nlines", "'", ""]
     rows = [(i, "control", "=ann", "yes", note, note) for i, note in enumerate(notes)]
     table = pd.DataFrame(rows, columns=["feature", "arm", "rater", "verdict", "label", "note"])
+    table["blind"] = [True, False] * 4
     write_verdicts(table, tmp_path / "out.csv")
     pd.testing.assert_frame_equal(read_verdicts(tmp_path / "out.csv"), table)
     cells = (tmp_path / "out.csv").read_text().replace("\n", ",").split(",")
     assert not any(cell.lstrip('"').startswith(("=", "-", "@", "+")) for cell in cells)
+
+
+def test_blind_is_yes_unless_the_file_says_no(tmp_path: Path) -> None:
+    assert read_verdicts(_file(tmp_path, HEADER + "1,control,ann,yes,,\n"))["blind"].tolist() == [True]
+    text = "blind," + HEADER + "NO,1,control,ann,yes,,\n,2,control,ann,yes,,\n"
+    assert read_verdicts(_file(tmp_path, text))["blind"].tolist() == [False, True]
+    error = _refusal(tmp_path, text.replace("NO", "half"))
+    assert isinstance(error, UnknownName) and "line 2" in str(error)
 
 
 def test_an_adjudication_decides_and_counts_for_nobody(tmp_path: Path) -> None:

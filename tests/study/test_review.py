@@ -12,7 +12,7 @@ import pytest
 from command_line import call
 from saeffect.errors import NotFound
 from saeffect.progress import Log
-from saeffect.review.store import STORE, Given, VerdictStore
+from saeffect.review.store import NOT_BLIND, STORE, Given, VerdictStore
 from saeffect.study.review import read_queue, store_verdicts
 from saeffect.study.run import run_study
 from saeffect.study.run_folder import RunFolder
@@ -113,6 +113,7 @@ def test_export_and_import_by_the_command_line(study: tuple[Study, Path], tmp_pa
     with VerdictStore(run / STORE) as store:
         item = read_queue(run).candidates[0]
         store.record("ben", Given(item.arm, item.feature, item.seen, "no", "a, b", "why", role="adjudicator"))
+        store.record("cem", Given(item.arm, item.feature, item.seen, "no", source=NOT_BLIND))
     assert call(["verdicts", "export", str(run), str(file)]) == 0
     assert call(["verdicts", "import", str(other), str(file)]) == 0
     assert "imported." in capsys.readouterr().out
@@ -120,6 +121,7 @@ def test_export_and_import_by_the_command_line(study: tuple[Study, Path], tmp_pa
     with VerdictStore(run / STORE) as ours, VerdictStore(other / STORE) as theirs:
         a, b = (s.current().query("kind == 'feature'")[columns].reset_index(drop=True) for s in (ours, theirs))
         pd.testing.assert_frame_equal(a, b)
+        assert theirs.current().set_index("rater").loc["cem", "source"] == NOT_BLIND
     assert store_verdicts(other, file) == (0, len(b))
 
 

@@ -73,6 +73,19 @@ def test_half_a_run_shows_what_it_has_and_how_to_go_on(run_copy: Path, client_of
     assert (statuses["steer control"], statuses["steer treatment"], statuses["compare"]) == ("done", *["waiting"] * 2)
 
 
+def test_a_run_has_its_page_after_each_stage(run_copy: Path, client_of: Callable[..., Any]) -> None:
+    client = client_of(run_copy)
+    stages = client.get("/api/progress").json()["stages"]
+    manifest = read_json(run_copy / "manifest.json")
+    for stage in reversed(stages):
+        for output in manifest["stages"].pop(stage["key"])["outputs"]:
+            (run_copy / output).unlink(missing_ok=True)
+        write_json(run_copy / "manifest.json", manifest)
+        page = page_of(client)
+        assert "cannot be shown" not in page, stage["key"]
+        assert "Not finished" in page or "No study yet" in page
+
+
 def test_a_table_that_is_damaged_takes_nothing_else_away(run_copy: Path, client_of: Callable[..., Any]) -> None:
     (run_copy / "comparison" / "contrasts.parquet").write_bytes(b"PAR1")
     page = page_of(client_of(run_copy))

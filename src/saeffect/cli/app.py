@@ -27,7 +27,7 @@ from saeffect.cli.train_sae import harvest, train_sae
 from saeffect.cli.verdicts import verdicts
 from saeffect.cli.verify import verify
 from saeffect.errors import SaeffectError
-from saeffect.parallel import keep_freed_memory, use_large_pages
+from saeffect.parallel import keep_freed_memory, use_large_pages, wait_politely
 
 __all__ = ["app", "main"]
 
@@ -125,6 +125,7 @@ def main() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     keep_freed_memory()
     use_large_pages()
+    wait_politely()
     # typer itself prints the help.
     shows_help = "--help" in sys.argv
     try:

@@ -93,6 +93,7 @@ def _listen(host: str, port: int | None) -> socket.socket:
             listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listening.bind((host, number))
+            listening.listen(2048)  # a browser that comes before the app is up waits, and is not refused
         except OSError as error:
             if error.errno == errno.EADDRINUSE and i + 1 < len(wanted):
                 continue

@@ -146,7 +146,7 @@ def render_early(comparison: Comparison, *, context: ReportContext) -> Markup:
     said = learned(further, context.domain, alpha=context.alpha) if further else None
     template = page_environment(numbers).get_template("early.html.j2")
     pictures = {figure.name: _Picture(figure, Markup(inline_svg(figure))) for figure in drawn}
-    return Markup(template.render(learned=said or {}, tables=tables, pictures=pictures))
+    return Markup(template.render(learned=said, tables=tables, pictures=pictures))
 
 
 def script_hash() -> str:

@@ -16,9 +16,11 @@ from saeffect.errors import BadFile, ConfigError, unknown_name
 from saeffect.io import atomic_path
 from saeffect.paths import decode_utf8, read_bytes
 
-__all__ = ["ADJUDICATION", "COLUMNS", "VERDICTS", "read_verdicts", "summarise_verdicts", "write_verdicts"]
+__all__ = ["ADJUDICATION", "BLIND", "COLUMNS", "VERDICTS", "read_verdicts", "summarise_verdicts", "write_verdicts"]
 
 COLUMNS = ("feature", "arm", "rater", "verdict", "label", "note")
+BLIND = "blind"
+"""A further column that a file may have: yes, or no for a verdict of somebody who had seen what others said."""
 VERDICTS = ("yes", "no", "unsure")
 ADJUDICATION = "(adjudication)"
 """How the rater of a decision begins that settles what raters differ on; a name may follow."""
@@ -32,13 +34,14 @@ _WHOLE_NUMBER = re.compile(r"[0-9]{1,19}")
 def read_verdicts(path: Path | str, *, arms: Collection[str] | None = None) -> pd.DataFrame:
     """Read verdicts from a UTF-8 CSV file; `label` and `note` stay text, whatever a spreadsheet would make of them.
 
-    The first line names the columns feature, arm, rater, verdict, label and note in any order. Verdicts are yes, no or
-    unsure, in any case; `arms` are the valid ones (None for any). One row per verdict, in the file's order: feature
-    (int64), arm, rater, verdict (lower case), label, note (stripped str, "" if empty).
+    The first line names the columns feature, arm, rater, verdict, label and note in any order, and perhaps blind (yes,
+    as without it, or no). Verdicts are yes, no or unsure, in any case; `arms` are the valid ones (None for any). One
+    row per verdict, in the file's order: feature (int64), arm, rater, verdict (lower case), label, note (stripped str,
+    "" if empty), blind (bool).
 
     Raises, with the line: NotFound: no such file. BadFile: not UTF-8, not CSV, a column missing or too many, a row of
     another length, no rows. ConfigError: a feature that is no whole number, an empty arm or rater, or a repeated
-    feature, arm and rater. UnknownName: an invalid verdict or arm.
+    feature, arm and rater. UnknownName: an invalid verdict, arm or blind.
     """
     text = decode_utf8(read_bytes(path, "verdicts"), at=str(path))
     seen: dict[tuple[int, str, str], int] = {}
@@ -56,15 +59,16 @@ def read_verdicts(path: Path | str, *, arms: Collection[str] | None = None) -> p
         rows.append(row)
     if not rows:
         raise BadFile("the file holds not one verdict.", at=f"{path}, line 1", fix="write one row a verdict.")
-    return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"feature": np.int64})
+    return pd.DataFrame(rows, columns=[*COLUMNS, BLIND]).astype({"feature": np.int64})
 
 
 def write_verdicts(verdicts: pd.DataFrame, path: Path | str) -> None:
-    """Write `COLUMNS` of verdicts as a CSV file that `read_verdicts` reads back; BadFile as `atomic_path`."""
+    """Write verdicts (`COLUMNS`, `BLIND`) as a CSV file that `read_verdicts` reads back; BadFile as `atomic_path`."""
     texts = [column for column in COLUMNS if column != "feature"]
     safe = verdicts.assign(**{c: ["'" + t if _is_formula(t) else t for t in verdicts[c]] for c in texts})
+    safe[BLIND] = safe[BLIND].map({True: "yes", False: "no"})
     with atomic_path(path) as temporary:
-        safe.to_csv(temporary, columns=list(COLUMNS), index=False, lineterminator="\n")
+        safe.to_csv(temporary, columns=[*COLUMNS, BLIND], index=False, lineterminator="\n")
 
 
 def _as_typed(cell: str) -> str:
@@ -140,8 +144,8 @@ def _records(text: str, path: str) -> Iterator[tuple[int, dict[str, str]]]:
 def _header(cells: Sequence[str], *, at: str) -> list[str]:
     names = [cell.strip().lower() for cell in cells]
     missing = [column for column in COLUMNS if column not in names]
-    extra = [name for name in names if name not in COLUMNS]
-    twice = [column for column in COLUMNS if names.count(column) > 1]
+    extra = [name for name in names if name not in (*COLUMNS, BLIND)]
+    twice = [column for column in (*COLUMNS, BLIND) if names.count(column) > 1]
     faults = [
         f"{fault}: {', '.join(repr(name) for name in found)}"
         for fault, found in (("missing", missing), ("unknown", extra), ("twice", twice))
@@ -157,7 +161,7 @@ def _header(cells: Sequence[str], *, at: str) -> list[str]:
     return names
 
 
-def _checked(cells: dict[str, str], arms: Collection[str] | None, *, at: str) -> dict[str, int | str]:
+def _checked(cells: dict[str, str], arms: Collection[str] | None, *, at: str) -> dict[str, int | str | bool]:
     number = cells["feature"]
     if not _WHOLE_NUMBER.fullmatch(number) or int(number) > _INT64_MAX:
         raise ConfigError(f"a feature is a whole number, 0 or more. Got {number[:60]!r} instead.", at=at)
@@ -169,7 +173,10 @@ def _checked(cells: dict[str, str], arms: Collection[str] | None, *, at: str) ->
     verdict = cells["verdict"].lower()
     if verdict not in VERDICTS:
         raise unknown_name("verdict", cells["verdict"], VERDICTS, at=at)
-    return {**cells, "feature": int(number), "verdict": verdict}
+    blind = cells.get(BLIND, "").lower() or "yes"
+    if blind not in ("yes", "no"):
+        raise unknown_name(BLIND, cells[BLIND], ("yes", "no"), at=at)
+    return {**cells, "feature": int(number), "verdict": verdict, BLIND: blind == "yes"}
 
 
 def _commonest(labels: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from saeffect.errors import NotFound
 from saeffect.io import fingerprint
 from saeffect.review.queue import Queue, fingerprint_tokens, make_queue
 from saeffect.review.store import NOT_BLIND, STORE, Given, VerdictStore
-from saeffect.review.verdicts import ADJUDICATION, COLUMNS, read_verdicts, write_verdicts
+from saeffect.review.verdicts import ADJUDICATION, BLIND, COLUMNS, read_verdicts, write_verdicts
 from saeffect.study.run_folder import read_table
 
 __all__ = ["Standing", "read_queue", "standing_verdicts", "store_digest", "store_verdicts", "write_store_verdicts"]
@@ -22,7 +22,7 @@ _FEATURES, _SELECTION = ["feature", "top_tokens", "n_active"], ["feature", "in_v
 
 @dataclass(frozen=True, eq=False)
 class Standing:
-    """Verdicts on the features as they are: `verdicts` with `COLUMNS`, kind, blind; `gone`, how many are on older ones.
+    """Verdicts on the features as they are: `verdicts` with `COLUMNS`, `BLIND`, kind; `gone`: on how many older ones.
 
     The rater of an adjudication begins with `ADJUDICATION`.
     """
@@ -56,8 +56,8 @@ def standing_verdicts(store: VerdictStore, features: Mapping[str, pd.DataFrame])
     kept = said[same | (said["kind"] == "shuffled")]
     decided = kept["role"] == "adjudicator"
     rater = kept["rater"].where(~decided, ADJUDICATION + " " + kept["rater"])
-    table = kept.assign(rater=rater, blind=kept["source"] != NOT_BLIND)
-    table = table[[*COLUMNS, "kind", "blind"]].reset_index(drop=True)
+    table = kept.assign(rater=rater, **{BLIND: kept["source"] != NOT_BLIND})
+    table = table[[*COLUMNS, "kind", BLIND]].reset_index(drop=True)
     return Standing(table, len(said) - len(kept))
 
 
@@ -118,7 +118,7 @@ def store_verdicts(folder: Path | str, file: Path | str) -> tuple[int, int]:
                 str(row.label),
                 str(row.note),
                 role="adjudicator" if decides else "rater",
-                source=Path(file).name,
+                source=Path(file).name if row.blind else NOT_BLIND,
             )
             key = (given.role, store.find(rater) or rater, arm, number, given.seen)
             if before.get(key) != (given.verdict, given.label, given.note):

@@ -16,7 +16,7 @@ import pandas as pd
 import yaml
 
 from saeffect.checksums import add_sealed, has_own_hash, is_sealed, with_hash
-from saeffect.errors import BadFile, ConfigError, NotFound
+from saeffect.errors import BadFile, ConfigError, NotFound, first_line
 from saeffect.io import atomic_path, fingerprint, hash_file, read_json, remove_leftovers, versions, write_json
 from saeffect.progress import SILENT, Log
 from saeffect.study.study import Study
@@ -230,7 +230,7 @@ def read_table(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
         raise NotFound(f"there is no {path.name}.", at=str(path), fix="run the stage before this one.") from error
     except Exception as error:  # pyarrow raises many kinds
         fix = "delete it and run again."
-        raise BadFile(f"this table cannot be read: {error}.", at=str(path), fix=fix) from error
+        raise BadFile(f"this table cannot be read: {first_line(error).rstrip('.')}.", at=str(path), fix=fix) from error
 
 
 def _is_note(note: Any) -> bool:

@@ -133,7 +133,7 @@ def test_where_the_text_gives_no_share_of_the_loss_the_models_own_writing_does()
         " clearly less."
     )
     drawing = draw_shares(table)
-    titles = [ax.get_title() for ax in drawing.figure.axes]
+    titles = [ax.get_title(loc="left").replace("\n", " ") for ax in drawing.figure.axes]
     assert titles == [
         "Share of the change in loss on what the fine-tuned model itself writes",
         "Share of the change in predictions (KL) on medical text",

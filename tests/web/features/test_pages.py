@@ -44,6 +44,8 @@ def test_the_list_is_a_page_and_its_rows_come_alone(client: Any) -> None:
     assert "<html" not in rows.text and 'href="/features/control/50?arm=control&amp;sort=feature"' in rows.text
     found = client.get("/api/features?arm=control&q=%2395").json()
     assert (found["total"], found["features"][0]["feature"]) == (1, 95)
+    assert "Nothing to sort by" not in whole.text
+    assert "“Detection by a model&#39;s label”; no feature" in client.get("/features?sort=accuracy").text
 
 
 def test_wrong_questions_get_a_page_that_says_what_exists(client: Any) -> None:
@@ -70,6 +72,7 @@ def test_a_page_shows_what_the_tables_say(run_copy: Path, client: Any) -> None:
     assert record["numbers"]["density"] == pytest.approx(row["density"])
     assert record["steering"]["texts"] and "Worst pair" in text
     assert "Not read in both models yet" in text and record["bottom_tokens"] is None
+    assert "Among the strongest" not in text
     assert record["matches"][0]["match_arm"] == "control"
 
 

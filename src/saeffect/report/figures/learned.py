@@ -168,13 +168,14 @@ def draw_shares(table: pd.DataFrame, *, source: str = "domain", subject: str = "
                 drawn[measure] = mine
     if not drawn:
         raise Undefined(f"{curves['reason'].iloc[0]}.")
-    figure = new_figure(0.55 + 2.25 * len(drawn))
+    figure = new_figure(0.55 + 2.4 * len(drawn))
     panels = figure.subplots(len(drawn), 1, squeeze=False, sharex=True)[:, 0]
     for ax, (measure, mine) in zip(panels, drawn.items(), strict=True):
         on = str(mine["source"].iloc[0])
         of_text = rows[(rows["measure"] == measure) & (rows["features"] == "whole") & (rows["source"] == on)]
         _curve(ax, mine)
-        ax.set_title(f"Share {_SHARE_OF[measure]} on {text_name(on, safe_text(subject, 20))}", size=8.8)
+        name = f"Share {_SHARE_OF[measure]}\non {text_name(on, safe_text(subject, 20))}"
+        ax.set_title(name, loc="left", size=8.8)
         ax.text(0.01, 1.0, f" the whole activation: {abs(of_text['whole'].iloc[0]):.2g} nats a token", size=7.8,
                 color=MUTED, transform=ax.get_yaxis_transform(), va="bottom")  # fmt: skip
     panels[-1].set_xlabel("features put back, the most changed first")

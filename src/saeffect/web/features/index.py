@@ -315,32 +315,43 @@ class FeatureIndex:
         """The change in units of what nulls show; where there are no nulls, as it is."""
         return self._column(f"z_{basis}" if self._known(f"z_{basis}") else f"change_{basis}")
 
+    def lacking(self, query: Query, place: int) -> tuple[str, ...] | None:
+        """None if a feature has a value of what the query sorts by; else the arms that have some."""
+        if query.sort in {"", "relevance", "-relevance"} and query.q:
+            return None
+        values = self._sort_values(self._sort_key(query))
+        if np.isfinite(values[place]):
+            return None
+        return tuple(arm for arm in self.arms if np.isfinite(values[self.slice(arm)]).any())
+
+    def _sort_key(self, query: Query) -> str:
+        name = query.sort.removeprefix("-")
+        if name in {"", "relevance", "change"}:
+            return f"change {self.basis(query)}"
+        return {"p": f"p_{self.basis(query)}", "similarity": f"similarity_{query.by}"}.get(name, name)
+
+    def _sort_values(self, key: str) -> FloatArray:
+        """What a list is sorted by, the largest first; NaN if undefined."""
+        if key == "feature":
+            return -self.numbers.astype(np.float64)
+        if key.startswith("change "):
+            return np.abs(self._change(key.removeprefix("change ")))
+        return -self._column(key) if key.startswith("p_") else self._column(key)
+
     def _order(self, query: Query, fits: BoolArray, scores: FloatArray | None) -> IntArray:
-        name, turned = query.sort.removeprefix("-"), query.sort.startswith("-")
-        if name in {"", "relevance"}:
-            if scores is not None:
-                places = np.flatnonzero(fits)
-                hundredths = np.rint(-100 * scores[places]).astype(np.int16)  # which numpy sorts ten times as fast
-                order = places[np.argsort(hundredths, kind="stable")]
-                return order[::-1] if turned else order
-            name = "change"
-        key = {"change": f"change {self.basis(query)}", "p": f"p_{self.basis(query)}"}.get(name, name)
-        key = f"similarity_{query.by}" if name == "similarity" else key
-        order = self._whole_order(key, turned)
+        turned = query.sort.startswith("-")
+        if scores is not None and query.sort in {"", "relevance", "-relevance"}:
+            places = np.flatnonzero(fits)
+            hundredths = np.rint(-100 * scores[places]).astype(np.int16)  # which numpy sorts ten times as fast
+            order = places[np.argsort(hundredths, kind="stable")]
+            return order[::-1] if turned else order
+        order = self._whole_order(self._sort_key(query), turned)
         return order[fits[order]]
 
     def _whole_order(self, key: str, turned: bool) -> IntArray:
         """All places ordered by a column, the largest first (numbers and p: the smallest), undefined ones last."""
         if (key, turned) not in self._orders:
-            if key == "feature":
-                values = -self.numbers.astype(np.float64)
-            elif key.startswith("change "):
-                values = np.abs(self._change(key.removeprefix("change ")))
-            elif key.startswith("p_"):
-                values = -self._column(key)
-            else:
-                values = self._column(key)
-            values = values if turned else -values
+            values = self._sort_values(key) if turned else -self._sort_values(key)
             self._orders[key, turned] = np.argsort(values, kind="stable")  # NaN last
         return self._orders[key, turned]
 

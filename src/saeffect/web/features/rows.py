@@ -89,6 +89,7 @@ class ListView:
     counts: Any
     missing: Any
     basis: str
+    unsorted: str
 
 
 def feature_address(arm: str, number: int, query: Query) -> str:
@@ -134,7 +135,18 @@ def list_view(index: FeatureIndex, query: Query, found: Found) -> ListView:
         counts=found.counts,
         missing=index.missing,
         basis=BASES[basis],
+        unsorted=_unsorted(index, query, found),
     )
+
+
+def _unsorted(index: FeatureIndex, query: Query, found: Found) -> str:
+    """What to say of a page whose features have no value to be sorted by; "" if they have."""
+    arms = index.lacking(query, int(found.places[0])) if found.total else None
+    if arms is None:
+        return ""
+    name = SORTS[query.sort.removeprefix("-").replace("relevance", "") or "change"]
+    who = f"features of {' and '.join(arms)} have one" if arms else "no feature of this run has one"
+    return f"Nothing to sort by: these have no value of “{name}”; {who}."
 
 
 def _shown(value: Any) -> str:

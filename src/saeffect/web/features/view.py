@@ -216,9 +216,10 @@ def _contexts(record: Record, sides: Sequence[Side]) -> tuple[tuple[str, tuple[S
         chosen.setdefault(key, set()).add(row["chosen_in"])
         first.setdefault(key, row)
     found: dict[str, list[ShownContext]] = {}
-    groups = [({side.arm}, f"Among the strongest of the {side.title.lower()} only") for side in sides]
-    together = "Among the strongest of both models" if len(sides) > 1 else sides[0].title
-    groups.insert(0, ({side.arm for side in sides}, together))
+    groups = [({sides[0].arm}, sides[0].title)]
+    if len(sides) > 1:
+        groups = [({side.arm for side in sides}, "Among the strongest of both models")]
+        groups += [({side.arm}, f"Among the strongest of the {side.title.lower()} only") for side in sides]
     for arms, title in groups:
         rows = [first[key] for key in first if chosen[key] == arms]
         if rows:
