@@ -57,6 +57,7 @@ def test_repeated_key_error_names_both_lines(tmp_path: Path, complains: Callable
         ("seed: 0x" + "f" * 5000, "no such date or number", "line 1"),
         ('a: "\\ud83d"', "half a character", "line 1"),
         ('a: "\\UFFFFFFFF"', "not YAML", "s.yaml"),
+        ("a: !!bool perhaps", "no such date or number", "line 1"),
         ("a: !!python/name:os.system x", "tag", "line 1"),
         ("a: !!set {x, y}", "plain value", "line 1"),
         ("? [a]\n: 1\n", "plain value", "line 1"),

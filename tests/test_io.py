@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 
 from saeffect.errors import BadFile, NotFound
 from saeffect.io import (
@@ -62,13 +63,21 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_remove_leftovers_removes_nothing_else(tmp_path: Path) -> None:
-    mine = [".a.12345678.json", ".notes", ".env.abcdefgh.txt", "a.json", ".saeffect-writing-link.abcdefgh"]
+    mine = [
+        ".a.12345678.json",
+        ".notes",
+        ".env.abcdefgh.txt",
+        "a.json",
+        ".tmpAbc123",
+        ".saeffect-writing-link.abcdefgh",
+    ]
     for name in mine[:-1]:
         (tmp_path / name).write_text("mine")
     (tmp_path / mine[-1]).symlink_to(tmp_path / "a.json")
     with atomic_path(tmp_path / "a.json") as temporary:
         left = temporary.name
     (tmp_path / left).write_text("half")
+    (tmp_path / ".tmpXyz789").write_bytes(save({"of safetensors": torch.zeros(1)})[:40])
     remove_leftovers(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(mine)
 
@@ -122,6 +131,11 @@ def test_bad_json(tmp_path: Path) -> None:
         (tmp_path / "a.json").write_bytes(content)
         with pytest.raises(BadFile, match=r"a\.json"):
             read_json(tmp_path / "a.json")
+    with pytest.raises(BadFile, match="is a directory"):
+        read_json(tmp_path)
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(BadFile, match="a pipe or a device"):
+        read_json(tmp_path / "pipe.json")
 
 
 def test_hashes(tmp_path: Path) -> None:

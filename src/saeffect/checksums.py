@@ -1,25 +1,45 @@
-"""Detect damaged files: a checksum of the content in the file's name or metadata."""
+"""Detect damaged files, by a checksum of the content in the file's name or metadata, and packed ones that would fill
+the memory.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
+import math
 import struct
+import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from saeffect.errors import BadFile, first_line
 from saeffect.io import atomic_path, hash_file
+from saeffect.paths import refuse_special
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["add_sealed", "has_own_hash", "is_sealed", "open_tensors", "read_tensors", "save_tensors", "with_hash"]
+__all__ = [
+    "NPZ_ERRORS",
+    "add_sealed",
+    "has_own_hash",
+    "is_sealed",
+    "npz_shapes",
+    "open_tensors",
+    "read_tensors",
+    "save_tensors",
+    "unpacked_limit",
+    "with_hash",
+]
 
 _CHECKSUM = "saeffect_crc32"
+_HARMLESS = 1 << 28  # bytes
+# What zipfile and numpy raise for files that are no .npz, encrypted (RuntimeError), or packed in an unknown way.
+NPZ_ERRORS: tuple[type[Exception], ...] = (ValueError, KeyError, TypeError, AttributeError, EOFError, OverflowError)
+NPZ_ERRORS += (MemoryError, RuntimeError, OSError, zipfile.BadZipFile, zlib.error)
 
 
 def add_sealed(folder: Path, stem: str, suffix: str, content: bytes) -> Path:
@@ -62,6 +82,7 @@ def open_tensors(
     """
     from safetensors import SafetensorError, safe_open
 
+    refuse_special(path, path.name)
     try:
         with safe_open(path, framework=framework) as file:
             yield file
@@ -119,3 +140,30 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
         total = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), total)
         total = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, total)
     return f"{total:08x}"
+
+
+def unpacked_limit(packed: int) -> int:
+    """The most bytes that numbers of so many packed bytes have unpacked: real ones compress to about a third."""
+    return max(_HARMLESS, 50 * packed)
+
+
+def npz_shapes(path: Path, names: Sequence[str] | None = None) -> dict[str, tuple[int, ...]]:
+    """Shapes of an .npz file's arrays (or of those of these names), from their headers. ValueError: an array would take
+    more than `unpacked_limit`, or holds Python objects; others of `NPZ_ERRORS`: no .npz.
+    """
+    from numpy.lib import format as npy
+
+    found: dict[str, tuple[int, ...]] = {}
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist() if names is None else [archive.getinfo(f"{name}.npy") for name in names]:
+            name = member.filename.removesuffix(".npy")
+            with archive.open(member) as file:
+                read = npy.read_array_header_1_0 if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0
+                shape, _, dtype = read(file)
+            if dtype.hasobject:
+                raise ValueError(f"{name} is an array of objects, which is a pickle, and pickles are never loaded")
+            taken = math.prod(shape) * dtype.itemsize
+            if taken > min(unpacked_limit(member.compress_size), member.file_size):
+                raise ValueError(f"{name} would take {taken:,} bytes of memory, which the file does not hold")
+            found[name] = tuple(shape)
+    return found

@@ -130,7 +130,7 @@ class _Builder:
         except yaml.YAMLError as error:
             problem = getattr(error, "problem", None) or "it has a tag that is not known"
             raise BadFile(f"this is no plain value: {problem}.", at=self._at(node), fix="leave the tag out.") from error
-        except (ValueError, OverflowError) as error:
+        except (ValueError, OverflowError, KeyError) as error:  # the last for !!bool maybe
             raise self._impossible(node) from error
         if isinstance(value, int) and abs(value) >= _LARGEST_INTEGER:
             raise self._impossible(node)

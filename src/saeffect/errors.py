@@ -164,10 +164,11 @@ def placed(at: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """First line of another library's error; its class name if it is empty.
+    """First line of another library's error, with the second where it ends in a colon; its class name if it is empty.
 
     Example:
-        >>> first_line(KeyError()), first_line(OSError("no such file\\nand more"))
-        ('KeyError', 'no such file')
+        >>> first_line(KeyError()), first_line(OSError("no such file\\nand more")), first_line(OSError("bad:\\n size"))
+        ('KeyError', 'no such file', 'bad: size')
     """
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    first, *more = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{first} {more[0].strip()}" if first.endswith(":") and more else first

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saeffect.errors import BadFile, InUse, NotFound
+from saeffect.paths import refuse_special
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -117,8 +118,17 @@ def remove_leftovers(folder: Path | str) -> None:
     """Delete temporary files of `atomic_path` from a killed process. Nobody may be writing to the folder."""
     folder = Path(folder)
     for path in folder.iterdir() if folder.is_dir() and not folder.is_symlink() else ():
-        if _LEFTOVER.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+        if _LEFTOVER.fullmatch(path.name) and path.is_file() and not path.is_symlink() and _is_ours(path):
             path.unlink(missing_ok=True)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file with a leftover's name is one: other programs give the names that safetensors gives, too."""
+    if path.name.startswith(_WRITING):
+        return True
+    with path.open("rb") as file:
+        begins = file.read(9)  # the length of the header, and the header
+    return not begins or begins[4:] == b"\0\0\0\0{"
 
 
 def write_json(path: Path | str, value: Any) -> None:
@@ -141,14 +151,18 @@ def _without_nan(value: Any) -> Any:
 
 
 def read_json(path: Path | str) -> Any:
-    """Read a UTF-8 JSON file; NotFound if there is none, BadFile if it is not valid."""
+    """Read a UTF-8 JSON file; NotFound if there is none, BadFile if it is not valid or cannot be read."""
     path = Path(path)
+    refuse_special(path, "JSON file")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise NotFound(f"there is no file {path.name!r}.", at=str(path)) from error
     except (ValueError, RecursionError) as error:  # among them 5,000 digits, and 100,000 brackets
         raise BadFile(f"this is not JSON: {error}.", at=str(path), fix="restore the file, or make it again.") from error
+    except OSError as error:  # a folder, or not ours to read
+        reason = (error.strerror or type(error).__name__).lower()
+        raise BadFile(f"this cannot be read: {reason}.", at=str(path), fix="check what it is, and whose.") from error
 
 
 def hash_file(path: Path | str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -175,6 +176,24 @@ def test_full_disk_under_the_help_is_an_error(
         monkeypatch.setattr(sys, "stdout", full)
         assert _typed(monkeypatch, *arguments) == 2
     assert "standard output cannot be written: No space left on device." in capsys.readouterr().err
+
+
+def test_a_reader_that_is_gone_ends_the_command_in_silence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w", encoding="utf-8") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert _typed(monkeypatch, "--version") == 141
+    assert capsys.readouterr().err == ""
+
+
+def test_a_name_of_any_length_fills_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    show_error(str(BadFile("a" * 100_000, at="b" * 100_000, fix="c")))
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert (first[-1], second[-1], third) == ("…", "…", "  fix: c")
+    assert len(first) == len(second) == 2_001
 
 
 def test_commands_print_through_the_console_alone() -> None:

@@ -29,3 +29,21 @@ def test_quick_work_says_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         for done in range(10):
             log.progress("dose control", done, 10, "texts")
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_names_are_no_markup(terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """A model's folder may be called so; in rich's markup the first of these is an error."""
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    clock = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
+    name = "put back into models[/b] [red]tuned" + " and more" * 20
+    with console.ConsoleProgress() as log:
+        assert log._is_terminal == terminal
+        for done in range(3):
+            log.progress(name, done, 2, "rows")
+            clock[0] += 20
+    err = capsys.readouterr().err
+    assert terminal or f"  {name}: 1/2 rows" in err.splitlines()[0]

@@ -47,6 +47,16 @@ def test_one_screen(things: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert read_json(things / "all.json")["ok"] is True
 
 
+def test_a_text_of_any_name_is_only_text(
+    things: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(things)
+    code, out, err = typed(capsys, "gate", "base", "sae", "--text", "[/b]\x1b[31m=notes.txt", "--tokens", "1024")
+    assert code in (0, 1), out + err
+    assert "perplexity on [/b]U+001B[31m" in out
+    assert "\x1b" not in out + err
+
+
 def test_a_wrong_hook_is_named_and_mended(
     things: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

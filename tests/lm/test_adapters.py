@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,10 @@ def test_embeddings_of_another_size(
         ({"r": 10**7}, BadFile, "r: 10000000"),
         ({"rank_pattern": {"q_proj": 10**7}}, BadFile, "r: 10000000"),
         ({"r": "many"}, BadFile, "r: many"),
+        ({"lora_alpha": math.inf}, BadFile, "lora_alpha: inf; expected a number"),
+        ({"lora_alpha": "16"}, BadFile, "lora_alpha: 16; expected a number"),
+        ({"alpha_pattern": {"q_proj": math.nan}}, BadFile, "lora_alpha: nan"),
+        ({"alora_invocation_tokens": [1, 2]}, ConfigError, "aLoRA cannot be merged"),
     ],
 )
 def test_kinds_and_sizes_that_are_refused_unloaded(
@@ -162,6 +167,28 @@ def test_kinds_and_sizes_that_are_refused_unloaded(
     _configure(saved, **changes)
     with complains(kind, part, at="here"):
         read_adapter(saved, "here")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_no_numbers(saved: Path, complains: Callable[..., Any], value: float) -> None:
+    _rename(saved, lambda tensors: {name: tensor.fill_(value) for name, tensor in tensors.items()})
+    with complains(BadFile, "the adapter holds NaN or infinite values (first in base_model.", at="here"):
+        read_adapter(saved, "here")
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "part"),
+    [
+        ({"target_modules": "(q_proj"}, IncompatibleModels, "missing )"),
+        ({"lora_alpha": 1e300}, BadFile, "the model's logits are NaN or infinite"),
+    ],
+)
+def test_settings_that_only_loading_shows(
+    tiny_llama_folder: Path, saved: Path, complains: Callable[..., Any], changes: dict[str, Any], kind: Any, part: str
+) -> None:
+    _configure(saved, **changes)
+    with complains(kind, part, at=f"{AT}.adapter"):
+        _load(tiny_llama_folder, saved)
 
 
 def test_rank_must_be_that_of_the_tensors(

@@ -20,7 +20,7 @@ from saeffect.config import ModelConfig
 from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted, InUse
 from saeffect.io import sole_writer
 from saeffect.lm import finetune as finetuning
-from saeffect.lm.finetune import FinetuneConfig, FinetuneResult, finetune, perplexity
+from saeffect.lm.finetune import FinetuneConfig, FinetuneResult, finetune, perplexity, remove_adapter
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import load_language_model
 from saeffect.progress import Log, Progress
@@ -150,6 +150,29 @@ def test_one_writer_and_nobody_elses_folder(
     with complains(ConfigError, "holds README.md", at=str(tmp_path)):
         finetune(config.model_copy(update={"model": ModelConfig(path="never/loaded")}), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_no_adapter_is_put_into_a_models_folder(
+    config: FinetuneConfig, tmp_path: Path, complains: Callable[..., Any]
+) -> None:
+    base = Path(shutil.copytree(config.model.path, tmp_path / "base"))
+    before = _bytes(base)
+    with complains(ConfigError, "holds config.json", at=str(base)):
+        finetune(config, base)
+    assert _bytes(base) == before
+    (tmp_path / "file").write_text("mine")
+    with complains(BadFile, "cannot be written", at=str(tmp_path / "file")):
+        finetune(config, tmp_path / "file")
+
+
+def test_other_files_outlive_a_removed_adapter(whole: FinetuneResult, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(whole.folder, tmp_path / "out"))
+    (out / "notes.txt").write_text("mine")
+    remove_adapter(out)
+    assert [p.name for p in out.iterdir()] == ["notes.txt"]
+    (out / "notes.txt").unlink()
+    remove_adapter(out)
+    assert not out.exists()
 
 
 def test_signal_saves_after_the_step(config: FinetuneConfig, whole: FinetuneResult, tmp_path: Path) -> None:

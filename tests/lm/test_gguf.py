@@ -6,6 +6,7 @@ import errno
 import json
 import multiprocessing
 import os
+import struct
 import subprocess
 import time
 from collections.abc import Callable
@@ -205,11 +206,29 @@ def test_the_model_among_several_files(
         load_language_model(ModelConfig(path=str(tmp_path)), at="model")
 
 
-@pytest.mark.parametrize("content", [b"", b"GGUF", b"PK\3\4" * 9, b"GGUF\3\0\0\0" + b"\xff" * 40])
+def _header(kind: int, value: bytes) -> bytes:
+    """A GGUF file's header with one key, of this kind and value."""
+    return b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"a" + struct.pack("<I", kind) + value
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"GGUF",
+        b"PK\3\4" * 9,
+        b"GGUF\3\0\0\0" + b"\xff" * 40,
+        _header(9, struct.pack("<IQ", 9, 1) * 100_000),  # lists in lists
+        _header(9, struct.pack("<IQ", 12, 2**64 - 1)),  # more numbers than any file has
+    ],
+)
 def test_headers_that_are_none(tmp_path: Path, complains: Callable[..., Any], content: bytes) -> None:
     (tmp_path / "a.gguf").write_bytes(content)
     with complains(BadFile, "a.gguf is no GGUF file that can be read", at="here"):
         gguf_header(tmp_path / "a.gguf", at="here")
+    os.mkfifo(tmp_path / "b.gguf")
+    with complains(BadFile, "a pipe or a device", at="b.gguf"):
+        gguf_header(tmp_path / "b.gguf", at="here")
 
 
 def test_gguf_weights_without_a_place_are_refused(

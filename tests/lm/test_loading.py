@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import (
     bundled_path,
     load_language_model,
+    load_tokenizer,
     locate_adapter,
     locate_model,
     model_identity,
@@ -118,12 +120,26 @@ def test_a_folder_that_is_no_model(tmp_path: Path, complains: Callable[..., Any]
         _load(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "no-such-type"}', "{}"])
-def test_a_bad_config(folder: Path, complains: Callable[..., Any], content: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "part", "place"),
+    [
+        ("{", "not JSON", "config.json"),
+        ("[]", "holds no keys", "config.json"),
+        ('{"model_type": "no-such-type"}', "no-such-type", PLACE),
+        ("{}", "model_type", PLACE),
+    ],
+)
+def test_a_bad_config(folder: Path, complains: Callable[..., Any], content: str, part: str, place: str) -> None:
     (folder / "config.json").write_text(content)
-    with pytest.raises((BadFile, NotFound)) as caught:
+    with complains(BadFile, part, at=place):
         _load(folder)
-    assert caught.value.at == PLACE
+
+
+def test_a_pipe_in_place_of_weights(folder: Path, complains: Callable[..., Any]) -> None:
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+    with complains(BadFile, "a pipe or a device", at="model.safetensors"):
+        _load(folder)
 
 
 def test_nan_weights(folder: Path, complains: Callable[..., Any]) -> None:
@@ -167,15 +183,32 @@ def test_sizes_of_another_model(folder: Path, complains: Callable[..., Any]) -> 
         _load(folder)
 
 
-@pytest.mark.parametrize(("key", "size"), [("vocab_size", 10**9), ("num_hidden_layers", 10**6), ("hidden_size", 10**7)])
+@pytest.mark.parametrize(
+    ("key", "size"),
+    [
+        ("vocab_size", 10**9),
+        ("num_hidden_layers", 10**6),
+        ("hidden_size", 10**7),
+        ("n_positions", 10**6),
+        ("num_labels", 10**8),
+    ],
+)
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "in text_config"])
 def test_sizes_beyond_the_weights_are_refused(
     folder: Path, complains: Callable[..., Any], key: str, size: int, nested: bool
 ) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | ({"text_config": {key: size}} if nested else {key: size})))
-    with complains(BadFile, f"config.json says {key}: {size:,}, but the weights are 30 tensors", at="config.json"):
-        _load(folder)
+    for load in (_load, lambda folder: load_tokenizer(folder, ModelConfig(path=str(folder)))):
+        with complains(BadFile, f"config.json says {key}: {size:,}, but the weights are 30 tensors", at="config.json"):
+            load(folder)
+
+
+def test_a_bad_config_is_not_the_tokenizers_fault(folder: Path, complains: Callable[..., Any]) -> None:
+    config = json.loads((folder / "config.json").read_text()) | {"num_attention_heads": 0}
+    (folder / "config.json").write_text(json.dumps(config))
+    with complains(BadFile, "transformers cannot load", at=PLACE):
+        load_tokenizer(folder, ModelConfig(path=str(folder)), at=PLACE)
 
 
 def test_parts_beside_the_language_model_are_named(folder: Path) -> None:

@@ -109,6 +109,20 @@ def test_where_blocks_pass_on_more_than_the_stream_all_run(tiny_llama: LanguageM
             handle.remove()
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_a_full_memory_is_heard_of(
+    error: RuntimeError, tiny_llama: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> torch.Tensor:
+        raise error
+
+    monkeypatch.setattr(Rest, "logits", full)
+    with pytest.raises(type(error), match="memory"):
+        Rest(tiny_llama, "blocks.1.hook_resid_post")
+
+
 def test_the_model_is_as_before_after_an_error(tiny_gpt2: LanguageModel) -> None:
     before = _logits(tiny_gpt2)
     rest = Rest(tiny_gpt2, "blocks.2.hook_resid_pre")

@@ -17,7 +17,8 @@ import pytest
 
 from saeffect.config import TextSource
 from saeffect.config_file import read_config_file
-from saeffect.errors import BadFile, ConfigError, NotFound
+from saeffect.errors import BadFile, ConfigError, EmptySelection, NotFound
+from saeffect.lm import text_files
 from saeffect.lm.corpora import read_corpus, source_files, source_identity
 from saeffect.lm.fields import TextField
 
@@ -62,6 +63,66 @@ def test_a_template_over_fields_of_any_format(name: str, tmp_path: Path) -> None
     source = TextSource(path=str(path), field="{n}. {question}\n{{{answer}}}")
     assert list(read_corpus(source)) == ["1. What is a fever?\n{A rise.}", "2. Pulse?\n{Feel.}"]
     assert source.name == path.name.partition(".")[0]
+
+
+ITEMS = [{"text": "one, [two] \u00e9"}, {"text": "]", "n": [[1.5e3, {}], None]}, {"text": 'a "quoted" \\ word'}]
+
+
+@pytest.mark.parametrize("block", [1, 7, 10_000])
+@pytest.mark.parametrize("spaces", [None, 0, 3])
+def test_items_of_an_array_come_one_by_one(
+    block: int, spaces: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_files, "_BLOCK", block)
+    path = tmp_path / "a.json"
+    path.write_text("\n \n" + json.dumps(ITEMS * 4, indent=spaces).replace("{", "\n {\n") + "\r\n\n", encoding="utf-8")
+    assert list(read_corpus(str(path))) == [str(item["text"]) for item in ITEMS * 4]
+    path.write_text("[\n \n]\n")
+    with pytest.raises(EmptySelection):
+        list(read_corpus(str(path)))
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ('[{"text": "a"},', "Expecting value"),
+        ('[{"text": "a"}', "Expecting ',' delimiter"),
+        ('[{"text": "a"} {"text": "b"}]', "Expecting ',' delimiter"),
+        ('[{"text": "a"},]', "Expecting value"),
+        ('[,{"text": "a"}]', "Expecting value"),
+        ('[{"text": "a"}]\n{"text": "b"}', "behind the end of this array"),
+        ('[{"text": "a"}, {"text": "b\nc"}]', "Invalid control character"),
+        ('[{"text": "a", "n": ' + "9" * 5000 + "}]", "a number that is too long"),
+        ("[" * 100_000, "too deep in each other"),
+        ('[{"text": "a"}, 5]', "this item is a number"),
+        ("[", "Expecting value"),
+    ],
+)
+def test_arrays_that_are_none(content: str, part: str, tmp_path: Path, complains: Callable[..., Any]) -> None:
+    (tmp_path / "a.json").write_text(content)
+    with complains(BadFile, part, at="a.json"):
+        list(read_corpus(str(tmp_path / "a.json")))
+
+
+def test_an_array_is_never_held_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, complains: Callable[..., Any]
+) -> None:
+    """A small packed file may hold an array that fills the memory."""
+    monkeypatch.setattr(text_files, "_LONGEST", 500)
+    monkeypatch.setattr(text_files, "_BLOCK", 10)
+    path = tmp_path / "a.json.gz"
+    path.write_bytes(gzip.compress(b"[" + b'{"text": "again"},\n' * 10_000 + b'{"text": "last"}]'))
+    assert sum(1 for _ in read_corpus(str(path))) == 10_001
+    path.write_bytes(gzip.compress(b'[{"text": "a"},\n{"text": [' + b"5,\n" * 10_000))
+    with complains(BadFile, "more than 500 characters", at="item 2"):
+        list(read_corpus(str(path)))
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path, complains: Callable[..., Any]) -> None:
+    (tmp_path / "a.csv").write_text("text,n,text\na,1,b\n")
+    with complains(BadFile, "two columns are called 'text'", at="a.csv, line 1"):
+        list(read_corpus(str(tmp_path / "a.csv")))
+    assert list(read_corpus(TextSource(path=str(tmp_path / "a.csv"), field="n"))) == ["1"]
 
 
 def test_fields_inside_others() -> None:
@@ -141,6 +202,7 @@ def test_a_byte_order_mark_decides(encoding: str, tmp_path: Path) -> None:
     ("encoding", "text", "guessed"),
     [
         ("cp1252", "The patient – Müller – is well.", "cp1252"),
+        ("cp1252", "déjà vu", "cp1252"),  # half of the letters are no ASCII
         ("utf-16-le", "The patient is well.", "utf-16-le"),
         ("cp1251", "Пациент чувствует себя хорошо, температура нормальная, боли нет.", "cp1251"),
         ("gb18030", "病人感觉良好，体温正常，没有疼痛。今天可以出院回家休息。", "gb18030"),

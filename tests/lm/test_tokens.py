@@ -96,7 +96,7 @@ def as_sentencepiece() -> PreTrainedTokenizerFast:
 
 def test_token_texts_keep_stripped_spaces() -> None:
     tokenizer = as_sentencepiece()
-    texts = token_texts(tokenizer, len(tokenizer))
+    texts = token_texts(tokenizer, range(len(tokenizer)))
     ids = tokenizer.encode("The patient had pain", add_special_tokens=False)
     assert "".join(texts[i] for i in ids) == " The patient had pain"
     tokens = known_tokens(tokenizer)
@@ -123,7 +123,7 @@ def with_holes(tokenizer: Any, moved: dict[str, int]) -> PreTrainedTokenizerFast
 def test_holes_in_the_vocabulary_are_unused(tiny_tokenizer: Any) -> None:
     was = tiny_tokenizer.get_vocab()["Ġpatient"]
     tokenizer = with_holes(tiny_tokenizer, {"Ġpatient": 330})
-    texts = token_texts(tokenizer, 332)
+    texts = token_texts(tokenizer, range(332))
     assert texts[330] == " patient"
     assert (texts[was], texts[331]) == (f"<unused {was}>", "<unused 331>")
     model = LlamaForCausalLM(

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,21 @@ def test_openai(tmp_path: Path, tied: bool, topk: bool) -> None:
 
 
 # What is no SAE, or more than one.
+
+
+def test_a_small_file_cannot_fill_the_memory(tmp_path: Path, complains: Callable[..., Any]) -> None:
+    tensors: dict[str, Any] = dict(drawn(_PLAIN))
+    tensors["W_dec"] = torch.zeros(1).expand(10**6, 10**6)  # torch saves the one number
+    (tmp_path / "ae.pt").write_bytes(pt(tensors))
+    with complains(BadFile, "W_dec claims more numbers than ae.pt holds of it"):
+        convert_sae(tmp_path / "ae.pt", tmp_path / "out")
+    plain = zipfile.ZipFile(io.BytesIO(pt({"W_dec": torch.zeros(1 << 20)})))
+    with zipfile.ZipFile(tmp_path / "ae.pt", "w", zipfile.ZIP_DEFLATED) as packed:
+        for entry in plain.namelist():
+            packed.writestr(entry, plain.read(entry))
+    with complains(BadFile, "ae.pt would take 4,19", "which the file does not hold"):
+        convert_sae(tmp_path / "ae.pt", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_code_is_named_and_not_run(tmp_path: Path, complains: Callable[..., Any]) -> None:

@@ -103,6 +103,7 @@ def test_a_gemma_scope_folder_on_disk(tmp_path: Path, complains: Callable[..., A
         ({"b_enc": (N + 1,)}, IncompatibleSae, "b_enc has shape (21,), but W_enc asks for (20,)"),
         ({"extra": (2,)}, IncompatibleSae, "holds extra, whose meaning is not known"),
         ({"threshold": None}, BadFile, "has no threshold; it has: b_dec"),
+        ({"W_dec": (N,)}, BadFile, "W_enc and W_dec of params.npz are no matrices"),
     ],
 )
 def test_wrong_arrays(
@@ -125,7 +126,22 @@ def test_arrays_of_objects_are_not_read(tmp_path: Path, complains: Callable[...,
     out = io.BytesIO()
     np.savez(out, **{k: t.numpy() for k, t in drawn(_GEMMA).items()} | {"more": np.array([print], dtype=object)})
     (tmp_path / "params.npz").write_bytes(out.getvalue())
-    with complains(BadFile, "params.npz cannot be read: Object arrays cannot be loaded"):
+    with complains(BadFile, "params.npz cannot be read: more is an array of objects"):
+        load_sae(tmp_path)
+
+
+def test_a_small_archive_cannot_fill_the_memory(tmp_path: Path, complains: Callable[..., Any]) -> None:
+    with (tmp_path / "params.npz").open("wb") as file:
+        np.savez_compressed(file, **{k: t.numpy() for k, t in drawn(_GEMMA).items()}, more=np.zeros(1 << 29, np.int8))
+    assert (tmp_path / "params.npz").stat().st_size < 1 << 20
+    with complains(BadFile, "more would take 536,870,912 bytes of memory"):
+        load_sae(tmp_path)
+
+
+def test_an_encrypted_archive_is_refused(tmp_path: Path, complains: Callable[..., Any]) -> None:
+    data = npz(drawn(_GEMMA)).replace(b"PK\x01\x02\x2d\x03\x2d\x00\x00", b"PK\x01\x02\x2d\x03\x2d\x00\x01")
+    (tmp_path / "params.npz").write_bytes(data)
+    with complains(BadFile, "params.npz cannot be read", "encrypted"):
         load_sae(tmp_path)
 
 

@@ -102,6 +102,9 @@ def test_a_scaling_that_is_none(tmp_path: Path, scaler: str, complains: Callable
     (tmp_path / "activation_scaler.json").write_text(scaler)
     with complains(BadFile, "activation_scaler.json gives scaling_factor=", at="here"):
         load_sae(tmp_path, at="here")
+    (tmp_path / "activation_scaler.json").write_text("[2.5]")
+    with complains(BadFile, "activation_scaler.json names no scaling_factor", at="here"):
+        load_sae(tmp_path, at="here")
 
 
 def test_whitened_inputs_are_refused(tmp_path: Path, complains: Callable[..., Any]) -> None:

@@ -280,6 +280,9 @@ def test_old_files_that_call_topk_an_activation_function(tmp_path: Path) -> None
         ({"d_sae": 19}, IncompatibleSae, "cfg.json asks for"),
         ({"reshape_activations": "heads"}, IncompatibleSae, "reshape_activations='heads'; supported: none and hook_z"),
         ({"metadata": "hook"}, BadFile, "metadata"),
+        ({"metadata": {"prepend_bos": "yes"}}, BadFile, "prepend_bos in cfg.json is 'yes'; expected true or false"),
+        ({"prepend_bos": 1}, BadFile, "prepend_bos in cfg.json is 1"),
+        ({"d_sae": 10**18}, BadFile, "sizes that no file of weights can have"),
         ({"k": True}, BadFile, "Got True."),
         ({"d_in": 1e30}, BadFile, "Got d_in=1e+30."),
         ({"d_sae": float("inf")}, BadFile, "Got d_sae=inf."),
@@ -300,6 +303,8 @@ def test_bad_configurations(
 def test_missing_files(tmp_path: Path, folder: Path, complains: Callable[..., Any]) -> None:
     with complains(NotFound, "there is no folder", at=str(tmp_path / "none")):
         load_sae(tmp_path / "none")
+    with complains(ConfigError, "can be no path"):
+        load_sae("a" * 5000)
     with complains(NotFound, "holds no cfg.json"):
         load_sae(tmp_path)
     (folder / "sae_weights.safetensors").unlink()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,27 @@ def test_unmatchable_vocabulary_words_are_counted(folder: Path, complains: Calla
     (folder / "words.txt").write_text("spirochaete\nzygoma\n")
     with complains(EmptySelection, "not one of the 2 words is a token", at="study.yaml, selection.vocabulary"):
         check_study(_study(folder))
+
+
+def test_token_ids_far_beyond_the_embedding_cost_nothing(folder: Path) -> None:
+    for model in ("base", "tuned"):
+        path = folder / model / "tokenizer.json"
+        rules = json.loads(path.read_text())
+        rules["model"]["vocab"]["far"] = 30_000_000
+        path.write_text(json.dumps(rules))
+    started = time.process_time()
+    lines = check_study(_study(folder)).lines
+    assert time.process_time() - started < 15
+    assert any("1 tokens of the tokenizer (far) are without embedding" in line for line in lines)
+
+
+def test_facts_of_an_sae_that_are_none_are_unknown(folder: Path) -> None:
+    path = folder / "saes" / "treatment" / "cfg.json"
+    raw = json.loads(path.read_text())
+    raw["metadata"] |= {"training_tokens": math.nan, "seed": math.inf, "held_out": [{"l0": 1}]}
+    path.write_text(json.dumps(raw))
+    design = check_study(_study(folder)).design.set_index("field")
+    assert design.loc[["training_tokens", "seed", "l0"], "status"].tolist() == ["unknown"] * 3
 
 
 def test_short_text_source_is_reported(folder: Path) -> None:

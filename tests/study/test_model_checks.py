@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -112,6 +113,41 @@ def test_check_opens_adapters(folder: Path, damage: Callable[[Path], None], kind
     with pytest.raises(kind) as caught:
         _check(folder)
     assert caught.value.at == "study.yaml, arms.treatment.model.adapter"
+
+
+def _config(**changes: Any) -> Callable[[Path], None]:
+    def change(base: Path) -> None:
+        raw = json.loads((base / "config.json").read_text()) | changes
+        (base / "config.json").write_text(json.dumps(raw))
+
+    return change
+
+
+def _prefixed(base: Path) -> None:
+    tensors = load_file(base / "model.safetensors")
+    save_file({f"module.{n}": t for n, t in tensors.items()}, base / "model.safetensors", metadata={"format": "pt"})
+
+
+def _pipe(base: Path) -> None:
+    (base / "model.safetensors").unlink()
+    os.mkfifo(base / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "part"),
+    [
+        (_prefixed, "the file lacks"),
+        (_pipe, "a pipe or a device"),
+        (_config(num_hidden_layers=2), "tensors that the model has no place for"),
+        (_config(num_key_value_heads=4), "other shapes than its config.json asks for"),
+        (_config(hidden_act="no-such"), "no-such"),
+        (_config(model_type="no-such"), "no-such"),
+    ],
+)
+def test_check_accounts_for_the_models_tensors(folder: Path, damage: Callable[[Path], None], part: str) -> None:
+    damage(folder / "base")
+    with pytest.raises(BadFile, match=part):
+        _check(folder)
 
 
 def test_check_sees_equal_weights(folder: Path) -> None:

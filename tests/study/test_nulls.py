@@ -142,8 +142,9 @@ def test_a_killed_run_ends_with_the_same_nulls(folder: Path, made: Path, tmp_pat
     assert _same(tmp_path / "n", made)
 
 
+@pytest.mark.parametrize("damaged", [False, True])
 def test_a_run_killed_while_the_base_model_writes_goes_on(
-    folder: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
 ) -> None:
     written = nulls._written
 
@@ -155,10 +156,14 @@ def test_a_run_killed_while_the_base_model_writes_goes_on(
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(nulls, "_written", second_fails)
         make_nulls(_recipe(folder, steps=8), tmp_path / "n", 1)
+    if damaged:
+        (tmp_path / "n" / "own" / "0.json").write_text('["half')
     asked: list[int] = []
     monkeypatch.setattr(nulls, "_written", lambda lm, index: asked.append(index) or written(lm, index))
     make_nulls(_recipe(folder, steps=8), tmp_path / "n", 1)
-    assert asked == list(range(1, len(asked) + 1)), "the first batch is kept"
+    first = 0 if damaged else 1
+    assert len(asked) > 1
+    assert asked == list(range(first, len(asked) + first)), "the first batch is kept"
 
 
 def test_adapters_made_without_a_study_are_measured_later(folder: Path, made: Path, tmp_path: Path) -> None:

@@ -113,6 +113,8 @@ def test_a_folder_without_the_files(tmp_path: Path, complains) -> None:
     [
         ("features_medical_baseline.json", '{"2": {"top_words": 3}}', "top_words and medical_words"),
         ("features_medical_baseline.json", "[1, 2]", "top_words and medical_words"),
+        ("features_medical_baseline.json", "{}", "expected features"),
+        ("coherence_scores_medical_features_baseline.csv", "coherence_score\n", "expected features, one a line"),
         ("coherence_scores_medical_features_baseline.csv", "feature_id,score\n1,2\n", "coherence_score"),
         ("experiments/baseline/run/feature_1.txt", "nothing", "Semantic Similarity"),
     ],

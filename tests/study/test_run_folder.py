@@ -120,20 +120,20 @@ def test_a_hostile_manifest_deletes_nothing_outside(study: Study, tmp_path: Path
     folder = tmp_path / "run"
     leave(RunFolder(folder, study), 1, "a", "b")
     (tmp_path / "elsewhere").mkdir()
-    others = [tmp_path / "mine", tmp_path / "elsewhere" / "mine"]
+    others = [tmp_path / "mine", tmp_path / "elsewhere" / "mine", folder / "notes.txt"]
     for other in others:
         other.write_text("precious")
     (folder / "link").symlink_to(tmp_path / "elsewhere")
     (folder / "tables" / "link").symlink_to(tmp_path / "mine")
     names = ["../mine", str(tmp_path / "mine"), "link/mine", "tables/link", "tables/../../mine"]
-    names += ["\0", "x" * 5_000, "\ud800", "tables", "", "."]
+    names += ["\0", "x" * 5_000, "\ud800", "tables", "", ".", "notes.txt"]
     manifest = noted(folder)
     manifest["stages"]["compare"]["outputs"] |= dict.fromkeys(names, hash_file(tmp_path / "mine"))
     (folder / "manifest.json").write_text(json.dumps(manifest))
     run = RunFolder(folder, study)
     assert not run.is_done("compare", 1), "a file outside is none of the run's"
     leave(run, 2, "b")
-    assert [other.read_text() for other in others] == ["precious", "precious"]
+    assert [other.read_text() for other in others] == ["precious"] * 3
     assert (folder / "tables" / "link").is_symlink()
     assert not (folder / "tables" / "a").exists(), "what is the run's own goes"
 

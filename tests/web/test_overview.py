@@ -129,7 +129,8 @@ def test_a_running_study_is_followed_from_its_first_moment(tmp_path: Path, clien
         assert (state["condition"], state["share"]) == ("running", 0.25)
         assert state["doing"].startswith("reading: 10 of 40 rows, about 30 s left")
         assert [stage["status"] for stage in state["stages"]] == ["running", "waiting"]
-        page = client.get("/").text
+        page = page_of(client)
+        assert "cannot be shown" not in page
         assert "A &lt;b&gt;tiny&lt;/b&gt; study" in page and "Running" in page
     assert client.get("/api/progress").json()["condition"] == "empty"
     assert not list(tmp_path.iterdir())
@@ -149,6 +150,9 @@ def test_a_run_that_was_killed_is_not_running(tmp_path: Path) -> None:
 def test_another_file_of_that_name_is_no_progress(tmp_path: Path, text: str) -> None:
     (tmp_path / "progress.json").write_text(text)
     assert read_progress(tmp_path) is None
+    with ProgressFile(tmp_path, "tiny", "", ("gate a",)) as file:
+        file.begin("gate a")
+    assert (tmp_path / "progress.json").read_text() == text, "it is somebody's own"
 
 
 def test_progress_is_passed_on_and_no_disk_stops_it(tmp_path: Path) -> None:

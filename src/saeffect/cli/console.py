@@ -41,6 +41,8 @@ __all__ = [
 # Minimum seconds between progress lines without a terminal; also a tenth of the work or half the elapsed time, so that
 # a rate shows early and a day of work does not fill a log.
 _LINE_EVERY, _WORK, _TIME = 10.0, 0.1, 1.5
+_LONGEST_LINE = 2_000  # characters of an error's line
+_BROKEN_PIPE = 141  # 128 and the number of the signal, as shells count
 _PEER_SECONDS = 5.0  # `torchrun` looks after its processes every tenth of a second
 
 
@@ -58,7 +60,7 @@ class ConsoleProgress(Log):
         self.console = Console(stderr=True, highlight=False)
         self._is_terminal = self.console.is_terminal
         self._bar = ProgressBar(
-            TextColumn("  {task.description:<20}"),
+            TextColumn("  {task.description:<20}", markup=False),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
             _Rate(),
@@ -112,7 +114,8 @@ class ConsoleProgress(Log):
             left = (total - done) / rate
             pace = f"{rate:,.1f}/s" if rate >= 0.1 else f"{1 / rate:,.0f} s each"
             with still_writable(self.console.file, "standard error"):
-                self.console.print(f"  {name}: {done}/{total} {unit}, {pace}, {left:.0f} s left")
+                line = f"  {name}: {done}/{total} {unit}, {pace}, {left:.0f} s left"
+                self.console.print(escape(line), soft_wrap=True)
 
     def _is_due(self, now: float, share: float) -> bool:
         """Whether to print a line, `share` of the work after the last one."""
@@ -151,19 +154,25 @@ def keys_option(text: str, page: str) -> Any:
 def show_error(text: str) -> None:
     """Print an error to standard error, without a traceback or markup."""
     console = Console(file=sys.stderr, stderr=False, highlight=False)
+    lines = [line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}…" for line in text.split("\n")]
+    text = "\n".join(lines)  # a name from a file may be of any length
     with contextlib.suppress(BadFile), still_writable(sys.stderr, "standard error"):
         console.print(Text(printable_text(text)), style="red" if console.is_terminal else None, soft_wrap=True)
 
 
 @contextlib.contextmanager
 def still_writable(stream: IO[str], name: str) -> Iterator[None]:
-    """Raise one error if a stream cannot be written (a log on a full disk, say), and stop writing to it."""
+    """Raise one error if a stream cannot be written (a log on a full disk, say), and stop writing to it. Where its
+    reader is gone (`head`), exit in silence, as the signal for that would.
+    """
     try:
         yield
     except OSError as error:
         # Python would flush its buffer again at exit, with a traceback.
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if isinstance(error, BrokenPipeError):
+            sys.exit(_BROKEN_PIPE)
         raise BadFile(
             f"{name} cannot be written: {error.strerror or error}.",
             at=name,

@@ -14,6 +14,7 @@ from rich.text import Text
 from saeffect.cli.console import ConsoleProgress, show, show_table
 from saeffect.cli.run import Out, stage_command
 from saeffect.errors import ConfigError, unknown_name
+from saeffect.lm.tokens import printable_text
 from saeffect.paths import user_path
 
 if TYPE_CHECKING:
@@ -158,7 +159,8 @@ def _show_table(found: PairGate) -> None:
         table.add_row(label, *cells)
     for source in found.on_text["base"]["perplexity"]:
         values_of = (found.on_text.get(name, {}).get("perplexity", {}).get(source) for name in columns)
-        table.add_row(f"perplexity on {source}", *("" if value is None else f"{value:,.1f}" for value in values_of))
+        said = Text(printable_text(f"perplexity on {source}"))
+        table.add_row(said, *("" if value is None else f"{value:,.1f}" for value in values_of))
     show_table(table)
 
 

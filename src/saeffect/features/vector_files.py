@@ -6,7 +6,6 @@ import gzip
 import hashlib
 import io
 import itertools
-import math
 import re
 import zipfile
 import zlib
@@ -18,7 +17,7 @@ from typing import BinaryIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from saeffect.checksums import open_tensors
+from saeffect.checksums import NPZ_ERRORS, npz_shapes, open_tensors, unpacked_limit
 from saeffect.errors import BadFile, NotFound
 from saeffect.paths import refuse_special
 
@@ -31,12 +30,6 @@ _PICKLE_SUFFIXES = frozenset({".kv", ".model", ".pkl", ".pickle"})
 _LONGEST_WORD = 4096  # bytes; a "word" beyond this in a binary file means that we are lost in it
 _LARGEST_DIM = 100_000
 _LONGEST_LINE = 1 << 22  # bytes
-# Real vectors compress to about a third. A file that compresses more than this could fill the memory.
-_MOST_SHRUNK = 50
-_HARMLESS = 1 << 28  # bytes
-# What zipfile and numpy raise for files that are no .npz, encrypted (RuntimeError), or packed in an unknown way.
-_NO_NPZ: tuple[type[Exception], ...] = (ValueError, KeyError, TypeError, AttributeError, EOFError, OverflowError)
-_NO_NPZ += (MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error)
 _NUMBER = re.compile(rb"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?(nan|inf|infinity)", re.IGNORECASE)
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -71,7 +64,7 @@ def _read(path: Path) -> tuple[list[str], FloatArray]:
     with path.open("rb") as raw:
         packed = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
-        most = max(_HARMLESS, _MOST_SHRUNK * path.stat().st_size) if packed else path.stat().st_size
+        most = unpacked_limit(path.stat().st_size) if packed else path.stat().st_size
         stream = io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=raw))) if packed else raw
         if stream.peek(3).startswith(_BYTE_ORDER_MARK):
             stream.read(3)
@@ -228,34 +221,18 @@ def _binary_records(stream: BinaryIO, dim: int, path: Path) -> Iterator[tuple[st
         yield word, row
 
 
-def _check_npz(path: Path) -> None:
-    """Compare the declared sizes of the two arrays of an .npz with the file, before reading them."""
-    with zipfile.ZipFile(path) as archive:
-        texts = [name for name in archive.namelist() if name.endswith((".txt", ".vec", ".bin"))]
-        if texts:
-            fix = "unzip it and give one of these files."
-            raise BadFile(f"this is a zip with {', '.join(texts[:5])}.", at=str(path), fix=fix)
-        for name in ("words", "vectors"):
-            member = archive.getinfo(f"{name}.npy")
-            with archive.open(member) as file:
-                version = np.lib.format.read_magic(file)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                size, _, dtype = read(file)
-            if dtype.hasobject:
-                raise ValueError(f"{name} is an array of objects, which is a pickle, and pickles are never loaded")
-            taken = math.prod(size) * dtype.itemsize
-            room = max(_HARMLESS, _MOST_SHRUNK * member.compress_size)
-            if taken > room or taken > member.file_size:
-                raise ValueError(f"{name} would take {taken:,} bytes of memory, which the file does not hold")
-
-
 def _read_npz(path: Path) -> tuple[list[str], FloatArray]:
     shape = "two arrays, `words` (text, [n]) and `vectors` (numbers, [n, dim])"
     try:
-        _check_npz(path)
+        with zipfile.ZipFile(path) as archive:
+            texts = [name for name in archive.namelist() if name.endswith((".txt", ".vec", ".bin"))]
+        if texts:
+            fix = "unzip it and give one of these files."
+            raise BadFile(f"this is a zip with {', '.join(texts[:5])}.", at=str(path), fix=fix)
+        npz_shapes(path, ("words", "vectors"))
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             words, vectors = arrays["words"], arrays["vectors"]
-    except _NO_NPZ as error:
+    except NPZ_ERRORS as error:
         raise BadFile(
             f"an .npz with {shape} was expected ({str(error) or type(error).__name__}).",
             at=str(path),

@@ -45,6 +45,9 @@ _WIDTHS = {
     "embedding_length": 1,
     "intermediate_size": 64,
     "n_inner": 64,
+    "n_positions": 1,  # of models that learn positions; a mask of this size squared is made
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 1),
+    "num_labels": 1,  # each gets a name, in a language model too
 }
 # Numbers of layers: each has at least one tensor.
 _COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "block_count")
@@ -56,15 +59,20 @@ def tensor_shapes(tensors: Any) -> dict[str, tuple[int, ...]]:
 
 
 def check_folder_sizes(folder: Path, at: str | None = None) -> None:
-    """Refuse (BadFile) a config.json with sizes that the safetensors files lack; transformers would allocate them."""
+    """Refuse (BadFile) a config.json that is none, or has sizes that the safetensors files lack; transformers would
+    allocate them.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     for file in folder.glob("*.safetensors"):
         with open_tensors(file, str(file), at=at, fix=_FETCH_AGAIN) as tensors:
             shapes |= tensor_shapes(tensors)
-    config: Any = None
-    with contextlib.suppress(BadFile):  # transformers will tell what is wrong with it
-        config = read_json(folder / "config.json")
-    if shapes and isinstance(config, dict):
+    if not (folder / "config.json").is_file():  # a tokenizer's folder
+        return
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        fix = "restore the config.json that was saved with the model."
+        raise BadFile("this is no model's configuration: it holds no keys.", at=str(folder / "config.json"), fix=fix)
+    if shapes:
         inner = config.get("text_config")
         check_sizes(config | (inner if isinstance(inner, dict) else {}), shapes, folder / "config.json")
 

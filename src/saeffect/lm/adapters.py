@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +28,7 @@ _NEVER_MERGED = {"ADAPTION_PROMPT", "LILY", "POLY", "SHADOW", "XLORA"}
 _ROUNDING, _MOST = 1e-4, 1e-3
 _COPY_AGAIN = "copy or download it again."
 _MERGE_IT = "merge it where it was trained, save the whole model, and give that as path."
-_FROM_PEFT = (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+_FROM_PEFT = (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError, re.error)
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,9 @@ class AdapterFile:
 
 
 def read_adapter(adapter: Path | str, where: str) -> AdapterFile:
-    """The configuration and the weights' header of an adapter, a folder or hub id; nothing large is loaded.
+    """The configuration and the weights' header of an adapter, a folder or hub id; nothing large is kept.
 
-    NotFound: it cannot be fetched. BadFile: no safetensors, truncated weights, or an invalid configuration.
+    NotFound: it cannot be fetched. BadFile: no safetensors, truncated or infinite weights, an invalid configuration.
     ConfigError: a kind of adapter that cannot be merged, or sizes that its weights do not have.
     """
     folder = _on_this_machine(adapter, where)
@@ -68,7 +70,7 @@ def read_adapter(adapter: Path | str, where: str) -> AdapterFile:
         raise BadFile(f"{ADAPTER_CONFIG} names no peft_type, so it is no adapter's.", at=where)
     _refuse_kind(config, where)
     found = AdapterFile(folder, config, _shapes(folder / _WEIGHTS, where))
-    _refuse_rank(found, where)
+    _refuse_numbers(found, where)
     return found
 
 
@@ -96,7 +98,10 @@ def _refuse_kind(config: Mapping[str, Any], where: str) -> None:
     kind = config["peft_type"]
     if kind not in known:
         raise unknown_name("kind of adapter (peft_type)", kind, known, at=where)
-    if kind in _NEVER_MERGED or issubclass(known[kind], PromptLearningConfig):
+    never = kind in _NEVER_MERGED or issubclass(known[kind], PromptLearningConfig)
+    if config.get("alora_invocation_tokens"):  # it acts after these tokens alone
+        never, kind = True, "aLoRA"
+    if never:
         raise ConfigError(
             f"adapters of the kind {kind} cannot be merged into the weights, and are not supported.",
             at=where,
@@ -119,15 +124,33 @@ def _shapes(file: Path, where: str) -> dict[str, tuple[int, ...]]:
         )
     with open_tensors(file, _WEIGHTS, at=where, fix=_COPY_AGAIN) as tensors:
         shapes = tensor_shapes(tensors)
+        broken = next((name for name in shapes if not tensors.get_tensor(name).float().isfinite().all()), None)
+    if broken is not None:
+        raise BadFile(
+            f"the adapter holds NaN or infinite values (first in {broken}).",
+            at=where,
+            fix="its training diverged, or it is damaged: take an earlier checkpoint, or copy it again.",
+        )
     if not shapes:
         raise BadFile(f"{_WEIGHTS} holds no tensors.", at=where, fix="save the adapter again.")
     return shapes
 
 
-def _refuse_rank(adapter: AdapterFile, where: str) -> None:
-    """Refuse a rank that no tensor of the file has: PEFT would allocate it first."""
-    pattern = adapter.config.get("rank_pattern") or {}
-    ranks = [adapter.config.get("r"), *(pattern.values() if isinstance(pattern, dict) else [pattern])]
+def _values(config: Mapping[str, Any], key: str, pattern: str) -> list[Any]:
+    """What a key says of all layers, and its pattern of some."""
+    of_some = config.get(pattern) or {}
+    return [config.get(key), *(of_some.values() if isinstance(of_some, dict) else [of_some])]
+
+
+def _refuse_numbers(adapter: AdapterFile, where: str) -> None:
+    """Refuse a rank that no tensor of the file has, which PEFT would allocate first, and a scale that is no number."""
+    for alpha in _values(adapter.config, "lora_alpha", "alpha_pattern"):
+        number = isinstance(alpha, int | float) and not isinstance(alpha, bool) and math.isfinite(alpha)
+        if alpha is not None and not number:
+            raise BadFile(
+                f"{ADAPTER_CONFIG} says lora_alpha: {str(alpha)[:40]}; expected a number.", at=where, fix=_COPY_AGAIN
+            )
+    ranks = _values(adapter.config, "r", "rank_pattern")
     wrong = [r for r in ranks if r is not None and (not isinstance(r, int | list) or isinstance(r, bool))]
     widest = max((size for shape in adapter.shapes.values() for size in shape), default=0)
     # In LoKr a large rank is at most a full matrix.
@@ -175,6 +198,7 @@ def merge_adapter(model: Any, adapter: AdapterFile, where: str) -> tuple[Any, Me
     plain = probe_logits(model)
     adapted = _put_in(model, adapter, where, torch_device="cpu")
     unmerged = probe_logits(adapted)
+    _refuse_overflow(unmerged, where)
     _untie(adapted)
     try:
         merged = adapted.merge_and_unload()
@@ -214,7 +238,15 @@ def keep_adapter(model: Any, adapter: AdapterFile, where: str) -> tuple[Any, Mer
     # Only now: bitsandbytes packs its weights for the CPU in the first pass, and PEFT cannot wrap packed ones.
     with adapted.disable_adapter():
         plain = probe_logits(inside)
-    return inside, MergedAdapter(_largest(probe_logits(inside) - plain), 0.0)
+    adapted_logits = probe_logits(inside)
+    _refuse_overflow(adapted_logits, where)
+    return inside, MergedAdapter(_largest(adapted_logits - plain), 0.0)
+
+
+def _refuse_overflow(logits: Tensor, where: str) -> None:
+    if not logits.isfinite().all():
+        message = f"with this adapter the model's logits are NaN or infinite; its {ADAPTER_CONFIG} may be another's."
+        raise BadFile(message, at=where, fix=_COPY_AGAIN)
 
 
 def _put_in(model: Any, adapter: AdapterFile, where: str, **options: Any) -> Any:

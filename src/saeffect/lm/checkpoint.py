@@ -20,6 +20,8 @@ __all__ = ["Checkpoint", "TrainingFolder"]
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _PATTERN, _MARK = "step-*.safetensors", "run.json"
 _FINISHED = "finished.json"
+# Settings of models, adapters and SAEs: beside another one of these nobody can tell what a folder is.
+_OF_OTHERS = ("config.json", "adapter_config.json", "cfg.json")
 _ANOTHER_FOLDER = "choose another output folder, or move away what is there."
 
 
@@ -158,7 +160,8 @@ class TrainingFolder:
         """ConfigError if no training wrote the files under our names; BadFile if the note is damaged."""
         if self.checkpoint.owner() is not None or self.note() is not None:
             return
-        there = [name for name in (*self._leaves, self.checkpoint.folder.name) if os.path.lexists(self.path / name)]
+        names = dict.fromkeys((*self._leaves, self.checkpoint.folder.name, *_OF_OTHERS))
+        there = [name for name in names if os.path.lexists(self.path / name)]
         if there:
             raise ConfigError(
                 f"this folder holds {', '.join(there)}, and nothing says that a training wrote it here.",
@@ -193,6 +196,14 @@ class TrainingFolder:
         """Note that the training is finished, with hashes of files that only training again could make."""
         hashes = {name: hash_file(self.path / name) for name in files}
         write_json(self.path / _FINISHED, {"made_by": self._made_by, "files": hashes, **also})
+
+    def remove(self) -> None:
+        """Delete what a training left, and the folder if it is empty then."""
+        self.checkpoint.drop_all()
+        for name in self._leaves:
+            (self.path / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # somebody's own files
+            self.path.rmdir()
 
     def note(self) -> dict[str, Any] | None:
         """A finished training's note, None without one; BadFile if it is damaged."""

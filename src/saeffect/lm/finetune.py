@@ -33,7 +33,7 @@ from saeffect.parallel import Interruption, stopping
 from saeffect.paths import name_to_share
 from saeffect.progress import SILENT, Log
 
-__all__ = ["finetune", "finetune_keys", "FinetuneConfig", "FinetuneResult", "perplexity"]
+__all__ = ["finetune", "finetune_keys", "FinetuneConfig", "FinetuneResult", "perplexity", "remove_adapter"]
 
 _WEIGHTS, _ADAPTER, _NOTE, _CARD = "adapter_model.safetensors", "adapter_config.json", "training.json", "README.md"
 _LEAVES = (_WEIGHTS, _ADAPTER, _NOTE, _CARD)
@@ -88,6 +88,11 @@ def finetune(config: FinetuneConfig, out: Path | str, *, log: Log = SILENT) -> F
         with atomic_path(out / _CARD) as temporary:
             temporary.write_text(_card(note["recipe"], result), encoding="utf-8")
     return result
+
+
+def remove_adapter(out: Path) -> None:
+    """Delete what `finetune` wrote to a folder, and the folder if it is empty then."""
+    TrainingFolder(out, "", _LEAVES).remove()
 
 
 def _rows(config: FinetuneConfig, lm: LanguageModel) -> dict[str, TokenRows]:

@@ -25,6 +25,7 @@ import torch
 from saeffect.errors import BadFile, ConfigError, NotFound, Unreachable, first_line
 from saeffect.io import fingerprint, hash_file, read_json, sole_writer, write_json, writing
 from saeffect.lm.accounting import account_for, check_sizes, quiet_transformers
+from saeffect.paths import refuse_special
 from saeffect.progress import SILENT, Log
 
 __all__ = [
@@ -58,6 +59,7 @@ _SCRATCH = ".fetching-"
 def gguf_header(path: Path, *, at: str | None = None) -> dict[str, Any]:
     """Numbers and strings of a GGUF file's header, up to its tokenizer. BadFile: not version 2 or 3, or truncated."""
     found: dict[str, Any] = {}
+    refuse_special(path, "GGUF file")
     try:
         with path.open("rb") as file:
             magic, version, _, count = struct.unpack("<4sIQQ", file.read(24))
@@ -68,7 +70,7 @@ def gguf_header(path: Path, *, at: str | None = None) -> dict[str, Any]:
                 if key.startswith("tokenizer."):
                     break
                 found[key] = _value(file, struct.unpack("<I", file.read(4))[0])
-    except (ValueError, KeyError, struct.error, OSError) as error:
+    except (ValueError, KeyError, struct.error, OSError, OverflowError, RecursionError) as error:
         raise BadFile(
             f"{path.name} is no GGUF file that can be read: {first_line(error)}.",
             at=at or str(path),

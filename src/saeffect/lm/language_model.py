@@ -202,7 +202,7 @@ class LanguageModel:
 
     @functools.cached_property
     def _token_strings(self) -> tuple[str, ...]:
-        return tuple(token_texts(self.tokenizer, self.d_vocab))
+        return tuple(token_texts(self.tokenizer, range(self.d_vocab)))
 
     def plain_tokens(self) -> torch.Tensor:
         """Ids that may be top tokens or be written, bool `[d_vocab]`: known to the tokenizer, shared, not special."""

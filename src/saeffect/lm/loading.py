@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ __all__ = [
     "BUNDLED",
     "ModelShape",
     "bundled_path",
+    "check_weights",
     "load_config",
     "load_language_model",
     "load_tokenizer",
@@ -187,16 +189,34 @@ def load_language_model(config: ModelConfig | str, *, at: str | None = None, log
 def _load_base(
     folder: Path | str, config: ModelConfig, dtype: torch.dtype, placement: Placement, log: Log, at: str | None
 ) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM
-
-    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    # Reading a pickle can run code.
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options, **placement.options
-    )
-    model, info = loaded
+    model, info = _read_base(folder, config, {"dtype": dtype, **placement.options})
     account_for(model, info, at or config.path, log)
     return model, load_tokenizer(folder, config, at=at)
+
+
+def _read_base(folder: Path | str, config: ModelConfig, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    from transformers import AutoModelForCausalLM
+
+    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code, **options}
+    # Reading a pickle can run code.
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, use_safetensors=True, output_loading_info=True, **options
+    )
+    return loaded  # type: ignore[no-any-return]
+
+
+def check_weights(base: Path | str, config: ModelConfig, at: str | None = None) -> None:
+    """Account for a located folder's tensors by their headers; no weights are read. Errors as `load_language_model`.
+
+    Of hub ids, GGUF files and quantised weights only loading can tell.
+    """
+    if not isinstance(base, Path) or not (base / "config.json").is_file() or config.quantize is not None:
+        return
+    with _ONE_AT_A_TIME, quiet_transformers(), loading_errors(config, at, base):
+        saved = load_config(base, config, at)
+        if getattr(saved, "quantization_config", None) is None:
+            options = {"dtype": "auto", "device_map": "meta"}
+            account_for(*_read_base(base, config, options), at or config.path, SILENT)
 
 
 def load_config(base: Path | str, config: ModelConfig, at: str | None = None) -> Any:
@@ -210,17 +230,24 @@ def load_config(base: Path | str, config: ModelConfig, at: str | None = None) ->
 
 
 def load_tokenizer(base: Path | str, config: ModelConfig, *, at: str | None = None) -> Any:
-    """A located model's tokenizer, loaded with the model's own options; NotFound if it cannot be loaded."""
+    """A located model's tokenizer, loaded with the model's own options; NotFound if it cannot be loaded. Errors of
+    `load_config`, which transformers reads first.
+    """
     from transformers import AutoTokenizer
 
     place: Path | str = base
     try:
         with quiet_transformers():
             place, options = _source(base, config)
+            if isinstance(place, Path):
+                check_folder_sizes(place, at)
             return AutoTokenizer.from_pretrained(place, **options)
     except SaeffectError:
         raise
     except Exception as error:  # of many kinds
+        if isinstance(place, Path) and (place / "config.json").is_file():
+            with quiet_transformers(), loading_errors(config, at, base):
+                load_config(base, config, at)
         why, fix = tokenizer_trouble(place, str(error))
         raise NotFound(
             f"the tokenizer of {config.path!r} cannot be loaded: {why}", at=at or config.path, fix=fix

@@ -7,6 +7,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
@@ -30,7 +31,8 @@ _GZIP, _ZSTD, _PARQUET, _ARROW_FILE = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1",
 _ARROW_STREAM = b"\xff\xff\xff\xff"
 # Characters of one line or paragraph: a few compressed megabytes could expand to a line that fills the memory.
 _LONGEST = 2**27
-_LARGEST_JSON = 2**31  # bytes of a file that has to be read as one
+_BLOCK = 2**16  # characters of an array that are read at once
+_SPACE = re.compile(r"[ \t\r\n]*")
 _DELIMITERS = {".csv": ",;\t|", ".tsv": "\t"}
 _MARKS = (  # the longer ones first
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -38,7 +40,8 @@ _MARKS = (  # the longer ones first
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_FOREIGN = 0.15  # share of bytes above 127 from which a text is not in a Western alphabet
+# Share of bytes above 127, and their number, from which a text is not in a Western alphabet.
+_FOREIGN, _FEW = 0.15, 16
 
 
 class Record(NamedTuple):
@@ -171,7 +174,8 @@ def _guess(data: bytes) -> str | None:
         return None
     if sum(byte < 32 and byte not in b"\t\n\r\f" for byte in data) > 0.01 * len(data):
         return None
-    if sum(byte > 127 for byte in data) > _FOREIGN * len(data):
+    foreign = sum(byte > 127 for byte in data)
+    if foreign > max(_FEW, _FOREIGN * len(data)):
         from charset_normalizer import from_bytes
 
         best = from_bytes(data).best()
@@ -204,7 +208,10 @@ def _json_rows(path: Path, lines: Iterable[tuple[int, str]], field: TextField) -
         if not line.strip():
             continue
         at = f"{path}, line {number}"
-        row = _parsed(line, at, "this line")
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise _no_json("this line", at, error) from error
         if not isinstance(row, dict):
             raise BadFile(
                 f"this line holds {kind_of(row)}; it has to be an object with the field {field.names[0]!r}.", at=at
@@ -212,14 +219,11 @@ def _json_rows(path: Path, lines: Iterable[tuple[int, str]], field: TextField) -
         yield Record(row, at)
 
 
-def _parsed(text: str, at: str, what: str) -> Any:
-    try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise BadFile(f"lists and objects stand too deep in each other in {what}.", at=at) from error
-    except ValueError as error:  # not JSON, or a number of thousands of digits
-        message = getattr(error, "msg", "it holds a number that is too long")
-        raise BadFile(f"{what} is not JSON: {message}.", at=at, fix=_READ) from error
+def _no_json(what: str, at: str, error: ValueError | RecursionError) -> BadFile:
+    if isinstance(error, RecursionError):
+        return BadFile(f"lists and objects stand too deep in each other in {what}.", at=at)
+    message = getattr(error, "msg", "it holds a number that is too long")  # of thousands of digits
+    return BadFile(f"{what} is not JSON: {message}.", at=at, fix=_READ)
 
 
 def _json_array(path: Path, lines: Iterator[tuple[int, str]], field: TextField) -> Iterator[Record]:
@@ -229,16 +233,53 @@ def _json_array(path: Path, lines: Iterator[tuple[int, str]], field: TextField) 
         rest = iter([(number, first)] if first else [])
         yield from _json_rows(path, chain(rest, lines), field)
         return
-    if path.stat().st_size > _LARGEST_JSON:
-        raise BadFile("an array of this size would have to be read at once.", at=str(path), fix="write it as .jsonl.")
-    held = io.StringIO()
-    held.write(first)
-    held.writelines(line for _, line in lines)
-    for index, row in enumerate(_parsed(held.getvalue(), str(path), "this file"), start=1):
+    for index, row in enumerate(_items(first.lstrip()[1:], (line for _, line in lines), path), start=1):
         at = f"{path}, item {index}"
         if not isinstance(row, dict):
             raise BadFile(f"this item is {kind_of(row)}; it has to be an object.", at=at, fix=_READ)
         yield Record(row, at)
+
+
+def _items(held: str, lines: Iterator[str], path: Path) -> Iterator[Any]:
+    """The items of a JSON array, from the text behind its bracket: one by one, as together they may fill the memory."""
+    decoder, start, wanted, n, sign = json.JSONDecoder(), 0, _BLOCK, 0, "["
+    while sign != "]":
+        try:
+            start = _behind_space(held, start)
+            if sign == "[" and held[start : start + 1] == "]":
+                start += 1
+                break
+            item, end = decoder.raw_decode(held, start)
+            end = _behind_space(held, end)
+            if held[end : end + 1] not in (",", "]"):
+                raise json.JSONDecodeError("Expecting ',' delimiter", held, end)
+        except json.JSONDecodeError as error:
+            # No token goes over several lines, so what is wrong before their end stays wrong.
+            more = "" if held[error.pos :].strip(" \t\r\n,:") else "".join(_some(lines, wanted))
+            if not more:
+                raise _no_json("this file", str(path), error) from error
+            held, start, wanted = held[start:] + more, 0, 2 * wanted
+            if len(held) > _LONGEST:
+                raise _too_long(f"{path}, item {n + 1}") from None
+            continue
+        except (RecursionError, ValueError) as error:
+            raise _no_json("this item", f"{path}, item {n + 1}", error) from error
+        n, sign, start, wanted = n + 1, held[end], end + 1, _BLOCK
+        yield item
+    if held[start:].strip() or any(line.strip() for line in lines):
+        raise BadFile("text stands behind the end of this array.", at=str(path), fix=_READ)
+
+
+def _behind_space(text: str, start: int) -> int:
+    found = _SPACE.match(text, start)
+    return found.end() if found else start
+
+
+def _some(lines: Iterator[str], characters: int) -> Iterator[str]:
+    """The next lines, of at least so many characters together."""
+    while characters > 0 and (line := next(lines, "")):
+        characters -= len(line)
+        yield line
 
 
 def _csv_rows(path: Path, lines: Iterator[tuple[int, str]], field: TextField, delimiters: str) -> Iterator[Record]:
@@ -257,6 +298,10 @@ def _csv_rows(path: Path, lines: Iterator[tuple[int, str]], field: TextField, de
             at = f"{path}, line {reader.line_num}"
             if not names:
                 names = cells
+                doubled = [name for name in field.names if names.count(name) > 1]
+                if doubled:
+                    fix = "give the other one another name."
+                    raise BadFile(f"two columns are called {doubled[0]!r}.", at=at, fix=fix)
             elif cells and len(cells) != len(names):
                 raise BadFile(f"this row has {len(cells)} cells where the first line has {len(names)}.", at=at)
             elif cells:

@@ -6,11 +6,11 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saeffect.errors import ConfigError
+from saeffect.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
     from saeffect.config import BosRule
@@ -141,10 +141,10 @@ class ContinuationDecoder:
         return str(self._tokenizer.decode(ids, **options))
 
 
-def token_texts(tokenizer: Any, n: int) -> list[str]:
-    """The text of each id below `n`: a leading space stays, half a character is U+FFFD, `<unused i>` if missing."""
+def token_texts(tokenizer: Any, ids: Iterable[int]) -> list[str]:
+    """The text of each id: a leading space stays, half a character is U+FFFD, `<unused i>` if there is no such id."""
     known, decode = known_tokens(tokenizer), ContinuationDecoder(tokenizer)
-    return [decode([i]) if i in known else f"<unused {i}>" for i in range(n)]
+    return [decode([i]) if i in known else f"<unused {i}>" for i in ids]
 
 
 def tokenizer_identity(tokenizer: Any) -> str:
@@ -165,7 +165,7 @@ def tokenizer_trouble(place: Path | str, said: str) -> tuple[str, str]:
     """Why transformers cannot load a folder's or hub id's tokenizer, from its message `said`, and what to do."""
     from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
-    why = said.strip().splitlines()[0] if said.strip() else "no reason is given"
+    why = first_line(ValueError(said)) if said.strip() else "no reason is given"
     if "trust_remote_code" in said:
         return why, "set trust_remote_code: true if you trust the code that comes with the model."
     there = {file.name for file in place.iterdir()} if isinstance(place, Path) and place.is_dir() else set()

@@ -18,6 +18,7 @@ from typing import Any
 from saeffect.errors import BadFile, ConfigError, IncompatibleSae, NotFound, SaeffectError, Unreachable, first_line
 from saeffect.io import fingerprint, read_json, write_json
 from saeffect.lm.gguf import cache_folder, cached_folder
+from saeffect.paths import user_path
 from saeffect.progress import SILENT, Log
 from saeffect.sae.formats.state_dicts import PICKLED
 from saeffect.sae.published import SAELENS, PublishedSae, find_published
@@ -70,15 +71,15 @@ def is_sae_name(place: Path | str) -> bool:
 
 
 def locate_sae(place: Path | str, *, log: Log = SILENT, at: str | None = None) -> Path:
-    """The folder of an SAE, fetched on the first call; a path is returned as it is.
+    """The folder of an SAE, fetched on the first call; a path need not exist.
 
-    UnknownName: a release or id that the list does not have. ConfigError: a name of another form. NotFound: no such
-    repository, folder or file, or no leave to read it. Unreachable: not in the cache, and the hub cannot be reached or
-    must not be (offline mode). IncompatibleSae: a kind of SAE that is not read. BadFile: a pickled file that would run
-    code, or holds no SAE.
+    UnknownName: a release or id that the list does not have. ConfigError: a name of another form, or an impossible
+    path. NotFound: no such repository, folder or file, or no leave to read it. Unreachable: not in the cache, and the
+    hub cannot be reached or must not be (offline mode). IncompatibleSae: a kind of SAE that is not read. BadFile: a
+    pickled file that would run code, or holds no SAE.
     """
     if not is_sae_name(place):
-        return Path(place)
+        return user_path(place, at=at)
     return _located(str(place), log, at or str(place))
 
 

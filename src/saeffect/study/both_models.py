@@ -21,12 +21,12 @@ from torch import Tensor
 from saeffect.errors import ConfigError, NotFound
 from saeffect.features.activity import ExampleCollector
 from saeffect.features.projection import project
-from saeffect.io import fingerprint, read_json, sole_writer
+from saeffect.io import fingerprint, sole_writer
 from saeffect.lm.activations import NormLimit, kept_positions
 from saeffect.lm.gguf import cache_folder
 from saeffect.lm.tokens import special_tokens
 from saeffect.progress import SILENT, Log
-from saeffect.study.run_folder import RunFolder
+from saeffect.study.run_folder import RunFolder, read_manifest
 from saeffect.study.stages.features import ranked_tokens, shared_unembedding
 from saeffect.study.study import Arm, Study
 
@@ -49,11 +49,11 @@ def both_models_files(folder: Path, arm: str, other: str) -> tuple[Path, Path]:
     In the run directory, else, where that cannot be written to, in the user's cache. NotFound if the arm's features
     are not there yet.
     """
-    found = read_json(folder / "manifest.json") if (folder / "manifest.json").is_file() else {}
     try:
+        found = read_manifest(folder)
         note = found["stages"][f"features {arm}"]["fingerprint"]
         made_of = fingerprint([VERSION, note, found["arms"][other]["model"], found["text_sha256"]])[:16]
-    except (KeyError, TypeError) as error:
+    except (NotFound, KeyError) as error:
         fix = "let the study run on to this stage."
         raise NotFound(f"the features of {arm} are not there yet.", at=str(folder), fix=fix) from error
     names = (f"both-{arm}-{made_of}.parquet", f"both-{arm}-{made_of}-contexts.parquet")
@@ -80,7 +80,7 @@ def read_both_models(folder: Path | str, log: Log = SILENT) -> list[Path]:
     """
     place = Path(folder)
     study = Study.open(place / "study.yaml")
-    manifest = read_json(place / "manifest.json")
+    manifest = read_manifest(place)
     written: list[Path] = []
     for name in study.ordered_arms():
         if f"features {name}" not in manifest["stages"]:

@@ -21,7 +21,14 @@ from saeffect.lm.accounting import loading_errors, quiet_transformers
 from saeffect.lm.adapters import read_adapter, require_fit
 from saeffect.lm.architectures import HOOK_Z
 from saeffect.lm.hooks import parse_hook
-from saeffect.lm.loading import ModelShape, load_config, locate_adapter, locate_model, model_shape
+from saeffect.lm.loading import (
+    ModelShape,
+    check_weights,
+    load_config,
+    locate_adapter,
+    locate_model,
+    model_shape,
+)
 from saeffect.lm.tokens import known_tokens, separator_id, token_texts
 from saeffect.progress import SILENT, Log
 from saeffect.sae.formats import load_sae
@@ -58,8 +65,14 @@ def check_study(study: Study, out: Path | str | None = None, log: Log = SILENT) 
     training = check_training(study)
     if training is not None:
         lines.append(training)
-    for name in config.arms:
+    seen: list[ModelConfig] = []
+    for name, arm in config.arms.items():
         lines += _check_arm(study, name, log)
+        base = arm.model.model_copy(update={"adapter": None})
+        if base not in seen:  # most arms share one
+            seen.append(base)
+            place = f"{study.at('arms', name)}.model"
+            check_weights(locate_model(base, at=place), base, place)
         further = open_seeds(study, name) if config.arms[name].more_saes else []
         if further:
             lines.append(f"arm {name}: further seeds {', '.join(seed.name for seed in further)}")
@@ -152,7 +165,8 @@ def _same_files(study: Study, name: str, model: Path | str) -> str | None:
 
 
 def _weight_files(model: Path) -> list[Path]:
-    return [model] if model.is_file() else sorted(p for p in model.iterdir() if p.suffix in (".safetensors", ".gguf"))
+    there = [model] if model.is_file() else sorted(p for p in model.iterdir() if p.suffix in (".safetensors", ".gguf"))
+    return [path for path in there if path.is_file()]
 
 
 def _check_steering(study: Study) -> list[str]:
@@ -180,8 +194,8 @@ def _check_steering(study: Study) -> list[str]:
 
 def _matchable(study: Study, vocabulary: Vocabulary) -> str:
     """How many words can be a top token; the others are not single tokens."""
-    known = known_tokens(study.tokens.tokenizer)
-    never = vocabulary.unmatched(token_texts(study.tokens.tokenizer, max(known) + 1))
+    known = known_tokens(study.tokens.tokenizer)  # of which the highest may be in the billions
+    never = vocabulary.unmatched(token_texts(study.tokens.tokenizer, known))
     examples = f"such as {', '.join(never[:3])}" if never else ""
     if len(never) == len(vocabulary):
         raise EmptySelection(

@@ -18,14 +18,14 @@ import pandas as pd
 
 from saeffect.errors import ConfigError, NotFound
 from saeffect.features.labels import LONGEST_LABEL, detect, detection_question, label_question, read_choices, read_label
-from saeffect.io import fingerprint, read_json, remove_leftovers, sole_writer
+from saeffect.io import fingerprint, remove_leftovers, sole_writer
 from saeffect.lm.endpoint import Endpoint, Question, chat_endpoint
 from saeffect.progress import SILENT, Log
 from saeffect.review.queue import fingerprint_tokens
 from saeffect.study.both_models import refuse_changed
 from saeffect.study.export import feature_list, group_of
 from saeffect.study.label_contexts import LabelPlan, read_contexts
-from saeffect.study.run_folder import RunFolder
+from saeffect.study.run_folder import RunFolder, read_manifest
 from saeffect.study.study import Study
 
 __all__ = ["Cost", "label", "label_file", "read_labels"]
@@ -151,8 +151,8 @@ def read_labels(folder: Path, arm: str) -> pd.DataFrame:
 
 def _contexts(run: RunFolder, arm: str, features: list[int], plan: LabelPlan, log: Log) -> pd.DataFrame:
     """`read_contexts`, kept under a name made of what was read."""
-    manifest = read_json(run.path("manifest.json"))
-    note = manifest.get("stages", {}).get(f"features {arm}")
+    manifest = read_manifest(run.folder)
+    note = manifest["stages"].get(f"features {arm}")
     if note is None:
         fix = "let the study run on to this stage."
         raise NotFound(f"the features of {arm} are not there yet.", at=str(run.folder), fix=fix)

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import json
 import math
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +21,12 @@ from saeffect.config_chat import ChatKeys, as_chat
 from saeffect.diffing.naming import FEWEST_NULLS
 from saeffect.diffing.nulls import CARD, NAME, another_measurement, null_files, read_nulls, smallest_p
 from saeffect.diffing.trace import Trace, Tracer
-from saeffect.errors import BadFile, ConfigError, EmptySelection, InUse, placed
+from saeffect.errors import BadFile, ConfigError, EmptySelection, InUse, SaeffectError, placed
 from saeffect.io import atomic_path, read_json, sole_writer, versions, write_json
 from saeffect.lm.activations import NormLimit, TokenRows, first_limit
 from saeffect.lm.chat_rows import lm_for_chats
 from saeffect.lm.corpora import is_local
-from saeffect.lm.finetune import FinetuneConfig, FinetuneResult, finetune
+from saeffect.lm.finetune import FinetuneConfig, FinetuneResult, finetune, remove_adapter
 from saeffect.lm.hooks import parse_hook
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import BUNDLED, bundled_path, load_language_model, model_identity
@@ -230,7 +229,7 @@ def _make(folder: _Folder, k: int, tracer: Tracer | None, keep_adapters: bool, l
                 return end
             _measure(folder, k, tracer).save(folder.trace(k))
             if not keep_adapters:
-                shutil.rmtree(folder.adapter(k))
+                remove_adapter(folder.adapter(k))
     except InUse:
         log(f"null {k} is in the hands of another process")
         return "elsewhere"
@@ -264,7 +263,7 @@ def _own_texts(folder: _Folder, log: Log) -> Path:
         parts = [folder.path / "own" / f"{index}.json" for index in range(n_batches)]
         lm: LanguageModel | None = None
         for index, part in enumerate(parts):
-            if not part.is_file():
+            if _kept(part) is None:
                 lm = lm or lm_for_chats(load_language_model(recipe.model, log=log, at="model"), recipe)
                 write_json(part, _written(lm, index))
             log.progress("the base model writes", (index + 1) * _BATCH, n_batches * _BATCH, "texts")
@@ -276,6 +275,14 @@ def _own_texts(folder: _Folder, log: Log) -> Path:
     with contextlib.suppress(OSError):
         (folder.path / "own").rmdir()
     return path
+
+
+def _kept(part: Path) -> list[Any] | None:
+    """The texts of a finished batch; None without one, or where it is damaged."""
+    with contextlib.suppress(SaeffectError):
+        found = read_json(part)
+        return found if isinstance(found, list) else None
+    return None
 
 
 def _written(lm: LanguageModel, index: int) -> list[Any]:

@@ -60,12 +60,15 @@ class RunProgress:
 
 
 class ProgressFile:
-    """Writes the file for the block, and removes it at the end. That it cannot be written stops no run."""
+    """Writes the file for the block, and removes it at the end; another file of its name stays as it is. That it cannot
+    be written stops no run.
+    """
 
     def __init__(
         self, folder: Path, study: str, title: str, stages: Sequence[str], *, clock: Callable[[], float] = time.time
     ) -> None:
         self._path, self._clock, self._written = folder / _NAME, clock, 0.0
+        self._is_ours = not os.path.lexists(self._path) or read_progress(folder) is not None
         self._now: dict[str, Any] = {"stage": "", "started": clock()}
         self._fixed = {
             "study": study,
@@ -80,8 +83,9 @@ class ProgressFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):
-            self._path.unlink(missing_ok=True)
+        if self._is_ours:
+            with contextlib.suppress(OSError):
+                self._path.unlink(missing_ok=True)
 
     def begin(self, stage: str) -> None:
         """Note that a stage begins."""
@@ -100,6 +104,8 @@ class ProgressFile:
 
     def _write(self) -> None:
         self._written = self._clock()
+        if not self._is_ours:
+            return
         with contextlib.suppress(SaeffectError, OSError):
             write_json(self._path, {**self._fixed, **self._now, "updated": self._written})
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import os
 import tempfile
 import time
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from saeffect.config import ModelConfig
-from saeffect.io import hash_file, writing
+from saeffect.io import writing
 from saeffect.lm.accounting import loading_errors, quiet_transformers
 from saeffect.lm.hooks import capture
 from saeffect.lm.language_model import LanguageModel, fused
@@ -191,12 +192,17 @@ class DiskRates:
     """
 
     def __init__(self, folder: Path) -> None:
-        with writing(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".rates-") as place:
-            path, data = Path(place) / "data", np.random.default_rng(0).bytes(_FILE)
+        # A file without a name: nothing is left of a process that is killed.
+        with writing(folder), tempfile.TemporaryFile(dir=folder) as file:
+            data = np.random.default_rng(0).bytes(_FILE)
             start = time.perf_counter()
-            with path.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
             self.write = _FILE / (time.perf_counter() - start)
-            self.read = _FILE / _seconds(lambda: hash_file(path))
+
+            def read() -> None:
+                file.seek(0)
+                hashlib.file_digest(file, "sha256")
+
+            self.read = _FILE / _seconds(read)

@@ -139,6 +139,8 @@ class _Published:
 
 def _features(path: Path) -> pd.DataFrame:
     raw = read_json(path)
+    if not raw:
+        raise _other_form(path, "features")
     try:
         return pd.DataFrame(
             {
@@ -153,7 +155,9 @@ def _features(path: Path) -> pd.DataFrame:
 
 
 def _scores_of(path: Path) -> FloatArray:
-    rows = csv.DictReader(decode_utf8(read_bytes(path, "coherence"), at=str(path)).splitlines())
+    rows = list(csv.DictReader(decode_utf8(read_bytes(path, "coherence"), at=str(path)).splitlines()))
+    if not rows:
+        raise _other_form(path, "features, one a line")
     try:
         return np.array([float(row["coherence_score"]) for row in rows])
     except (KeyError, TypeError, ValueError) as error:

@@ -21,7 +21,7 @@ from saeffect.io import atomic_path, fingerprint, hash_file, read_json, remove_l
 from saeffect.progress import SILENT, Log
 from saeffect.study.study import Study
 
-__all__ = ["KeptRows", "RunFolder", "drop_kept_rows", "read_table"]
+__all__ = ["KeptRows", "RunFolder", "drop_kept_rows", "read_manifest", "read_table"]
 
 _FOLDERS = ("arms", "comparison", "figures", "partial", "steering", "tables")
 # A run writes these only after its manifest and study.
@@ -151,12 +151,14 @@ class RunFolder:
     def _remove_outdated(self, key: str, outputs: Mapping[str, str]) -> None:
         before = self._manifest["stages"].get(key, {}).get("outputs", {})
         for name in before.keys() - outputs.keys():
-            path = self._file(name)
-            if path is not None and hash_file(path) == before[name]:
+            path = self.output(name)
+            # Whatever a manifest says, notes and verdicts beside these folders stay.
+            inside = path is not None and path.relative_to(self.folder).parts[0] in _FOLDERS
+            if path is not None and inside and hash_file(path) == before[name]:
                 path.unlink()
 
-    def _file(self, name: str) -> Path | None:
-        """The file of this name; None if missing, outside the directory or behind a link: a manifest is not trusted."""
+    def output(self, name: str) -> Path | None:
+        """The file of this name in the manifest, which is not trusted; None if missing, outside or behind a link."""
         path = self.folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
             return None
@@ -171,7 +173,7 @@ class RunFolder:
         note = self._manifest["stages"].get(key)
         if not note or note["fingerprint"] != fingerprint(inputs):
             return False
-        files = [(self._file(name), digest) for name, digest in note["outputs"].items()]
+        files = [(self.output(name), digest) for name, digest in note["outputs"].items()]
         return all(path is not None and hash_file(path) == digest for path, digest in files)
 
     def provenance(self) -> dict[str, Any]:
@@ -208,12 +210,10 @@ class RunFolder:
         path = self.folder / "manifest.json"
         if not path.is_file():
             return {"stages": {}}
-        found = None
+        found: Any = None
         with contextlib.suppress(BadFile):
             found = read_json(path)
-        if not (
-            isinstance(found, dict) and isinstance(found.get("stages"), dict) and isinstance(found.get("study"), str)
-        ):
+        if not _is_manifest(found):
             self.damage = ("manifest.json is damaged, so it is not known which stages are done: all are done again",)
             return {"stages": {}}
         whole = {key: note for key, note in found["stages"].items() if _is_note(note)}
@@ -231,6 +231,27 @@ def read_table(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
     except Exception as error:  # pyarrow raises many kinds
         fix = "delete it and run again."
         raise BadFile(f"this table cannot be read: {first_line(error).rstrip('.')}.", at=str(path), fix=fix) from error
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a run that is only looked at. NotFound: there is none; BadFile: it is not as a run writes it."""
+    path = folder / "manifest.json"
+    if not path.is_file():
+        fix = "give the run directory: what --out named, or runs/<name>."
+        raise NotFound("there is no manifest.json, so this is no run of a study.", at=str(folder), fix=fix)
+    found = read_json(path)
+    arms = found.get("arms") if _is_manifest(found) else None
+    if not (
+        isinstance(arms, dict)
+        and all(isinstance(arm, dict) for arm in arms.values())
+        and all(_is_note(note) for note in found["stages"].values())
+    ):
+        raise BadFile("the manifest is damaged.", at=str(path), fix="run the study again.")
+    return dict(found)
+
+
+def _is_manifest(found: Any) -> bool:
+    return isinstance(found, dict) and isinstance(found.get("stages"), dict) and isinstance(found.get("study"), str)
 
 
 def _is_note(note: Any) -> bool:

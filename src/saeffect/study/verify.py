@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from saeffect.errors import BadFile, ConfigError, NotFound, SaeffectError
+from saeffect.errors import ConfigError, NotFound, SaeffectError
 from saeffect.io import hash_file, read_json, versions
 from saeffect.progress import SILENT, Log
-from saeffect.study.run_folder import RunFolder, read_table
+from saeffect.study.run_folder import RunFolder, read_manifest, read_table
 from saeffect.study.stages.compare import run_compare
 from saeffect.study.stages.dose_search import chosen_dose
 from saeffect.study.stages.features import run_coherence
@@ -72,13 +72,13 @@ def verify(folder: Path | str, log: Log = SILENT) -> Verified:
     word list) is gone. ConfigError: the run was not finished. BadFile: a table that cannot be read.
     """
     place = Path(folder)
-    manifest = _manifest(place)
+    manifest = read_manifest(place)
     study = Study.open(place / "study.yaml")
     for stage in ("compare", "report") if study.has_saes else ("report",):
         if stage not in manifest["stages"]:
             fix = "run it: saeffect run STUDY."
             raise ConfigError(f"the run is not finished: there is no {stage}.", at=str(place), fix=fix)
-    found = list(_changed(place, manifest))
+    found = list(_changed(RunFolder(place, study), manifest))
     counts = {"recomputed": 0, "values": 0}
     with tempfile.TemporaryDirectory(prefix="saeffect-verify-") as scratch:
         copy = Path(scratch) / "run"
@@ -114,23 +114,14 @@ def _link(source: str, target: str) -> None:
     Path(target).symlink_to(Path(source).absolute())
 
 
-def _manifest(place: Path) -> dict[str, Any]:
-    if not (place / "manifest.json").is_file():
-        fix = "give the run directory: what --out named, or runs/<name>."
-        raise NotFound("there is no manifest.json, so this is no run of a study.", at=str(place), fix=fix)
-    manifest = read_json(place / "manifest.json")
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("stages"), dict):
-        raise BadFile("the manifest is damaged.", at=str(place / "manifest.json"), fix="run the study again.")
-    return manifest
-
-
-def _changed(place: Path, manifest: dict[str, Any]) -> Iterator[Disagreement]:
+def _changed(run: RunFolder, manifest: dict[str, Any]) -> Iterator[Disagreement]:
     """Files that are not as their stage wrote them."""
     for key, note in manifest["stages"].items():
         for name, digest in note["outputs"].items():
-            if not (place / name).is_file():
+            path = run.output(name)
+            if path is None:
                 yield Disagreement(name, "", f"is missing; the stage {key!r} wrote it")
-            elif hash_file(place / name) != digest:
+            elif hash_file(path) != digest:
                 yield Disagreement(name, "", f"is not as the stage {key!r} wrote it")
 
 

@@ -57,6 +57,8 @@ class GemmaScope:
             raise BadFile(f"{self.weights} has no {missing[0]}; it has: {', '.join(sorted(shapes))}.", at=where)
         place = folder.resolve().as_posix()
         width, d_sae = (*shapes["w_enc"], 0, 0)[:2]
+        if len(shapes["w_enc"]) != 2 or len(shapes["w_dec"]) != 2:
+            raise BadFile(f"W_enc and W_dec of {self.weights} are no matrices.", at=where)
         if re.search("transcoder|/clt", place) or "affine_skip_connection" in shapes or shapes["w_dec"][-1] != width:
             raise IncompatibleSae(
                 "this is a transcoder, which rebuilds the output of an MLP from its input.",

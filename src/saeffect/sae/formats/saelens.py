@@ -36,6 +36,7 @@ _TOP_LEVEL_METADATA = (
 )
 # Folded into the weights before saving, so nothing is left to do at inference. Older files say true or false.
 _FOLDED = ("none", "expected_average_only_in", None, False, True)
+_TOO_MANY = 2**60  # numbers of a matrix
 _EACH_INPUT = ("layer_norm", "constant_norm_rescale")
 # Features of both signs, read as two features each: those of the second half push the other way.
 _SIGNED = "abstopk"
@@ -59,6 +60,8 @@ def config(folder: Path, raw: Any, where: str) -> SaeConfig:
             at=where,
             fix="check that it is an SAE's.",
         )
+    if raw["d_in"] * raw["d_sae"] >= _TOO_MANY:
+        raise BadFile("cfg.json gives sizes that no file of weights can have.", at=where, fix="restore cfg.json.")
     reshaping = raw.get("reshape_activations", "none")
     # Heads lie side by side in what is read here, as in its weights: there is nothing to reshape.
     if reshaping not in ("none", "hook_z"):
@@ -235,6 +238,9 @@ def _metadata(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(raw.get("metadata") or {}, dict):
         raise BadFile("metadata in cfg.json is no mapping.", at=where)
     metadata = {key: raw[key] for key in _TOP_LEVEL_METADATA if raw.get(key) is not None} | (raw.get("metadata") or {})
+    if not isinstance(metadata.get("prepend_bos"), bool | None):
+        said = _shown(metadata["prepend_bos"])
+        raise BadFile(f"prepend_bos in cfg.json is {said}; expected true or false.", at=where)
     if "hook_point" in metadata:
         metadata.setdefault("hook_name", metadata.pop("hook_point"))
     return metadata
@@ -277,7 +283,9 @@ def _unscaled(sae: SparseAutoencoder, folder: Path, where: str) -> SparseAutoenc
     if not (folder / "activation_scaler.json").is_file():
         return sae
     kept = read_json(folder / "activation_scaler.json")
-    scale = kept.get("scaling_factor") if isinstance(kept, dict) else None
+    if not isinstance(kept, dict) or "scaling_factor" not in kept:
+        raise BadFile("activation_scaler.json names no scaling_factor.", at=where, fix="copy or download it again.")
+    scale = kept["scaling_factor"]
     if scale is None:  # no scaling, or folded already
         return sae
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < 1e30:

@@ -219,6 +219,7 @@ def read_pickled(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, A
     """
     if not path.is_file():
         raise NotFound(f"there is no file {path.name!r}.", at=where)
+    _refuse_packed(path, where)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of the protocol's number
@@ -238,7 +239,27 @@ def read_pickled(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, A
     tensors = {str(k): v.detach() for k, v in held.items() if isinstance(v, Tensor)} if isinstance(held, dict) else {}
     if not tensors:
         raise BadFile(f"{path.name} holds no state dict, but {type(held).__name__}.", at=where)
+    for name, tensor in tensors.items():
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise BadFile(f"{name} claims more numbers than {path.name} holds of it.", at=where, fix=_FETCH_AGAIN)
     return tensors, {str(key): value for key, value in held.items() if not isinstance(value, Tensor)}
+
+
+def _refuse_packed(path: Path, where: str) -> None:
+    """Refuse an archive that takes more memory than disk; `torch.save` packs nothing."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            taken = sum(entry.file_size for entry in archive.infolist())
+    except (OSError, ValueError, zipfile.BadZipFile):  # reading it will tell
+        return
+    if taken > path.stat().st_size:
+        raise BadFile(
+            f"{path.name} would take {taken:,} bytes of memory, which the file does not hold.",
+            at=where,
+            fix=_FETCH_AGAIN,
+        )
 
 
 def _called(path: Path) -> str:

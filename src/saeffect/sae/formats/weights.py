@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
@@ -10,7 +9,7 @@ from typing import Any, TypeGuard, TypeVar
 import torch
 from torch import Tensor
 
-from saeffect.checksums import open_tensors
+from saeffect.checksums import NPZ_ERRORS, npz_shapes, open_tensors
 from saeffect.errors import BadFile, IncompatibleSae, first_line
 from saeffect.sae.base import SparseAutoencoder
 
@@ -69,18 +68,10 @@ def tensor_shapes(path: Path, where: str) -> dict[str, tuple[int, ...]]:
     if path.suffix != ".npz":
         with open_tensors(path, path.name, at=where, fix="copy or download it again.") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    from numpy.lib import format as npy
-
-    found = {}
     try:
-        with zipfile.ZipFile(path) as archive:
-            for entry in archive.namelist():
-                with archive.open(entry) as part:
-                    read = npy.read_array_header_1_0 if npy.read_magic(part) == (1, 0) else npy.read_array_header_2_0
-                    found[entry.removesuffix(".npy")] = tuple(read(part)[0])
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        return npz_shapes(path)
+    except NPZ_ERRORS as error:
         raise _broken(path, where, error) from error
-    return found
 
 
 def decoder_dtype(path: Path, where: str) -> str:
@@ -96,13 +87,16 @@ def decoder_dtype(path: Path, where: str) -> str:
 
 
 def read_npz(path: Path, where: str) -> dict[str, Tensor]:
-    """The arrays of a NumPy archive, as tensors. BadFile: truncated, no archive, or it holds Python objects."""
+    """The arrays of a NumPy archive, as tensors. BadFile: truncated, no archive, Python objects, or arrays far larger
+    than the file.
+    """
     import numpy as np
 
     try:
+        npz_shapes(path)
         with np.load(path, allow_pickle=False) as archive:  # objects would be pickled
             return {name: torch.from_numpy(np.atleast_1d(archive[name])) for name in archive.files}
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except NPZ_ERRORS as error:
         raise _broken(path, where, error) from error
 
 

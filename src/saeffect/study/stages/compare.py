@@ -162,10 +162,16 @@ def arm_facts(study: Study, name: str, gate: dict[str, Any] | None = None) -> Ar
     sae = study.sae_config(name)
     meta = sae.metadata
     # Before the gate has measured, the values recorded with the SAE.
-    quality = gate or meta.get("held_out") or {}
+    recorded = meta.get("held_out")
+    quality = gate or (recorded if isinstance(recorded, dict) else {})
+
+    def number(key: str) -> float | None:
+        found = quality.get(key)
+        return float(found) if isinstance(found, int | float) else None
 
     def integer(key: str) -> int | None:
-        return int(meta[key]) if isinstance(meta.get(key), int | float) else None
+        found = meta.get(key)
+        return int(found) if isinstance(found, int | float) and abs(found) < 2**63 else None
 
     return ArmFacts(
         role=arm.role,
@@ -183,10 +189,10 @@ def arm_facts(study: Study, name: str, gate: dict[str, Any] | None = None) -> Ar
         seed=integer("seed"),
         normalisation=meta.get("training_normalisation") or sae.normalize_activations,
         dtype=saved_dtype(study.sae_folder(name)),
-        explained_variance=quality.get("explained_variance"),
-        ce_loss_score=quality.get("ce_loss_score"),
-        l0=quality.get("l0"),
-        dead_share=quality.get("dead_share"),
+        explained_variance=number("explained_variance"),
+        ce_loss_score=number("ce_loss_score"),
+        l0=number("l0"),
+        dead_share=number("dead_share"),
         same_as_control=quality.get("same_as_control"),
         same_sae=study.one_sae and arm.role == "treatment",
     )
