@@ -133,7 +133,8 @@ def test_a_running_study_is_followed_from_its_first_moment(tmp_path: Path, clien
         assert (state["condition"], state["share"]) == ("running", 0.25)
         assert state["doing"].startswith("reading: 10 of 40 rows, about 30 s left")
         assert [stage["status"] for stage in state["stages"]] == ["running", "waiting"]
-        page = client.get("/").text
+        page = page_of(client)
+        assert "cannot be shown" not in page
         assert "A &lt;b&gt;tiny&lt;/b&gt; study" in page and "Running" in page
     assert client.get("/api/progress").json()["condition"] == "empty"
     assert not list(tmp_path.iterdir())

@@ -15,7 +15,7 @@ import pytest
 
 from saeffect.features.embeddings import WordVectors, load_embeddings
 from saeffect.review.queue import fingerprint_tokens
-from saeffect.review.store import STORE, Given, VerdictStore
+from saeffect.review.store import NOT_BLIND, STORE, Given, VerdictStore
 from saeffect.study.both_models import read_both_models
 from saeffect.web.features.catalogue import catalogue
 from saeffect.web.features.query import Query
@@ -201,6 +201,26 @@ def test_verdicts_given_in_the_app_are_shown_and_filtered(run_copy: Path, client
         assert blind.index.find(Query(verdict="yes")).total == 0
         store.record("ada", Given("control", 7, seen, "no", "", "", role="adjudicator"))
         assert client.get("/api/features?arm=control&verdict=no").json()["total"] == 1
+
+
+def test_a_label_is_corrected_on_the_page_of_its_feature(run_copy: Path, client_of: Callable[..., Any]) -> None:
+    client, page = client_of(run_copy), "/features/control/7"
+    assert "Write your name" in client.get(page).text
+    said = {"verdict": "no", "label": "a <b>better</b> name", "next": f"{page}?q=a"}
+    assert client.post(f"{page}/verdict", data=said).status_code == 400  # nobody is signed in
+    client.post("/review/join", data={"name": "ada", "next": page})
+    assert "What others said is hidden" in client.get(page).text and 'class="relabel"' not in client.get(page).text
+    client.post("/review/look", data={"next": page})
+    assert 'class="relabel"' in client.get(page).text
+    answer = client.post(f"{page}/verdict", data=said)
+    assert answer.url.path == page and "a &lt;b&gt;better&lt;/b&gt; name" in answer.text
+    assert 'value="no" required checked' in answer.text
+    assert client.get("/api/features?q=better").json()["features"][0]["verdict"] == "no"
+    with VerdictStore(run_copy / STORE) as store:
+        assert store.current()["source"].tolist() == [NOT_BLIND]
+    for path, verdict, status in (("/features/control/5000", "no", 404), (page, "maybe", 400)):
+        assert client.post(f"{path}/verdict", data=said | {"verdict": verdict}).status_code == status
+    assert client.post(f"{page}/verdict", data=said | {"next": "https://elsewhere.example"}).url.path == "/"
 
 
 def test_labels_of_a_language_model_are_shown_as_such_and_hidden_from_raters(

@@ -58,7 +58,9 @@ def with_given(index: FeatureIndex, given: Given) -> FeatureIndex:
         summary = summarise_verdicts(pd.DataFrame(deciding).assign(feature=place, arm=""), "").iloc[0]
         for name, column in counts.items():
             column[place] = summary[name]
-        labels[place] = str(summary["label"]) or labels[place]
+        # A name is worth showing, too, where the feature is of another domain.
+        others = [row["label"] for row in deciding if row["label"]]
+        labels[place] = str(summary["label"]) or next(reversed(others), labels[place])
     return index.with_verdicts(Verdicts(**counts, labels=labels))
 
 

@@ -22,7 +22,8 @@ from saeffect.web.features.record import plain
 from saeffect.web.features.rows import feature_address, list_view, options
 from saeffect.web.features.view import feature_view
 from saeffect.web.pages import environment, page
-from saeffect.web.review.blind import veil
+from saeffect.web.review.blind import signed_in, veil
+from saeffect.web.review.desk import desk_of
 from saeffect.web.site import Site
 
 __all__ = ["router", "warm"]
@@ -127,6 +128,9 @@ def _feature(request: Request, arm: str, feature: str) -> Response:
     ]
     total = found.index.find(query).total
     view = feature_view(record, found.study)
+    rater = signed_in(request, desk_of(site))
+    proposed = {"label": record["label"], "verdict": "yes" if record["domain"]["is_domain"] else "no"}
+    said = [given for given in record["verdicts"]["given"] if given["rater"] == rater and given["role"] == "rater"]
     return page(
         request,
         "feature.html.j2",
@@ -139,6 +143,10 @@ def _feature(request: Request, arm: str, feature: str) -> Response:
         job=reading(site).state,
         count=count,
         hidden=veil(request),
+        rater=rater,
+        own=(said or [proposed])[-1],
+        subject=found.study.config.selection.subject,
+        here=request.url.path + (f"?{request.url.query}" if request.url.query else ""),
         areas_here={path for _, path in request.app.state.areas},
     )
 

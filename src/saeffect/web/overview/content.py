@@ -64,6 +64,8 @@ class ContentMaker:
 
 def content_of(site: Site) -> Content:
     """The report as far as the run has come; a problem of its files is part of the content."""
+    if not site.stages:
+        return Content()
     try:
         run = RunFolder(site.folder, recorded_study(site))
         if not run.study.has_saes:

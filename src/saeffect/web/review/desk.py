@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from saeffect.errors import SaeffectError
+from saeffect.errors import NotFound, SaeffectError
 from saeffect.report.texts import Chip, Run, chips, context_runs
 from saeffect.review.agreement import agreement, disagreements, rater_summary
-from saeffect.review.queue import Item, Queue
+from saeffect.review.queue import Item, Queue, fingerprint_tokens
 from saeffect.review.store import NOT_BLIND, STORE, Given, VerdictStore
 from saeffect.review.verdicts import ADJUDICATION, VERDICTS
 from saeffect.study.label import read_labels
@@ -115,6 +115,18 @@ class Desk:
         item = self.queue.find(name, rater, self.store)
         source = NOT_BLIND if self.store.looked(rater) else "app"
         self.store.record(rater, _given(item, said, "rater", request, source))
+
+    def label(self, rater: str, arm: str, feature: int, said: Judged) -> None:
+        """Save a verdict given on a feature's page, which shows arm and scores, so it is not blind; NotFound without
+        the feature.
+        """
+        table = self._site.table("arms", arm, "features.parquet")
+        tokens = table.loc[table["feature"] == feature, "top_tokens"]
+        if tokens.empty:
+            raise NotFound(f"arm {arm} has no feature {feature}.", fix="look for it in the list.")
+        seen = fingerprint_tokens(tuple(tokens.iloc[0]))
+        given = Given(arm, feature, seen, said.verdict, said.label, said.note, source=NOT_BLIND)
+        self.store.record(rater, given)
 
     def sees(self, rater: str) -> bool:
         """Whether a rater may see what others said: who has judged everything, or has said not to judge blind."""

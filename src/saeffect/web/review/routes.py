@@ -96,7 +96,7 @@ def _join(request: Request, fields: _Fields) -> Response:
     if known is not None and fields.get("again") != "yes":
         return RedirectResponse(f"/review?name={quote(known)}", status_code=303)
     rater = desk.store.join(name)
-    answer = RedirectResponse("/review/queue", status_code=303)
+    answer = RedirectResponse(own_path(fields.get("next", "/review/queue")), status_code=303)
     if has_looked(request):
         desk.store.look(rater.name)
     answer.set_cookie(rater_cookie(request), quote(rater.name), max_age=_YEAR, httponly=True, samesite="strict")
@@ -141,6 +141,15 @@ def _judge_here(request: Request, fields: _Fields) -> Response:
         rater = _required(request, desk)
         said = _save(desk, rater, fields)
         return _fragment(desk, rater, None, f"Saved: {_WORDS[said].lower()}.")
+
+
+@router.post("/features/{arm}/{feature}/verdict")
+def _label(request: Request, arm: str, feature: int, fields: _Fields) -> Response:
+    """Save a verdict or a better label from a feature's page."""
+    desk = _desk(request)
+    rater = _required(request, desk)
+    desk.label(rater, arm, feature, _judged(fields))
+    return RedirectResponse(own_path(fields.get("next", "/features")), status_code=303)
 
 
 @router.post("/review/undo")

@@ -1,11 +1,15 @@
 // A feature's page: keys, and reading the text with both models.
 "use strict";
 
-const keys = { j: "to-next", k: "to-previous", u: "to-list", s: "to-play" };
+const keys = { j: "to-next", k: "to-previous", u: "to-list", s: "to-play", l: "to-label" };
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.shiftKey) return;
   if (event.target.closest("input, select, textarea")) return;
-  document.getElementById(keys[event.key])?.click();
+  const wanted = document.getElementById(keys[event.key]);
+  if (wanted?.matches("input")) {
+    event.preventDefault();
+    wanted.select();
+  } else wanted?.click();
 });
 
 const panel = document.getElementById("reading");
