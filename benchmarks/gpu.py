@@ -7,13 +7,14 @@
 
 The check trains each architecture for some steps, harvests, projects, steers, and runs a whole tiny study on both, in
 float32 without TF32. The speeds are at real shapes, beside the training step that anybody would write first and, where
-it imports, sae-lens, and as a share of what the device's products or memory allow. Writes gpu.json and
+they import, sae-lens and sparsify, and as a share of what the device's products or memory allow. Writes gpu.json and
 gpu.md into the results folder; the last line of stdout is one line of JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 import sys
@@ -35,6 +36,7 @@ from running import parser_of, write_results  # noqa: E402
 from synthetic import Planted, l1_start, topk_start  # noqa: E402
 
 TOLERANCE = 2e-3  # relative to the largest entry: rounding, carried through 20 steps of Adam
+BESIDE = ("plain autograd", "sae-lens", "sparsify")
 TEXT_TABLES = ("interventions", "dose_search", "effects")  # sampled texts: one rounded draw changes the rest of a text
 
 
@@ -223,7 +225,47 @@ def training(device: torch.device, rates: dict[str, float], quick: bool) -> Iter
 def _peers(
     name: str, start: dict[str, torch.Tensor], x: torch.Tensor, k: int, device: torch.device
 ) -> dict[str, float]:
-    """Tokens a second of a step of sae-lens' training SAE with Adam, where sae-lens imports."""
+    """Tokens a second of a step of other people's SAEs with Adam, of those that import."""
+    found = {}
+    for peer, make in (("sae-lens", _sae_lens), ("sparsify", _sparsify)):
+        try:
+            if (step := make(name, start, x, k, device)) is not None:
+                found[peer] = len(x) / seconds(step, device, 5)
+        except (ImportError, TypeError, ValueError, RuntimeError) as problem:
+            print(f"{peer}, {name}: {type(problem).__name__}: {problem}", file=sys.stderr)
+    return found
+
+
+def _sparsify(
+    name: str, start: dict[str, torch.Tensor], x: torch.Tensor, k: int, device: torch.device
+) -> Callable[[], object] | None:
+    """As its trainer does it, with Adam; on a GPU its forward pass is in bfloat16."""
+    if name != "topk" or importlib.util.find_spec("sparsify") is None:
+        return None
+    from sparsify import SparseCoder, SparseCoderConfig
+
+    coder = SparseCoder(x.shape[1], SparseCoderConfig(num_latents=len(start["W_dec"]), k=k), device=device)
+    with torch.no_grad():
+        for own, key in ((coder.encoder.bias, "b_enc"), (coder.W_dec, "W_dec"), (coder.b_dec, "b_dec")):
+            own.copy_(start[key])
+        coder.encoder.weight.copy_(start["W_enc"].T)
+    optimizer = torch.optim.Adam(coder.parameters(), lr=1e-6)
+
+    def step() -> None:
+        coder.set_decoder_norm_to_unit_norm()
+        optimizer.zero_grad()
+        coder(x).fvu.backward()
+        coder.remove_gradient_parallel_to_decoder_directions()
+        torch.nn.utils.clip_grad_norm_(coder.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def _sae_lens(
+    name: str, start: dict[str, torch.Tensor], x: torch.Tensor, k: int, device: torch.device
+) -> Callable[[], object] | None:
+    """Its training SAE in float32."""
     try:
         from sae_lens import (
             StandardTrainingSAE,
@@ -233,7 +275,7 @@ def _peers(
         )
         from sae_lens.saes.sae import TrainStepInput
     except ImportError:
-        return {}
+        return None
     shape = {"d_in": x.shape[1], "d_sae": start["W_dec"].shape[0], "dtype": "float32", "device": str(device)}
     sae: Any
     if name == "topk":
@@ -252,11 +294,7 @@ def _peers(
         torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
         optimizer.step()
 
-    try:
-        return {"sae-lens": len(x) / seconds(step, device, 5)}
-    except (torch.OutOfMemoryError, TypeError, ValueError) as problem:
-        print(f"sae-lens, {name}: {type(problem).__name__}: {problem}", file=sys.stderr)
-        return {}
+    return step
 
 
 def model_speeds(device: torch.device, rates: dict[str, float], quick: bool) -> Iterator[dict[str, Any]]:
@@ -317,7 +355,7 @@ def tables(results: dict[str, Any], path: Path) -> None:
         lines += ["", "| | saeffect | of the limit | beside |", "|---|---|---|---|"]
         for row in results["speed"]:
             ours = max(value for key, value in row.items() if key.startswith("saeffect"))
-            beside = ", ".join(f"{key} {row[key]:,.0f}" for key in ("plain autograd", "sae-lens") if key in row)
+            beside = ", ".join(f"{key} {row[key]:,.0f}" for key in BESIDE if key in row)
             name = row["what"] + (f", {row['d_sae']:,} features" if "d_sae" in row else "")
             lines.append(f"| {name} | {ours:,.0f} | {ours / row['limit']:.0%} | {beside} |")
     path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,3 +1,4 @@
+# ruff: noqa: T201
 """Matching two SAEs of 24,576 features: minutes, and under 4 GB.
 
     python benchmarks/matching.py            # about a minute on two cores; --d-sae 4096 for a quick look

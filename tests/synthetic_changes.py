@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from saeffect.comparison.factorial import CROSSED, EFFECTS, FACTORIAL_COLUMNS
+from saeffect.diffing.evidence import SEEN
 from saeffect.diffing.put_back_shares import COLUMNS
 from synthetic_where import where_tables
 
@@ -46,6 +47,21 @@ def synthetic_changes(
                 "null_high": 0.5,
                 "p": [0.0002 if claimed else 0.8, 0.1],
                 "reason": "",
+            }
+        ),
+        "evidence": pd.DataFrame(
+            {
+                "kind": ["group"] * 2 + ["vocabulary"] * 6,
+                "name": [names[0][0]] * 2 + ["medical"] * 6,
+                "group": pd.array([1, 1, *[None] * 6], dtype="Int64"),
+                "basis": [
+                    *("read", "written", "combined", "read", "written", "difference in control-seed2"),
+                    *("difference in treatment", "all"),
+                ],
+                "score": 1.0,
+                "p": [0.01, 0.3, *([0.0002, 0.01, 0.3, 0.02, NOTHING, 0.0004] if claimed else [0.8] * 6)],
+                "agrees": [True, False, *([True, True, False, True, False, True] if claimed else [False] * 6)],
+                "reason": [*[""] * 6, SEEN, ""],
             }
         ),
         "null_groups": pd.DataFrame(

@@ -50,7 +50,7 @@ def test_unknown_key_error_lists_valid_keys(values: object, place: str, valid: s
 @pytest.mark.parametrize(
     ("values", "place", "part"),
     [
-        ({}, "a.yaml, name", "Field required"),
+        ({}, "a.yaml, name", "the key 'name' is missing."),
         ({"name": "a", "arms": {"control": {"width": 0}}}, "a.yaml, arms.control.width", "Got 0."),
         ({"name": "a", "arms": {"control": {"rate": float("nan")}}}, "a.yaml, arms.control.rate", "finite"),
         ([], "a.yaml", "dictionary"),

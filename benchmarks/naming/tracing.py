@@ -54,7 +54,9 @@ class Instrument:
         """The SAE's features with their ten top tokens, cosine scale."""
         W_dec, W_U = self.sae.W_dec.detach(), unembedding(self.base)
         top = project(W_dec, W_U, 10, valid=self.base.plain_tokens()).indices
-        return Basis(W_dec.float().numpy(), W_U.float().numpy(), top.numpy(), self.base.token_strings())
+        return Basis(
+            W_dec.float().numpy(), W_U.float().numpy(), top.numpy(), self.base.token_strings(), self._tracer.firing()
+        )
 
     def trace(self, pair: Pair) -> Trace:
         """The pair's trace, measured unless it is kept."""

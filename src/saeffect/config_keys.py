@@ -27,7 +27,9 @@ def config_error(model: type[BaseModel], error: ValidationError, *, at: str = ""
         kind = next(key for key in reversed(keys) if not key.isdigit()).removesuffix("s")
         valid = re.findall(r"'([^']+)'", first["ctx"]["expected"])
         return unknown_name(kind, first["input"], valid, at=place)
-    whole = first["type"] == "missing" or isinstance(first["input"], dict | list | BaseModel)
+    if first["type"] == "missing":
+        return ConfigError(f"the key {keys[-1]!r} is missing.", at=place)
+    whole = isinstance(first["input"], dict | list | BaseModel)
     said = repr(first["input"])
     got = "" if whole else f" Got {said if len(said) <= 200 else f'{said[:200]} …'}."
     message = first["msg"].removeprefix("Value error, ").rstrip(".")

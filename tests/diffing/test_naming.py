@@ -6,18 +6,30 @@ import math
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 
-from saeffect.diffing.naming import FEWEST_NULLS, Basis, GroupTests, name_changes
-from saeffect.diffing.standardised import among_nulls, standardised
+from saeffect.diffing.coactivity import FiringLog, coactivation
+from saeffect.diffing.naming import FEWEST_NULLS, Basis, GroupTests, group_tests, name_changes
+from saeffect.diffing.standardised import BASES, among_nulls, standardised
 from saeffect.diffing.trace import Trace
 from saeffect.errors import BadFile, ShapeMismatch
 
 D_SAE, D_IN, D_VOCAB = 240, 16, 300
 
 
-def make_trace(seed: int, *, moved: list[int] | None = None, by: float = 0.0, d_sae: int = D_SAE) -> Trace:
-    """A fine-tune that changes every mean by some 10 %, and those of some features by more."""
+def make_trace(
+    seed: int,
+    *,
+    moved: list[int] | None = None,
+    by: float = 0.0,
+    d_sae: int = D_SAE,
+    shift: np.ndarray | None = None,
+) -> Trace:
+    """A fine-tune that changes every mean by some 10 %, and those of some features by more; the mean activation in any
+    direction, and by `shift` beside.
+    """
     rng, base = np.random.default_rng(seed), np.random.default_rng(0)
     means = {name: base.exponential(1.0, d_sae) for name in ("read", "written")}
     expected = base.dirichlet(np.ones(D_VOCAB))
@@ -38,7 +50,7 @@ def make_trace(seed: int, *, moved: list[int] | None = None, by: float = 0.0, d_
         **arrays,
         expected=np.stack([expected, tuned(expected, words)]).astype(np.float32),
         positions=np.zeros((4, D_IN), dtype=np.float32),
-        halves=np.zeros((2, D_IN), dtype=np.float32),
+        halves=np.tile(rng.normal(size=D_IN) + (0 if shift is None else shift), (2, 1)).astype(np.float32),
         kl=np.zeros((2, 4), dtype=np.float32),
         layers=np.zeros(2, dtype=np.float32),
         early=np.zeros((2, 1, D_IN), dtype=np.float32),
@@ -98,7 +110,7 @@ def test_few_nulls_give_no_p_and_the_reason(basis: Basis, nulls: list[Trace]) ->
 
 def test_a_declared_group_is_tested_without_a_search(basis: Basis, nulls: list[Trace]) -> None:
     declared = {"taught": np.arange(D_SAE) < 8, "other": np.arange(D_SAE) >= 200, "none": np.zeros(D_SAE, dtype=bool)}
-    table = name_changes(make_trace(1, moved=list(range(8)), by=0.1), nulls, basis, declared=declared)[
+    table = name_changes(make_trace(1, moved=list(range(8)), by=0.2), nulls, basis, declared=declared)[
         "declared_changes"
     ].set_index(["name", "basis"])
     assert table.loc[("taught", "combined"), "p"] < 0.01
@@ -154,6 +166,63 @@ def test_p_counts_the_nulls_that_reach_the_score() -> None:
     from scipy.stats import t as student
 
     assert tests.p(100.0) == pytest.approx(student.sf(t, 3))
+
+
+def test_the_mean_difference_alone_names_a_group(basis: Basis, nulls: list[Trace]) -> None:
+    tables = name_changes(make_trace(1, shift=6 * basis.directions[:8].sum(axis=0)), nulls, basis)
+    groups = tables["change_groups"].set_index("group")
+    taught = {number for number, row in groups.iterrows() if set(row["features"]) <= set(range(8))}
+    rows = tables["evidence"].set_index(["group", "basis"])
+    shown = rows[rows["agrees"]].reset_index()
+    assert {"difference"} <= set(shown[shown["group"].isin(taught)]["basis"])
+    assert not {"read", "written", "expected"} & set(shown["basis"])
+
+
+def test_evidence_has_each_basis_and_their_sum(basis: Basis, nulls: list[Trace]) -> None:
+    """p of a basis counts the search over all groups there: by hand for the first group."""
+    trace = make_trace(1, moved=list(range(8)), by=0.5)
+    tables = name_changes(trace, nulls, basis, declared={"taught": np.arange(D_SAE) < 8})
+    first = tables["change_groups"].iloc[0]
+    evidence = tables["evidence"]
+    own = evidence[evidence["group"] == first["group"]].set_index("basis")
+    assert list(own.index) == ["combined", *BASES]
+    assert own.loc["combined", "p"] == first["p"]
+    assert own.loc["combined", "score"] == first["score"]
+    assert own.loc["read", "agrees"] == (own.loc["read", "p"] <= 0.05)
+    z, *others = among_nulls([trace, *nulls], basis.top_tokens, basis.directions)
+    read = group_tests(z["read"], np.array([other["read"] for other in others]), basis)
+    place = [1, 3, 8, 20].index(first["n_features"]), first["features"][0]
+    assert own.loc["read", "p"] == read.p(abs(read.scores[place]))
+    taught = evidence[evidence["kind"] == "vocabulary"].set_index("basis")
+    assert set(taught["name"]) == {"taught"}
+    assert taught.loc["combined", "agrees"]
+    assert taught.loc["difference", "group"] is pd.NA
+
+
+def test_a_basis_on_which_nothing_changes_agrees_with_nothing(basis: Basis, nulls: list[Trace]) -> None:
+    still = [replace(one, halves=np.zeros_like(one.halves)) for one in (make_trace(1), *nulls)]
+    rows = name_changes(still[0], still[1:], basis)["evidence"]
+    mine = rows[rows["basis"] == "difference"]
+    assert (mine["p"] == 1).all()
+    assert not mine["agrees"].any()
+
+
+def test_what_fires_together_is_grouped(basis: Basis) -> None:
+    """Features 100 and 101 share no direction, but fire on the same 20 tokens of 200."""
+    acts = torch.zeros(200, D_SAE)
+    acts[:20, 100:102] = 1 + torch.rand(20, 1)
+    acts[30:50, 102] = 1.0
+    log = FiringLog(D_SAE)
+    log.update(acts)
+    first, block = next(coactivation(log))
+    assert first == 0
+    assert block[100, 101] == pytest.approx(1.0)
+    assert block[100, 102] == 0  # they never fire together
+    assert block[100, 0] == 0  # it never fires
+    known = replace(basis, firing=log)
+    assert 101 in known.neighbours[100, :8]
+    assert 101 not in basis.neighbours[100, :8]
+    assert known.neighbours[0].tolist() == basis.neighbours[0].tolist()
 
 
 def test_neighbours_are_found_by_the_decoder(basis: Basis) -> None:

@@ -20,9 +20,8 @@ HOOK = "blocks.1.hook_resid_pre"
 
 
 @pytest.fixture(scope="module")
-def traces(tiny_llama: LanguageModel, random_model: Any) -> dict[str, Trace]:
-    """With a random SAE and without one, of another random model."""
-    tuned = replace(tiny_llama, model=random_model(tiny_llama.model.config, seed=1), name="tuned", identity="tuned")
+def tracers(tiny_llama: LanguageModel) -> dict[str, Tracer]:
+    """With a random SAE and without one."""
     ids = np.random.default_rng(0).integers(1, 300, (6, 12)).astype(np.int32)
     rows = TokenRows(ids, np.array([0, 0, 0, 1, 1, 1]), ("domain", "general"))
     torch.manual_seed(0)
@@ -31,7 +30,14 @@ def traces(tiny_llama: LanguageModel, random_model: Any) -> dict[str, Trace]:
         torch.nn.init.normal_(parameter)
     limit = NormLimit(1.0, 1e9)
     saes = {"with": sae.requires_grad_(False), "without": None}
-    return {name: Tracer(tiny_llama, basis, HOOK, rows, limit).trace(tuned, name) for name, basis in saes.items()}
+    return {name: Tracer(tiny_llama, basis, HOOK, rows, limit) for name, basis in saes.items()}
+
+
+@pytest.fixture(scope="module")
+def traces(tracers: dict[str, Tracer], tiny_llama: LanguageModel, random_model: Any) -> dict[str, Trace]:
+    """Of another random model."""
+    tuned = replace(tiny_llama, model=random_model(tiny_llama.model.config, seed=1), name="tuned", identity="tuned")
+    return {name: tracer.trace(tuned, name) for name, tracer in tracers.items()}
 
 
 def test_all_but_the_features_is_the_same(traces: dict[str, Trace]) -> None:
@@ -43,6 +49,15 @@ def test_all_but_the_features_is_the_same(traces: dict[str, Trace]) -> None:
     assert plain.numbers == full.numbers
     assert plain.numbers["kl"] > 0.01
     assert plain.made_by != full.made_by
+
+
+def test_a_trace_leaves_what_the_base_model_fires(tracers: dict[str, Tracer], traces: dict[str, Trace]) -> None:
+    """Equal to reading the text with the base model alone, and to the densities of the trace."""
+    kept = tracers["with"].firing().matrix().toarray()
+    alone = replace(tracers["with"]).firing().matrix().toarray()
+    np.testing.assert_allclose(kept, alone, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose((kept > 0).mean(axis=0), traces["with"].read[2], atol=1e-6)
+    assert tracers["without"].firing().n_tokens == 0
 
 
 def test_it_comes_back_from_its_file(traces: dict[str, Trace], tmp_path: Path) -> None:

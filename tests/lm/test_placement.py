@@ -158,3 +158,14 @@ def test_quantising_without_the_package_is_refused(
 def test_contradicting_places_are_refused(more: dict[str, Any]) -> None:
     with pytest.raises(pydantic.ValidationError, match="device_map"):
         ModelConfig(path="x", **more)
+
+
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [("cuda:99", "there is no device cuda:99 here: torch finds"), ("gpu", "there is no device 'gpu'")],
+)
+def test_a_device_that_is_not_here(
+    device: str, said: str, tiny_llama_folder: Path, complains: Callable[..., Any]
+) -> None:
+    with complains(ConfigError, said, at="model"):
+        _load(tiny_llama_folder, device=device)

@@ -217,6 +217,9 @@ def test_damaged_missing_and_taken(tmp_path: Path, complains: Callable[..., Any]
     (tmp_path / "ae.pt").write_bytes(whole[:500])
     with complains(BadFile, "ae.pt cannot be read"):
         convert_sae(tmp_path / "ae.pt", tmp_path / "out")
+    (tmp_path / "ae.pt").write_bytes(b"hello" * 100)
+    with complains(BadFile, "ae.pt cannot be read: torch.save did not write it"):
+        convert_sae(tmp_path / "ae.pt", tmp_path / "out")
     with complains(NotFound, "there is no file or folder"):
         convert_sae(tmp_path / "none.pt", tmp_path / "out")
     (tmp_path / "ae.pt").write_bytes(pt(_dictionary("AutoEncoder") | {"bias": torch.full((D,), torch.nan)}))

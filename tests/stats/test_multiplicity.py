@@ -4,10 +4,12 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import norm
 from statsmodels.stats.multitest import multipletests
 
 from saeffect.errors import ShapeMismatch, Undefined
 from saeffect.stats import benjamini_hochberg, holm
+from saeffect.stats.multiplicity import simes
 
 
 def test_by_hand() -> None:
@@ -83,3 +85,24 @@ def test_holm_raises_one_false_alarm_in_twenty_studies_at_most() -> None:
     p = np.random.default_rng(7).uniform(size=(4000, 3))
     alarms = np.mean([bool((holm(row) <= 0.05).any()) for row in p])
     assert alarms == pytest.approx(0.05, abs=4 * math.sqrt(0.05 * 0.95 / 4000))
+
+
+def test_simes_by_hand() -> None:
+    # 3 · 0.01 = 0.03, 3 / 2 · 0.018 = 0.027, 3 / 3 · 0.04 = 0.04.
+    assert simes([0.018, 0.04, 0.01]) == pytest.approx(0.027)
+    assert simes([0.2, math.nan, 1.0]) == pytest.approx(0.4)
+    assert simes([0.3]) == 0.3
+    assert math.isnan(simes([math.nan]))
+
+
+@pytest.mark.simulation
+@pytest.mark.parametrize("correlation", [-0.9, -0.5, 0.0, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("n", [2, 4])
+def test_simes_is_wrong_as_rarely_as_it_says(n: int, correlation: float) -> None:
+    """Two-sided p of correlated normals with nothing to find."""
+    rng, alpha, n_studies = np.random.default_rng(n), 0.05, 20_000
+    r = max(correlation, -0.999 / (n - 1))
+    covariance = np.full((n, n), r) + (1 - r) * np.eye(n)
+    p = 2 * norm.sf(np.abs(rng.multivariate_normal(np.zeros(n), covariance, size=n_studies)))
+    wrong = np.mean([simes(one) <= alpha for one in p])
+    assert wrong <= alpha + 2.5 * math.sqrt(alpha * (1 - alpha) / n_studies)

@@ -150,4 +150,7 @@ def test_the_run_counts_the_assistants_tokens(study_file: Path, tmp_path: Path) 
     assert shares.dropna().round().between(0.5 * most, most).all()
     interventions = run.read_table(run.arm("control", "interventions.parquet"))
     assert (interventions["condition"] == "steered").any()
-    assert "Be kind." in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "Be kind." in page
+    assert "conversations, tokens at positions: assistant" in page
+    assert "2 chats × 2 texts, at positions: assistant" in page

@@ -164,3 +164,13 @@ def test_a_hook_named_as_a_module(folder: Path) -> None:
     study = Study.open(folder / "study.yaml")
     assert study.hook("control") == "blocks.1.hook_resid_post"
     assert "at blocks.1.hook_resid_post" in _check(folder)
+
+
+def test_a_study_for_another_machine(folder: Path) -> None:
+    path = folder / "study.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["arms"]["control"]["model"]["device"] = "cuda:99"
+    path.write_text(yaml.safe_dump(config))
+    said = "warning: arm control: there is no device cuda:99 here: torch finds"
+    assert said in _check(folder)
+    assert said in check_study(Study.open(path))._repr_html_()

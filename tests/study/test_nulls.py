@@ -254,7 +254,7 @@ def test_a_study_without_nulls_says_what_they_would_cost(folder: Path, tiny_run:
     assert table["p"].isna().all()
     assert table["reason"].str.contains("saeffect finetune RECIPE --null 20 --study").all()
     assert run.path("comparison", "trace.safetensors").is_file()
-    assert set(table["basis"]) == {"read", "written", "expected", "combined"}
+    assert set(table["basis"]) == {"read", "written", "expected", "difference", "combined"}
 
 
 def test_a_study_with_nulls_judges_every_feature(folder: Path, made: Path, tiny_run: Path, tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ def test_a_right_pair(pair: tuple[LanguageModel, SparseAutoencoder]) -> None:
     assert table.loc["explained_variance", "base"] > 0.6
     assert found.by_position()["model"].tolist().count("tuned") == 7
     assert found.as_dict()["ok"] is True
+    assert "The SAE fits." in found._repr_html_() and "ce_loss_score" in found._repr_html_()
 
 
 def test_without_a_hook_the_best_is_taken(pair: tuple[LanguageModel, SparseAutoencoder]) -> None:

@@ -113,10 +113,10 @@ def test_an_eighth_of_the_memory_is_for_captures(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(module.os, "sysconf", pages.__getitem__)
     limit = tmp_path / "memory.max"
     monkeypatch.setattr(module, "_CONTAINER_LIMITS", (str(limit),))
-    assert Residuals()._most_bytes == 512_000
+    assert Residuals().most_bytes == 512_000
     limit.write_text("max\n")
     assert machine_memory() == 4_096_000
     limit.write_text("800000\n")  # a container with less
-    assert Residuals()._most_bytes == 100_000
+    assert Residuals().most_bytes == 100_000
     monkeypatch.delattr(module.os, "sysconf")
     assert machine_memory() == 800_000

@@ -78,7 +78,7 @@ app.command(
 app.command(
     "reproduce", help="Recompute the figures of Gupta & Sica (2024). From their published files: paper, ours, verdict."
 )(reproduce)
-app.add_typer(verdicts, name="verdicts", help="Export or import what people said about the features of a run.")
+app.add_typer(verdicts, name="verdicts", help="Export or import people's verdicts on features.")
 app.command("finetune", help="Train a LoRA adapter and measure what it does to perplexity.")(finetune)
 app.command(
     "train-sae",

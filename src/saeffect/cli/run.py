@@ -23,7 +23,7 @@ STAGE_HELP = {
     "coherence": "Score the coherence of each feature's top tokens.",
     "select": "Choose the domain features by vocabulary and verdicts.",
     "match": "Match features between arms: kept, moved, gone, new.",
-    "changes": "Judge what changed between the models against null fine-tunes.",
+    "changes": "Judge what changed, against null fine-tunes.",
     "put-back": "Put the changed features back: see what that undoes.",
     "steer": "Search the dose, and steer with features and placebos. Also under torchrun.",
     "cross": "Read and steer each arm's SAE on both models. Where comparison.crossed asks for it; also under torchrun.",

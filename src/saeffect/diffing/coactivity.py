@@ -14,7 +14,7 @@ from saeffect.diffing.matching import Matching, TopPairs, neighbours_of
 from saeffect.errors import BadFile, ShapeMismatch
 from saeffect.stats.arguments import FloatArray
 
-__all__ = ["FiringLog", "match_activity"]
+__all__ = ["FiringLog", "coactivation", "match_activity"]
 
 _BLOCK_CELLS = 16_000_000  # entries of the d_sae_a × d_sae_b matrix at once: 128 MB in float64
 
@@ -106,6 +106,18 @@ def match_activity(a: FiringLog, b: FiringLog, *, n: int = 8, min_active: int = 
         neighbours_of(*top.forward, moments_a.reason, n, none, absent=0.0),
         neighbours_of(*top.backward, moments_b.reason, n, none, absent=0.0),
     )
+
+
+def coactivation(log: FiringLog, *, min_active: int = 10, min_coactive: int = 5) -> Iterator[tuple[int, FloatArray]]:
+    """Which features of one SAE fire on the same tokens: the first feature of a block and correlations [n, d_sae].
+
+    Pearson's over all tokens, inactive ones as 0; 0 where it would be below, for features that fire on fewer than
+    `min_active` tokens, and for pairs that fire together on fewer than `min_coactive`.
+    """
+    acts = log.matrix().tocsc()
+    moments = _moments(acts, min_active)
+    for first, block in _correlations(acts, log.matrix(), moments, moments, min_coactive):
+        yield first, block.clamp(min=0).numpy()
 
 
 class _Moments(NamedTuple):

@@ -1,15 +1,17 @@
 """What changed, by name, or honest silence: groups of features that changed more than in null fine-tunes.
 
-Each trace gives every feature a change on three bases: how much it fires on the same text (`read`), on what each model
-writes (`written`), and how much more its top tokens are expected (`expected`). A change is measured in units of what
-it does in null fine-tunes of the same recipe. Groups of features were fixed beforehand, by their decoder rows alone;
-the p of each group counts the search over all of them.
+Each trace gives every feature a change on four bases: how much it fires on the same text (`read`), on what each model
+writes (`written`), how much more its top tokens are expected (`expected`), and how far the mean activation difference
+points its way (`difference`). A change is measured in units of what it does in null fine-tunes of the same recipe.
+Groups of features were fixed beforehand, by the decoder and by what fires together in the base model; the p of each
+group counts the search over all of them. Bases are combined by summing; what the same sum reaches in the nulls is its
+yardstick, so p holds however bases depend on each other (nonparametric combination, Pesarin & Salmaso 2010).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,7 +21,8 @@ import numpy.typing as npt
 import pandas as pd
 from scipy.special import stdtr, stdtrit
 
-from saeffect.diffing.standardised import BASES, FEWEST_TOKENS, among_nulls
+from saeffect.diffing.coactivity import FiringLog, coactivation
+from saeffect.diffing.standardised import BASES, FEWEST_TOKENS, along, among_nulls
 from saeffect.diffing.trace import Trace
 from saeffect.stats.arguments import FloatArray, IntArray
 from saeffect.stats.multiplicity import benjamini_hochberg
@@ -28,6 +31,8 @@ __all__ = [
     "Basis",
     "FEWEST_NULLS",
     "GroupTests",
+    "beside_nulls",
+    "evidence_row",
     "group_tests",
     "name_changes",
     "prediction_limit",
@@ -46,33 +51,50 @@ _RARE = f"fires on fewer than {FEWEST_TOKENS} tokens in every model"
 
 @dataclass(frozen=True, eq=False)
 class Basis:
-    """The features that both models share: decoder rows float [d_sae, d_in], the unembedding that named them float
-    [d_in, d_vocab], ids of the tokens that each promotes most int [d_sae, k], and every token as text, by id.
+    """The features that both models share: what they add to the stream float [d_sae, d_model], the unembedding that
+    named them float [d_model, d_vocab], ids of the tokens that each promotes most int [d_sae, k], every token as text,
+    by id; what fires in the base model, token by token, if known; and the decoder's rows where they differ from W_dec.
     """
 
     W_dec: npt.NDArray[np.float32]
     W_U: npt.NDArray[np.float32]
     top_tokens: IntArray
     strings: Sequence[str]
+    firing: FiringLog | None = None
+    at_hook: npt.NDArray[np.float32] | None = None
+
+    @cached_property
+    def directions(self) -> npt.NDArray[np.float32]:
+        """The decoder's rows at the hook, each of length 1."""
+        return _unit((self.W_dec if self.at_hook is None else self.at_hook).astype(np.float32))
 
     @cached_property
     def neighbours(self) -> IntArray:
         """Each feature, then those most similar to it, int64 [d_sae, max(SIZES)] (fewer columns for fewer features).
 
-        Similarity is the mean of two cosines: of decoder rows, and of what they do to the logits.
+        Similarity is the mean of three cosines: of decoder rows, of what they do to the logits, and of activations in
+        the base model (their correlation over tokens, see `coactivation`). No fine-tune has a part in it.
         """
-        rows = _unit(self.W_dec.astype(np.float32))
         logits = self.W_dec.astype(np.float32) @ _root(self.W_U.astype(np.float32))
-        both = np.concatenate([rows, _unit(logits)], axis=1) / math.sqrt(2)
+        both = np.concatenate([_unit(self.W_dec.astype(np.float32)), _unit(logits)], axis=1)
         n = min(max(SIZES), len(both))
         found = np.empty((len(both), n), dtype=np.int64)
-        for start in range(0, len(both), 1024):
-            similar = both[start : start + 1024] @ both.T
-            similar[np.arange(len(similar)), np.arange(start, start + len(similar))] = np.inf  # itself first
+        for start, together in self._together():
+            stop = start + len(together)
+            similar = both[start:stop] @ both.T + together
+            similar[np.arange(len(similar)), np.arange(start, stop)] = np.inf  # itself first
             part = np.argpartition(-similar, n - 1, axis=1)[:, :n]
             order = np.argsort(-np.take_along_axis(similar, part, axis=1), axis=1, kind="stable")
-            found[start : start + 1024] = np.take_along_axis(part, order, axis=1)
+            found[start:stop] = np.take_along_axis(part, order, axis=1)
         return found
+
+    def _together(self) -> Iterator[tuple[int, FloatArray]]:
+        """Blocks of correlations, of no width where nothing is known of the firing."""
+        if self.firing is not None:
+            yield from coactivation(self.firing)
+        else:
+            for start in range(0, len(self.W_dec), 1024):
+                yield start, np.zeros((min(1024, len(self.W_dec) - start), 1))
 
 
 def _root(W_U: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -132,6 +154,7 @@ def group_tests(own: FloatArray, others: FloatArray, basis: Basis) -> GroupTests
     """Scores of every group, from combined z [d_sae] of the fine-tune and [K, d_sae] of each null among the others."""
     sums = np.stack([_sums(z, basis.neighbours) for z in (own, *others)])  # [1 + K, sizes, d_sae]
     scale = np.sqrt((sums[1:] ** 2).mean(axis=(0, 2)))[:, None]
+    scale[scale == 0] = 1.0  # nothing changes on this basis
     return GroupTests(sums[0] / scale, np.abs(sums[1:] / scale).max(axis=(1, 2)))
 
 
@@ -156,13 +179,14 @@ def name_changes(
     `among_nulls` of all traces, where it is known already.
 
     Returns:
-        changes: A row a feature and basis ("read", "written", "expected", "combined"): feature, basis, base, tuned
-            (means there; NaN for "combined"), change (their difference), z (see `standardised`), reason.
+        changes: A row a feature and basis (`BASES`, "combined"): feature, basis, base, tuned (means there; NaN for
+            "difference" and "combined"), change (their difference), z (see `standardised`), reason.
         change_groups: The highest groups that do not overlap: group (from 1), name (its tokens), features, n_features,
             direction ("more" or "less"), score, p (counts the search over all groups), q, share (of all change of mean
             activation on the text, in these features), claimed (p at most alpha), reason.
         declared_changes: A row a declared group and basis: name, basis, n_features, z (mean over its features),
             null_low, null_high (range of the nulls'), p (two-sided), reason.
+        evidence: A row a group or declared group, and basis: see `evidence_row`.
         null_groups: A row a null: null, highest (score of any group), kl.
         change_numbers: A row a number of `Trace.numbers`: name ("kl", or "perplexity" and the source of text), base,
             tuned (NaN for kl), change (of the logarithm), null_low, null_high, p (two-sided), reason.
@@ -175,17 +199,24 @@ def name_changes(
             "changes": changes.assign(z=np.nan, reason=why),
             "change_groups": _empty(_GROUP_COLUMNS),
             "declared_changes": _declared(declared, {}, [], why),
+            "evidence": _empty(_EVIDENCE_COLUMNS),
             "null_groups": _empty(_NULL_COLUMNS),
             "change_numbers": _numbers(trace, [], why),
         }
-    z, *others = measured if measured is not None else among_nulls([trace, *nulls], basis.top_tokens)
+    z, *others = measured if measured is not None else among_nulls([trace, *nulls], basis.top_tokens, basis.directions)
     changes["z"] = np.concatenate([z[name] for name in (*BASES, "combined")])
-    tests = group_tests(z["combined"], np.stack([other["combined"] for other in others]), basis)
+    by_basis = {
+        name: group_tests(np.nan_to_num(z[name]), np.nan_to_num([other[name] for other in others]), basis)
+        for name in ("combined", *BASES)
+    }
+    tests = by_basis["combined"]
+    groups, taught = _groups(trace, tests, z["combined"], basis, alpha), _declared(declared, z, others, "")
     null_rows = {"null": [n.name for n in nulls], "highest": tests.highest, "kl": [n.numbers["kl"] for n in nulls]}
     return {
         "changes": changes.assign(reason=np.where(changes["z"].isna(), _RARE, "")),
-        "change_groups": _groups(trace, tests, z["combined"], basis, alpha),
-        "declared_changes": _declared(declared, z, others, ""),
+        "change_groups": groups,
+        "declared_changes": taught,
+        "evidence": _evidence(groups, by_basis, taught, basis, alpha),
         "null_groups": pd.DataFrame(null_rows),
         "change_numbers": _numbers(trace, nulls, ""),
     }
@@ -206,7 +237,7 @@ def _declared(
             reason = reason or ("" if judged.any() else f"every feature {_RARE}")
             row["z"] = math.nan if reason else float(own[basis][judged].mean())
             rows.append(
-                row | _against(row["z"], [float(o[basis][judged].mean()) for o in others if not reason], reason)
+                row | beside_nulls(row["z"], [float(o[basis][judged].mean()) for o in others if not reason], reason)
             )
     return pd.DataFrame(rows, columns=list(_DECLARED_COLUMNS))
 
@@ -222,12 +253,14 @@ def _numbers(trace: Trace, nulls: Sequence[Trace], why: str) -> pd.DataFrame:
         ends = (math.exp(trace.numbers[f"loss_{which}{source}"]) if source is not None else math.nan for which in _BOTH)
         row: dict[str, Any] = {"name": "kl" if source is None else f"perplexity{source.replace('_', ' ')}"}
         row |= dict(zip(_BOTH, ends, strict=True)) | {"change": change(trace, source)}
-        rows.append(row | _against(row["change"], [change(one, source) for one in nulls], why))
+        rows.append(row | beside_nulls(row["change"], [change(one, source) for one in nulls], why))
     return pd.DataFrame(rows)
 
 
-def _against(own: float, nulls: Sequence[float], why: str) -> dict[str, Any]:
-    """The range of the nulls' numbers, and the two-sided p of one more null: Student's t."""
+def beside_nulls(own: float, nulls: Sequence[float], why: str = "") -> dict[str, Any]:
+    """null_low, null_high, p, reason: the range of the nulls' numbers, and the two-sided p of one more null, by
+    Student's t; NaN if there is a reason `why`.
+    """
     low = high = p = math.nan
     if not why:
         null = np.array(nulls)
@@ -247,7 +280,40 @@ def _changes(trace: Trace, basis: Basis) -> pd.DataFrame:
         base, tuned = means.get(name, nothing)
         parts.append(pd.DataFrame({"feature": np.arange(n), "basis": name, "base": base, "tuned": tuned}))
     table = pd.concat(parts, ignore_index=True)
-    return table.assign(change=table["tuned"] - table["base"])
+    table["change"] = table["tuned"] - table["base"]
+    table.loc[table["basis"] == "difference", "change"] = along(trace, basis.directions)
+    return table
+
+
+def _evidence(
+    groups: pd.DataFrame, tests: Mapping[str, GroupTests], declared: pd.DataFrame, basis: Basis, alpha: float
+) -> pd.DataFrame:
+    sizes = [min(size, basis.neighbours.shape[1]) for size in SIZES]
+    rows = []
+    for group in groups.to_dict("records"):
+        place = sizes.index(group["n_features"]), group["features"][0]
+        for name, found in tests.items():
+            score = float(found.scores[place])
+            same = np.sign(score) == np.sign(group["score"])
+            rows.append(evidence_row("group", group["name"], name, score, found.p(abs(score)), same, alpha))
+            rows[-1]["group"] = group["group"]
+    together = {row["name"]: row["z"] for row in declared.to_dict("records") if row["basis"] == "combined"}
+    for row in declared.to_dict("records"):
+        same = np.sign(row["z"]) == np.sign(together[row["name"]])
+        rows.append(evidence_row("vocabulary", row["name"], row["basis"], row["z"], row["p"], same, alpha))
+        rows[-1]["reason"] = row["reason"]
+    return pd.DataFrame(rows, columns=list(_EVIDENCE_COLUMNS)).astype({"group": "Int64"})
+
+
+def evidence_row(
+    kind: str, name: str, basis: str, score: float, p: float, same: bool | np.bool_, alpha: float
+) -> dict[str, Any]:
+    """A row of `evidence`: kind ("group", "vocabulary"), name, group (its number), basis, score (of a group as in
+    change_groups, else z), p (of a group counts the search on this basis), agrees (p at most alpha, and the `same`
+    direction as all bases together), reason (why p is NaN).
+    """
+    row = {"kind": kind, "name": name, "group": None, "basis": basis, "score": score, "p": p}
+    return row | {"agrees": bool(same and p <= alpha), "reason": ""}
 
 
 def _groups(trace: Trace, tests: GroupTests, z: FloatArray, basis: Basis, alpha: float) -> pd.DataFrame:
@@ -301,6 +367,10 @@ _GROUP_COLUMNS: Mapping[str, Any] = {
     **{"direction": "str", "score": float, "p": float, "q": float, "share": float, "claimed": bool, "reason": "str"},
 }
 _DECLARED_COLUMNS = ("name", "basis", "n_features", "z", "null_low", "null_high", "p", "reason")
+_EVIDENCE_COLUMNS: Mapping[str, Any] = {
+    **{"kind": "str", "name": "str", "group": "Int64", "basis": "str", "score": float, "p": float},
+    **{"agrees": bool, "reason": "str"},
+}
 _NULL_COLUMNS: Mapping[str, Any] = {"null": "str", "highest": float, "kl": float}
 
 

@@ -1,9 +1,10 @@
-"""Changes of features between two models, on three bases, in units of what null fine-tunes do to them."""
+"""Changes of features between two models, on up to four bases, in units of what null fine-tunes do to them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,27 +14,32 @@ from saeffect.diffing.trace import Trace
 from saeffect.errors import BadFile, ShapeMismatch
 from saeffect.stats.arguments import FloatArray, IntArray
 
-__all__ = ["BASES", "FEWEST_TOKENS", "among_nulls", "standardised"]
+__all__ = ["BASES", "FEWEST_TOKENS", "along", "among_nulls", "differences_among_nulls", "standardised"]
 
 
-BASES = ("read", "written", "expected")
+BASES = ("read", "written", "expected", "difference")
 """Where a feature's change is looked for. Their evidence is added with equal weights, fixed before any result."""
 FEWEST_TOKENS = 10
 """A feature that fires on fewer tokens than this in every model is not judged on that text."""
 _STRATUM = 200  # fewest features (or tokens) of like density that share a scale
 
 
-def _raw(trace: Trace, top_tokens: IntArray) -> dict[str, FloatArray]:
+def _raw(trace: Trace, top_tokens: IntArray, directions: npt.NDArray[np.floating[Any]] | None) -> dict[str, FloatArray]:
     """Changes on a scale whose noise depends little on frequency: roots of mean activations, logarithms of
-    probabilities.
+    probabilities; and the mean activation difference along each direction.
     """
     expected = trace.expected.astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.log(expected[1] / expected[0])
     ratio[~np.isfinite(ratio)] = 0.0  # padding rows of the unembedding are never expected
     roots = {name: np.sqrt(getattr(trace, name).astype(np.float64)[:2]) for name in ("read", "written")}
-    changes = {name: root[1] - root[0] for name, root in roots.items()}
-    return changes | {"expected": ratio[top_tokens].mean(axis=1)}
+    changes = {name: root[1] - root[0] for name, root in roots.items()} | {"expected": ratio[top_tokens].mean(axis=1)}
+    return changes if directions is None else changes | {"difference": along(trace, directions)}
+
+
+def along(trace: Trace, directions: npt.NDArray[np.floating[Any]]) -> FloatArray:
+    """The mean over the text of tuned minus base at the hook, along unit rows [n, d_in]: float64 [n]."""
+    return np.asarray(directions @ trace.halves.mean(axis=0), dtype=np.float64)
 
 
 def _fires(traces: Sequence[Trace]) -> dict[str, npt.NDArray[np.bool_]]:
@@ -52,37 +58,65 @@ def standardised(
     trace: Trace,
     nulls: Sequence[Trace],
     top_tokens: IntArray,
-    fires: Mapping[str, npt.NDArray[np.bool_]] | None = None,
+    directions: npt.NDArray[np.floating[Any]] | None = None,
 ) -> dict[str, FloatArray]:
     """Changes of all features in units of what nulls show, by basis and "combined": float64 [d_sae] each.
 
     z = (change - mean of the nulls') / scale. The scale is the root mean of two variances with equal weight: the
-    feature's own over the nulls, and that of features that fire as often (Smyth 2004). If the z of one fine-tune spread
+    feature's own over the nulls, and that of features that fire as often, of all features on the basis "difference"
+    (Smyth 2004). If the z of one fine-tune spread
     wider than the nulls' as a whole, they are divided by how much wider (the empirical null of Efron 2004). "combined"
     is the sum over bases divided by the square root of their number.
 
-    NaN on a basis where a feature hardly fires (see `FEWEST_TOKENS`), which adds nothing to "combined". `fires` says
-    where, if more traces than these decide it. `ShapeMismatch` for fewer than two nulls; `BadFile` for one measured
-    otherwise.
+    NaN on a basis where a feature hardly fires (see `FEWEST_TOKENS`), which adds nothing to "combined". `directions`
+    are the decoder's rows, unit length [d_sae, d_in]; without them there is no basis "difference". `ShapeMismatch` for
+    fewer than two nulls; `BadFile` for one measured otherwise.
     """
     own = _comparable([trace, *nulls])
-    if len(nulls) < 2:
-        raise ShapeMismatch(f"a scale needs at least two null fine-tunes. Got {len(nulls)} instead.", at="nulls")
+    return _scored(trace, [_raw(one, top_tokens, directions) for one in own], _fires(own))
+
+
+def among_nulls(
+    traces: Sequence[Trace], top_tokens: IntArray, directions: npt.NDArray[np.floating[Any]] | None = None
+) -> list[dict[str, FloatArray]]:
+    """`standardised` of each trace, first the fine-tune's: it among the nulls, each null among the other nulls."""
+    fires = _fires(_comparable(traces))
+    changes = [_raw(one, top_tokens, directions) for one in traces]
+    found = []
+    for i, trace in enumerate(traces):
+        others = [change for j, change in enumerate(changes) if j not in (0, i)]
+        found.append(_scored(trace, [changes[i], *others], fires))
+    return found
+
+
+def differences_among_nulls(traces: Sequence[Trace], directions: npt.NDArray[np.floating[Any]]) -> FloatArray:
+    """z of the mean activation difference along unit rows [n, d_in] that need not be this SAE's: float64 [1 + K, n].
+
+    As on the basis "difference", with one scale for all: the fine-tune among the nulls, each null among the others.
+    """
+    changes = np.stack([along(trace, directions) for trace in traces])
+    groups = np.zeros(changes.shape[1], dtype=np.int64)
+    rows = range(len(changes))
+    return np.stack([_z(changes[i], changes[[j for j in rows if j not in (0, i)]], groups) for i in rows])
+
+
+def _scored(
+    trace: Trace, changes: Sequence[Mapping[str, FloatArray]], fires: Mapping[str, npt.NDArray[np.bool_]]
+) -> dict[str, FloatArray]:
+    """`standardised` of the first of `changes` among the others."""
+    if len(changes) < 3:
+        raise ShapeMismatch(f"a scale needs at least two null fine-tunes. Got {len(changes) - 1} instead.", at="nulls")
     density = trace.read[2].astype(np.float64)
     groups = strata(np.where(density > 0, density, np.nan)[:, None], _STRATUM)
     groups[groups == NO_STRATUM] = groups.max(initial=0) + 1  # features that never fire share a scale
-    changes = [_raw(one, top_tokens) for one in own]
-    found = {name: _z(changes[0][name], np.stack([c[name] for c in changes[1:]]), groups) for name in BASES}
-    for name, enough in (_fires(own) if fires is None else fires).items():
+    found = {}
+    for name, own in changes[0].items():
+        # How far the mean difference points somewhere has nothing to do with how often a feature fires.
+        alike = np.zeros_like(groups) if name == "difference" else groups
+        found[name] = _z(own, np.stack([change[name] for change in changes[1:]]), alike)
+    for name, enough in fires.items():
         found[name] = np.where(enough, found[name], np.nan)
-    return found | {"combined": np.nansum([found[name] for name in BASES], axis=0) / math.sqrt(len(BASES))}
-
-
-def among_nulls(traces: Sequence[Trace], top_tokens: IntArray) -> list[dict[str, FloatArray]]:
-    """`standardised` of each trace, first the fine-tune's: it among the nulls, each null among the other nulls."""
-    fires = _fires(traces)
-    others = [[null for j, null in enumerate(traces) if j not in (0, i)] for i in range(len(traces))]
-    return [standardised(trace, rest, top_tokens, fires) for trace, rest in zip(traces, others, strict=True)]
+    return found | {"combined": np.nansum(list(found.values()), axis=0) / math.sqrt(len(found))}
 
 
 def _z(own: FloatArray, nulls: FloatArray, groups: IntArray) -> FloatArray:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from saeffect.checksums import read_tensors, save_tensors
+from saeffect.diffing.coactivity import FiringLog
 from saeffect.errors import BadFile, ConfigError
 from saeffect.io import fingerprint
 from saeffect.lm.activations import NormLimit, TokenRows, kept_positions
@@ -185,6 +186,23 @@ class Tracer:
             **sums.result(),
         )
 
+    @torch.inference_mode()
+    def firing(self) -> FiringLog:
+        """What the base model's features do on the text, token by token: free after a trace. Empty without an SAE."""
+        if self.sae is not None and not self._firing.n_tokens:
+            for start in range(0, len(self.rows), _BATCH):
+                ids = torch.from_numpy(self.rows.ids[start : start + _BATCH].astype(np.int64))
+                with fused(self.base):
+                    x = capture(self.base, self.hook, ids).float().cpu()
+                self._firing.update(
+                    self.sae.encode(x)[kept_positions(x, self.limit, self.rows.counts_of(start, len(ids)))]
+                )
+        return self._firing
+
+    @cached_property
+    def _firing(self) -> FiringLog:
+        return FiringLog(0 if self.sae is None else self.sae.cfg.d_sae)
+
     @cached_property
     def _kept(self) -> dict[int, _Pass]:
         return {}
@@ -256,7 +274,7 @@ class _Sums:
     """Running sums over batches of text."""
 
     def __init__(self, tracer: Tracer) -> None:
-        self._tracer = tracer
+        self._tracer, self._logs = tracer, not tracer._firing.n_tokens
         sae, rows = tracer.sae, tracer.rows
         d_sae, d_in = (sae.cfg.d_sae, sae.cfg.d_in) if sae else (0, hook_width(tracer.base, tracer.hook))
         self._features = torch.zeros(4, d_sae, dtype=torch.float64)
@@ -275,7 +293,10 @@ class _Sums:
         mask = kept_positions(base.x, tracer.limit, counts) & kept_positions(tuned.x, tracer.limit)
         self._norm += float(base.x[mask].norm(dim=1).double().sum())
         if tracer.sae is not None:
-            acts = [tracer.sae.encode(run.x)[mask].clamp(min=0) for run in (base, tuned)]
+            every = [tracer.sae.encode(run.x).clamp(min=0) for run in (base, tuned)]
+            if self._logs:
+                tracer._firing.update(every[0][kept_positions(base.x, tracer.limit, counts)])
+            acts = [one[mask] for one in every]
             self._features += torch.stack([a.sum(dim=0) for a in acts] + [(a > 0).sum(dim=0) for a in acts]).double()
         difference = (tuned.x - base.x) * mask[..., None]
         for half in (0, 1):

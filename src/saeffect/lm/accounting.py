@@ -153,7 +153,7 @@ def loading_errors(config: ModelConfig, at: str | None, base: Path | str) -> Ite
         elif isinstance(error, OSError) or name in {"RepositoryNotFoundError", "HFValidationError"}:
             ours, message = NotFound, f"cannot load {config.path!r}: {text}"
             fix = "check the name and your connection, or give a local folder with safetensors weights."
-        elif "ignore_mismatched_sizes" in text:
+        elif "ignore_mismatched_sizes" in text or "size mismatch" in str(error):  # newer and older transformers
             message = f"the tensors of {config.path!r} have other shapes than its config.json asks for."
             fix = "restore the config.json that was saved with these weights."
         else:

@@ -215,7 +215,7 @@ class LanguageModel:
         if self.shared is not None:
             known &= self.shared
         plain = torch.zeros(self.d_vocab, dtype=torch.bool)
-        plain[[i for i in known if i < self.d_vocab]] = True
+        plain[[i for i in known if i < len(plain)]] = True
         return plain
 
 

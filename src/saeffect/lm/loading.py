@@ -37,6 +37,7 @@ __all__ = [
     "model_identity",
     "model_shape",
     "resolve_device",
+    "usable_device",
     "resolve_dtype",
 ]
 
@@ -49,9 +50,26 @@ _COUNTED = {".safetensors", ".json", ".gguf", ".txt", ".model", ".py", ".jinja"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device to run on; `auto` is the first GPU if there is one."""
-    return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+def resolve_device(name: str, *, at: str | None = None) -> torch.device:
+    """The device to run on; `auto` is the first GPU if there is one. ConfigError for a name that is none."""
+    try:
+        return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    except RuntimeError as error:
+        raise ConfigError(f"there is no device {name!r}.", at=at, fix="write auto, cpu, cuda, cuda:1, ...") from error
+
+
+def usable_device(config: ModelConfig, *, at: str | None = None) -> torch.device:
+    """The device of a model; ConfigError if this machine does not have it."""
+    device = resolve_device(config.device, at=at)
+    n = torch.cuda.device_count() if device.type == "cuda" else 1 + (device.index or 0)
+    if (device.index or 0) < n:
+        return device
+    built = "" if torch.backends.cuda.is_built() else ", and this torch is built without CUDA"
+    raise ConfigError(
+        f"there is no device {config.device} here: torch finds {n or 'no'} GPU{'' if n == 1 else 's'}{built}.",
+        at=at,
+        fix="leave device out: a GPU is taken where there is one.",
+    )
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -158,7 +176,7 @@ def load_language_model(config: ModelConfig | str, *, at: str | None = None, log
     place = locate_adapter(config, at=at)
     adapter_at = f"{at}.adapter" if at else str(place)
     adapter = None if place is None else read_adapter(place, adapter_at)
-    device = resolve_device(config.device)
+    device = usable_device(config, at=at)
     dtype = resolve_dtype(config.dtype, device)
     merged = None
     with _ONE_AT_A_TIME, quiet_transformers(), loading_errors(config, at, base):

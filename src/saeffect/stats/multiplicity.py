@@ -8,7 +8,7 @@ import numpy.typing as npt
 from saeffect.errors import Undefined
 from saeffect.stats.arguments import FloatArray, sample
 
-__all__ = ["benjamini_hochberg", "holm"]
+__all__ = ["benjamini_hochberg", "holm", "simes"]
 
 
 def benjamini_hochberg(p: npt.ArrayLike) -> FloatArray:
@@ -44,6 +44,24 @@ def holm(p: npt.ArrayLike) -> FloatArray:
     # statsmodels would also collect garbage, which takes most of a second each time.
     adjusted[order] = np.minimum(1.0, np.maximum.accumulate(data[order] * np.arange(len(order), 0, -1)))
     return adjusted
+
+
+def simes(p: npt.ArrayLike) -> float:
+    """One p for a hypothesis that was tested several times, p [n]: the smallest of n p₍₁₎, n p₍₂₎ / 2, ..., p₍ₙ₎.
+
+    NaN is no test; NaN if there is none. Tests that agree lose nothing, and one that finds nothing costs no more than
+    Bonferroni's correction. At most alpha of true hypotheses have p ≤ alpha if the tests are independent or positively
+    dependent; however they depend, at most alpha (1 + 1/2 + ... + 1/n). Sources: Simes (1986), An improved Bonferroni
+    procedure; Sarkar (1998), for positive dependence; Hommel (1983), for any.
+
+    Example:
+        >>> simes([0.01, 0.9]), simes([0.03, 0.02, float("nan")])
+        (0.02, 0.03)
+    """
+    data, tested = _tested(p)
+    ordered = np.sort(data[tested])
+    n = len(ordered)
+    return float(np.min(n * ordered / np.arange(1, n + 1))) if n else float("nan")
 
 
 def _tested(p: npt.ArrayLike) -> tuple[FloatArray, npt.NDArray[np.bool_]]:

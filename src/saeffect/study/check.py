@@ -28,18 +28,21 @@ from saeffect.lm.loading import (
     locate_adapter,
     locate_model,
     model_shape,
+    resolve_device,
+    usable_device,
 )
 from saeffect.lm.tokens import known_tokens, separator_id, token_texts
 from saeffect.progress import SILENT, Log
 from saeffect.sae.formats import load_sae
 from saeffect.steering.operators import steered_tokens
 from saeffect.study.check_text import chat_lines, check_text, duplicates_in_training, first_rows, template_words
+from saeffect.study.finished import html_of
 from saeffect.study.nulls import check_nulls
 from saeffect.study.review import store_digest
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.compare import arm_facts
 from saeffect.study.stages.dose_search import outcome_vectors
-from saeffect.study.stages.match import open_seeds
+from saeffect.study.stages.seeds import open_seeds
 from saeffect.study.stages.select import study_verdicts
 from saeffect.study.study import Study, require_width
 from saeffect.study.texts import beginning, study_rows
@@ -57,6 +60,9 @@ class CheckResult:
     lines: tuple[str, ...]
     design: pd.DataFrame
     text: tuple[str, ...] = ()
+
+    def _repr_html_(self) -> str:
+        return html_of((*self.lines, *self.text), self.design)
 
 
 def check_study(study: Study, out: Path | str | None = None, log: Log = SILENT) -> CheckResult:
@@ -132,7 +138,18 @@ def _check_arm(study: Study, name: str, log: Log) -> list[str]:
         require_width(sae.cfg, shape.d_model, hook, arm.model.path, at=f"{at}.sae")
     basis = "no SAE" if sae is None else f"{sae.cfg.architecture} SAE, {sae.cfg.d_in} × {sae.cfg.d_sae:,}"
     first = f"arm {name} ({arm.role}): {basis}, at {hook}"
-    return [first, *(f"warning: arm {name}: {line}" for line in (adapter, _same_files(study, name, model)) if line)]
+    doubts = (adapter, _same_files(study, name, model), _no_device(arm.model, f"{at}.model"))
+    return [first, *(f"warning: arm {name}: {line}" for line in doubts if line)]
+
+
+def _no_device(config: ModelConfig, at: str) -> str | None:
+    """A line if this machine lacks the model's device; no error, since the study may run on another one."""
+    resolve_device(config.device, at=at)
+    try:
+        usable_device(config)
+    except ConfigError as error:
+        return error.message.rstrip(".")
+    return None
 
 
 def _check_adapter(config: ModelConfig, model: Path | str, at: str) -> str | None:

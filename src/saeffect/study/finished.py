@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
@@ -21,7 +21,7 @@ from saeffect.study.study import Study
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["FinishedRun", "Picture", "open_run"]
+__all__ = ["FinishedRun", "Picture", "html_of", "open_run"]
 
 _TABLE_FOLDERS = ("comparison", "steering")
 
@@ -167,6 +167,12 @@ class _Lazy(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         return f"{self._kind}s: {', '.join(self._paths)}"
+
+
+def html_of(lines: Iterable[str], *tables: pd.DataFrame) -> str:
+    """What a notebook shows of a result: lines of text, then tables."""
+    said = (f"<p>{_text(line)}</p>" for line in lines)
+    return "\n".join((*said, *(table.to_html(float_format="{:.4g}".format, border=0) for table in tables)))
 
 
 def _text(text: str) -> str:

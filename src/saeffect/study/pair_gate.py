@@ -27,6 +27,7 @@ from saeffect.sae.formats import load_sae
 from saeffect.sae.metrics import spliced_losses
 from saeffect.sae.mismatch import Change, Mismatch, Reading, find_mismatch, scan_hooks
 from saeffect.study.diff import DiffRequest, diff_study
+from saeffect.study.finished import html_of
 from saeffect.study.stages.gate import complaint_about_model, model_on_text, text_losses
 from saeffect.study.study import Study, require_width
 from saeffect.study.texts import study_rows
@@ -111,6 +112,12 @@ class PairGate:
         """Numbers by name (rows) and model (columns: base, tuned, trained); NaN where there is none."""
         columns = {name: fit.values() for name, fit in self.fits.items()}
         return pd.DataFrame({**columns, "trained": pd.Series(self.trained, dtype=float)}, index=[*columns["base"]])
+
+    def _repr_html_(self) -> str:
+        said = [f"{change.found}: {change.fix}" for change in self.changes]
+        if not said:
+            said = ["The SAE fits." if self.ok else "The SAE does not fit, and no change that was tried mends it."]
+        return html_of(said, self.table().dropna(axis=1, how="all"), self.by_position())
 
     def by_position(self) -> pd.DataFrame:
         """`PositionSums.table` of each model, with the column model in front."""

@@ -8,6 +8,7 @@ seconds that were measured on the bundled study.
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 from saeffect.config import ModelConfig
 from saeffect.config_steering import SteeringConfig
@@ -27,22 +29,23 @@ from saeffect.lm.loading import bundled_path, locate_model, model_shape
 from saeffect.progress import SILENT, Log
 from saeffect.sae.base import SaeConfig
 from saeffect.steering.sampling import Sampling
+from saeffect.study.finished import html_of
 from saeffect.study.nulls import nulls_folder
-from saeffect.study.rates import DiskRates, ModelRates, encode_seconds, product_rate, table_speed
+from saeffect.study.rates import PROMPT, DiskRates, ModelRates, StageCost, encode_seconds, product_rate, table_speed
 from saeffect.study.study import SHARE_OF_A_MODEL, Study
-from saeffect.study.texts import machine_memory
+from saeffect.study.texts import Residuals, machine_memory
 from saeffect.study.training import arm_folder, arm_recipe
 
 __all__ = ["Plan", "plan_study"]
 
 # Seconds of work on tables, of 4,608 features and 49,152 tokens where these are named (`rates.table_speed`).
-_START, _FEATURES, _EXAMPLES, _SMALL, _MATCH = 18.0, 1.0, 2.0, 0.3, 1.5
+_START, _FEATURES, _EXAMPLES, _SMALL, _SELECT, _MATCH = 18.0, 2.0, 2.0, 0.3, 0.5, 1.5
+_VOCABULARY = 2.5  # of 49,152 tokens, decoded once for each model
 _NAMING, _A_NULL, _PUT_BACK, _SCORES, _COMPARE, _REPORT = 8.0, 0.8, 6.0, 1.0, 6.0, 18.0
 _FEATURES_THERE, _TOKENS_THERE = 4_608, 49_152
 _DOMAIN = 0.06  # share of features that are of the domain, as in the bundled study
 _GROUPS = 6  # named groups that are put back
 _STREAM = 1.5  # the trace keeps every block's output, and probabilities of both models
-_PROMPT = 10  # tokens of a prompt
 _CROSSED_TOKENS = 32_768
 _SAVED, _AN_ARM, _A_FEATURE = 20_000_000, 1_000_000, 1_500  # bytes of a run: its page and figures, an arm, a feature
 _PASSES = 3  # a training step costs as much as so many encodings and decodings
@@ -68,6 +71,9 @@ class Plan:
         """Sums over the stages; of memory the largest."""
         return self.table.drop(columns="stage").sum().mask(lambda x: x.index == "memory", self.table["memory"].max())
 
+    def _repr_html_(self) -> str:
+        return html_of(self.lines, self.table.set_index("stage"))
+
 
 def plan_study(study: Study, *, gpus: int = 1, out: Path | None = None, log: Log = SILENT) -> Plan:
     """Predict what `run_study` takes, and before it `train_sae` for SAEs that are not there yet.
@@ -90,39 +96,6 @@ def plan_study(study: Study, *, gpus: int = 1, out: Path | None = None, log: Log
     return Plan(pd.DataFrame(rows), tuple(planner.lines()), gpus)
 
 
-@dataclass
-class _Stage:
-    name: str
-    tokens: float = 0.0
-    flop: float = 0.0
-    memory: float = 0.0
-    disk: float = 0.0
-    seconds: float = 0.0
-
-    def row(self) -> dict[str, str | float]:
-        return {"stage": self.name, **{k: float(v) for k, v in vars(self).items() if k != "name"}}
-
-    def read(self, m: ModelRates, tokens: float, layers: int, *, logits: float = 0.0) -> None:
-        """Tokens through so many blocks; with `logits` through the unembedding and so many times a softmax."""
-        self.tokens += tokens
-        self.flop += 2 * tokens * (layers * m.block + (m.head if logits else 0))
-        self.seconds += tokens * (layers * m.layer + (m.logits + logits * m.softmax if logits else 0))
-        self.memory = max(self.memory, m.n_bytes + (8 * 64 * m.d_vocab * 12 if logits else 0))
-
-    def write(self, m: ModelRates, rows: int, tokens: int, sampling: Sampling) -> None:
-        """Texts of so many tokens, `rows` at once."""
-        self.read(m, rows * _PROMPT, m.n_layers)
-        self.tokens += rows * tokens
-        self.flop += 2 * rows * tokens * (m.n_layers * m.block + m.head)
-        self.seconds += tokens * m.step(rows, sampling)
-        self.memory = max(self.memory, m.n_bytes + rows * m.d_vocab * 16)
-
-    def encode(self, tokens: float, sae: SaeConfig, seconds: float, times: float = 1.0) -> None:
-        """Features of activations; a decoding counts as one more time."""
-        self.flop += 2 * tokens * times * sae.d_in * sae.d_sae
-        self.seconds += tokens * times * seconds
-
-
 class _Planner:
     def __init__(self, study: Study, gpus: int, out: Path, log: Log) -> None:
         self._study, self._config, self._gpus = study, study.config, gpus
@@ -130,6 +103,7 @@ class _Planner:
         self._log = log
         there = next(place for place in (out.absolute(), *out.absolute().parents) if place.is_dir())
         self._free = shutil.disk_usage(there).free
+        self._load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
         log("measuring this machine")
         self._disk, self._speed = DiskRates(there), table_speed()
         self._arms = study.ordered_arms()
@@ -137,7 +111,8 @@ class _Planner:
         self._models = {name: self._rates(name) for name in self._arms}
         self._saes = {name: self._sae(name) for name in self._arms} if study.has_saes else {}
         self._held: list[tuple[ModelConfig, int]] = []
-        self._known: set[tuple[object, str]] = set()  # whose activations were read
+        self._most_bytes = Residuals().most_bytes
+        self._known: dict[tuple[object, str], int] = {}  # whose activations are kept, the oldest first; bytes
 
     def _rates(self, arm: str) -> ModelRates:
         config, at = self._config.arms[arm].model, self._study.at("arms", arm, "model")
@@ -166,9 +141,12 @@ class _Planner:
 
     @cached_property
     def _encode(self) -> float:
-        """Seconds a token of the largest SAE."""
+        """Seconds a token of the largest SAE, on the CPU."""
+        return self._encode_on("cpu")
+
+    def _encode_on(self, device: torch.device | str) -> float:
         largest = max(self._saes.values(), key=lambda sae: sae.d_sae)
-        return encode_seconds(largest.d_in, largest.d_sae, largest.k or 1)
+        return encode_seconds(largest.d_in, largest.d_sae, largest.k or 1, device)
 
     @cached_property
     def _product(self) -> float:
@@ -191,11 +169,13 @@ class _Planner:
             )
         if self._gpus > 1 and any(m.device.type == "cpu" for m in self._shapes.values()):
             yield "measured on the CPU, and shared by as many machines like this one; on one with GPUs, measure there"
+        if self._load > (os.cpu_count() or 1) / 2:
+            yield f"other programs keep this machine busy (load {self._load:.1f}): times are too long"
         yield f"disk: {self._disk.write / 1e6:,.0f} MB/s written, {self._free / 1e9:,.0f} GB free"
         if self._config.steering is not None and self._config.steering.max_features is None:
             yield f"taken for granted: {_DOMAIN:.0%} of the features are of the domain, and all of them are steered"
 
-    def stages(self) -> Iterator[_Stage]:
+    def stages(self) -> Iterator[StageCost]:
         """In the order of `run_study`."""
         for arm in self._arms if self._saes else ():
             if self._trained_first(arm):
@@ -208,7 +188,7 @@ class _Planner:
             yield from (self._gate(arm), self._features(arm))
         for arm in self._config.arms:
             yield self._fixed(f"coherence {arm}", _SMALL)
-        yield self._fixed("select", _SMALL * len(self._arms))
+        yield self._fixed("select", _SELECT * len(self._arms))
         for arm in self._arms:
             if self._config.arms[arm].more_saes:
                 yield self._features(arm, more=len(self._config.arms[arm].more_saes))
@@ -226,10 +206,10 @@ class _Planner:
         yield self._fixed("compare", _COMPARE * self._config.comparison.n_boot / 2_000)
         yield self._fixed("report", _REPORT, disk=_SAVED)
 
-    def _fixed(self, name: str, seconds: float, disk: float = 0.0) -> _Stage:
-        return _Stage(name, seconds=self._table(seconds), disk=disk)
+    def _fixed(self, name: str, seconds: float, disk: float = 0.0) -> StageCost:
+        return StageCost(name, seconds=self._table(seconds), disk=disk)
 
-    def _open(self, stage: _Stage, *arms: str) -> None:
+    def _open(self, stage: StageCost, *arms: str) -> None:
         """Load models that are not in memory, as `Study.open_model` keeps them."""
         for arm in arms:
             config, size = self._config.arms[arm].model, self._models[arm].n_bytes
@@ -242,9 +222,9 @@ class _Planner:
         saes = sum(8 * sae.d_in * sae.d_sae for name, sae in self._saes.items() if name in arms)
         stage.memory = max(stage.memory, saes + sum(n for _, n in self._held))
 
-    def _train(self, arm: str) -> _Stage:
+    def _train(self, arm: str) -> StageCost:
         recipe, m, sae = arm_recipe(self._study, arm), self._models[arm], self._saes[arm]
-        stage, config = _Stage(f"train-sae {arm}"), recipe.sae
+        stage, config = StageCost(f"train-sae {arm}"), recipe.sae
         self._open(stage, arm)
         tokens = recipe.tokens_a_pass or (config.steps or 0) * config.batch_size
         steps = config.steps or tokens * config.epochs // config.batch_size
@@ -252,30 +232,37 @@ class _Planner:
         if recipe.activations == "shards":
             stage.disk = (tokens + recipe.held_out_tokens) * sae.d_in * m.dtype.itemsize
             stage.seconds += stage.disk / self._disk.write
-        stage.encode(steps * config.batch_size, sae, self._encode, _PASSES * 2)
+        encode = self._encode if m.device.type == "cpu" else self._encode_on(m.device)
+        stage.encode(steps * config.batch_size, sae, encode, _PASSES * 2)
         stage.seconds /= self._gpus
         stage.memory += 4 * 8 * sae.d_in * sae.d_sae  # weights, gradients and both moments
-        stage.disk += 2 * 2 * sae.d_in * sae.d_sae
+        # The SAE, and the checkpoints: weights and both moments in float32, one more while the newest is written.
+        kept = getattr(torch, recipe.dtype).itemsize + 3 * 4 * (config.keep_checkpoints + 1)
+        stage.disk += kept * 2 * sae.d_in * sae.d_sae
         return stage
 
-    def _start(self) -> _Stage:
+    def _start(self) -> StageCost:
         stage = self._fixed("start", _START)
         self._open(stage, *reversed(self._arms) if self._saes else [self._control])
         return stage
 
-    def _read_text(self, stage: _Stage, arm: str) -> None:
+    def _read_text(self, stage: StageCost, arm: str) -> None:
         """The study's text up to an arm's hook, unless it was read."""
         hook, before = self._hook(arm)
-        key = (self._config.arms[arm].model, hook)
+        key, m = (self._config.arms[arm].model, hook), self._models[arm]
+        size = self._config.text.tokens * m.d_model * m.dtype.itemsize
         if key not in self._known:
             self._open(stage, arm)
-            stage.read(self._models[arm], self._config.text.tokens, before)
-        self._known.add(key)
-        kept = self._config.text.tokens * self._models[arm].d_model * self._models[arm].dtype.itemsize
-        stage.memory = max(stage.memory, 8 * self._saes[arm].d_in * self._saes[arm].d_sae) + kept
+            stage.read(m, self._config.text.tokens, before)
+            stage.seconds += self._table(_VOCABULARY * m.d_vocab / _TOKENS_THERE)
+            if size <= self._most_bytes:  # see `Residuals`
+                while sum(self._known.values()) + size > self._most_bytes:
+                    del self._known[next(iter(self._known))]
+                self._known[key] = size
+        stage.memory = max(stage.memory, 8 * self._saes[arm].d_in * self._saes[arm].d_sae) + sum(self._known.values())
 
-    def _gate(self, arm: str) -> _Stage:
-        stage, m, sae = _Stage(f"gate {arm}"), self._models[arm], self._saes[arm]
+    def _gate(self, arm: str) -> StageCost:
+        stage, m, sae = StageCost(f"gate {arm}"), self._models[arm], self._saes[arm]
         self._open(stage, arm)
         tokens, after = min(self._config.gate.tokens, self._config.text.tokens), m.n_layers - self._hook(arm)[1]
         stage.read(m, tokens * 1.5, m.n_layers, logits=1)  # as it is, and parts with another beginning
@@ -283,9 +270,9 @@ class _Planner:
         stage.encode(tokens, sae, self._encode, 5)
         return stage
 
-    def _features(self, arm: str, more: int = 0) -> _Stage:
+    def _features(self, arm: str, more: int = 0) -> StageCost:
         """An arm's features, or those of so many further SAEs."""
-        stage, m, sae = _Stage(f"{'seeds' if more else 'features'} {arm}"), self._models[arm], self._saes[arm]
+        stage, m, sae = StageCost(f"{'seeds' if more else 'features'} {arm}"), self._models[arm], self._saes[arm]
         self._read_text(stage, arm)
         n = more or 1
         products = 2 * m.d_model * m.d_vocab * sae.d_sae * n
@@ -296,8 +283,8 @@ class _Planner:
         stage.disk = n * (_A_FEATURE * sae.d_sae + _AN_ARM)
         return stage
 
-    def _match(self) -> _Stage:
-        stage, tokens = _Stage("match"), self._config.text.tokens
+    def _match(self) -> StageCost:
+        stage, tokens = StageCost("match"), self._config.text.tokens
         pairs = len(self._arms) - 1 + sum(len(arm.more_saes) for arm in self._config.arms.values())
         for arm in self._arms:
             self._read_text(stage, arm)
@@ -309,8 +296,8 @@ class _Planner:
         stage.seconds += products / self._product + self._wide(_MATCH * pairs, self._control)
         return stage
 
-    def _changes(self) -> _Stage:
-        stage, config, m = _Stage("changes"), self._config.changes, self._models[self._control]
+    def _changes(self) -> StageCost:
+        stage, config, m = StageCost("changes"), self._config.changes, self._models[self._control]
         text = self._config.text
         self._open(stage, self._control, self._treatment)
         tokens = min(config.rows, text.tokens // text.context_size) * min(config.tokens_per_row, text.context_size)
@@ -329,10 +316,10 @@ class _Planner:
         stage.disk = 4 * (8 * (self._saes[self._control].d_sae if self._saes else 0) + 2 * m.d_vocab) + 2 * _AN_ARM
         return stage
 
-    def _put_back(self) -> _Stage:
+    def _put_back(self) -> StageCost:
         config, m, text = self._config.put_back, self._models[self._control], self._config.text
         assert config is not None
-        stage, before = _Stage("put back"), self._hook(self._control)[1]
+        stage, before = StageCost("put back"), self._hook(self._control)[1]
         self._open(stage, self._control, self._treatment)
         bundled = text.bundled and read_json(bundled_path("texts", text.bundled) / "sources.json")["names"]
         tokens = config.rows * len(bundled or text.sources) * min(config.tokens_per_row, text.context_size)
@@ -343,7 +330,9 @@ class _Planner:
         stage.seconds += self._wide(_PUT_BACK, self._control)
         return stage
 
-    def _trials(self, stage: _Stage, m: ModelRates, config: SteeringConfig, features: int, *, search: bool) -> None:
+    def _trials(
+        self, stage: StageCost, arm: str, m: ModelRates, config: SteeringConfig, features: int, *, search: bool = False
+    ) -> None:
         """Texts of steered features, what is measured of them, and direct effects."""
         prompts = len(config.search_prompts if search else config.prompts)
         samples, doses = (1, len(config.doses)) if search else (config.samples, 1)
@@ -355,37 +344,38 @@ class _Planner:
         for left in range(min(features, most), 0, -at_once):
             rows = samples + min(left, at_once) * each
             for _ in range(prompts):
-                stage.write(m, rows, config.max_new_tokens, sampling)
-            stage.read(m, prompts * rows * (_PROMPT + config.max_new_tokens), m.n_layers, logits=1)
+                stage.write(m, rows, config.max_new_tokens, sampling, alike=self._hook(arm)[1])
+            stage.read(m, prompts * rows * (PROMPT + config.max_new_tokens), m.n_layers, logits=1)
         effects = prompts * features * conditions * doses
-        stage.read(m, effects * _PROMPT, m.n_layers)
+        stage.read(m, effects * PROMPT, m.n_layers)
         stage.seconds += effects * (m.logits + 2 * m.softmax) + self._table(_SCORES)
 
     def _n_tested(self, arm: str, most: int | None) -> int:
         found = max(1, round(_DOMAIN * self._saes[arm].d_sae))
         return found if most is None else min(most, found)
 
-    def _dose_search(self, config: SteeringConfig) -> _Stage:
-        stage = _Stage("dose search")
+    def _dose_search(self, config: SteeringConfig) -> StageCost:
+        stage = StageCost("dose search")
         for arm in self._arms if len(config.doses) > 1 else ():
             self._open(stage, arm)
-            self._trials(stage, self._models[arm], config, self._n_tested(arm, config.search_features), search=True)
+            features = self._n_tested(arm, config.search_features)
+            self._trials(stage, arm, self._models[arm], config, features, search=True)
         return stage
 
-    def _steer(self, name: str, arm: str, config: SteeringConfig, model: str | None = None) -> _Stage:
-        stage, m = _Stage(name), self._models[model or arm]
+    def _steer(self, name: str, arm: str, config: SteeringConfig, model: str | None = None) -> StageCost:
+        stage, m = StageCost(name), self._models[model or arm]
         self._open(stage, model or arm)
         n = self._n_tested(arm, config.max_features)
-        self._trials(stage, m, config, n, search=False)
+        self._trials(stage, arm, m, config, n)
         if model is None and config.baselines:
             texts = min(n, config.baseline_features) * len(config.prompts) * config.samples * len(config.baselines)
             alone = config.model_copy(update={"placebos": (), "prompts": config.prompts[:1], "samples": 1})
-            self._trials(stage, m, alone, texts, search=False)
+            self._trials(stage, arm, m, alone, texts)
         stage.disk = _AN_ARM / 5 + 300 * n * len(config.prompts) * config.samples * (2 + len(config.placebos))
         return stage
 
-    def _cross(self) -> _Stage:
-        stage, asked = _Stage("cross"), set(self._config.comparison.crossed)
+    def _cross(self) -> StageCost:
+        stage, asked = StageCost("cross"), set(self._config.comparison.crossed)
         pair = (self._control, self._treatment)
         for sae, model in (pair, pair[::-1]):
             self._open(stage, model)

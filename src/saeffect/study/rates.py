@@ -1,7 +1,7 @@
 """How fast this machine is at what a study does, by measurements of seconds on the spot.
 
-A model is measured without its weights: a few blocks of its configuration, filled with constants, take as long as those
-of the real one.
+A model is measured without its weights: blocks of its configuration, filled with constants, take as long as those of
+the real one. It is measured with one block and with three, since each pass has costs of its own besides its blocks'.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,20 @@ from saeffect.io import writing
 from saeffect.lm.accounting import loading_errors, quiet_transformers
 from saeffect.lm.hooks import capture
 from saeffect.lm.language_model import LanguageModel, fused
-from saeffect.lm.loading import load_config, locate_model, resolve_device, resolve_dtype
-from saeffect.steering.generate import last_logits
+from saeffect.lm.loading import load_config, locate_model, resolve_dtype, usable_device
+from saeffect.sae.base import SaeConfig
+from saeffect.steering.generate import last_logits, read_prompt
 from saeffect.steering.sampling import NoiseCell, Sampling, next_tokens
 
-__all__ = ["DiskRates", "ModelRates", "encode_seconds", "product_rate", "table_speed"]
+__all__ = ["PROMPT", "DiskRates", "ModelRates", "StageCost", "encode_seconds", "product_rate", "table_speed"]
 
-_BLOCKS = 2
+_BLOCKS = 3
 _BATCH = 8  # rows of text at once, as where the stages read
 _MOST_TOKENS = 1_024
-_LEAST, _REPEATS = 0.3, 3  # seconds and repetitions of a measurement
+_LEAST, _REPEATS, _MOST_REPEATS = 0.3, 3, 60  # seconds and repetitions of a measurement
 _CONSTANT = 0.01  # of all weights
-_PROMPT = 8  # tokens before those that are written
+PROMPT = 10
+"""Tokens of a prompt."""
 _FILE = 64 << 20  # bytes
 _WIDEST = 16_384  # features
 _TABLE = 0.063  # seconds that `table_speed` takes where the study's constants were measured
@@ -51,6 +54,7 @@ class ModelRates:
         n_layers: Number of blocks; `block` and `head` are the parameters of one, and of the unembedding.
         n_bytes: Of all weights.
         layer: Seconds that one block takes to read a token.
+        start: Seconds a token of a pass before its blocks: the embedding, masks.
         logits: Seconds a token that the unembedding takes.
         softmax: Seconds a token for probabilities of all tokens, and a sum over them, in float32.
 
@@ -59,52 +63,103 @@ class ModelRates:
     """
 
     def __init__(self, config: ModelConfig, context_size: int, *, at: str | None = None) -> None:
-        self.device = resolve_device(config.device)
+        self.device = usable_device(config, at=at)
         self.dtype = resolve_dtype(config.dtype, self.device)
         place = locate_model(config, at=at)
         with quiet_transformers(), loading_errors(config, at, place):
             saved = load_config(place, config, at)
             self.n_layers = int(saved.get_text_config().num_hidden_layers)
-            n = min(_BLOCKS, self.n_layers)
-            short = _without_weights(_shortened(saved, n), config, self.dtype)
-            few, total = (_size(one) for one in (short, _without_weights(saved, config, self.dtype)))
-            self._lm = LanguageModel(_filled(short, self.device), None, config.path)
-        self.block = (total - few) // (self.n_layers - n) if self.n_layers > n else few // n
-        self.d_model, self.d_vocab = self._lm.d_model, self._lm.d_vocab
+            total = _size(_without_weights(saved, config, self.dtype))
+            short = [
+                _without_weights(_shortened(saved, n), config, self.dtype)
+                for n in sorted({1, min(_BLOCKS, self.n_layers)})
+            ]
+            self.block = (total - _size(short[0])) // (self.n_layers - 1) if self.n_layers > 1 else total
+            self._lms = [LanguageModel(_filled(one, self.device), None, config.path) for one in short]
+        self.d_model, self.d_vocab = self._lms[0].d_model, self._lms[0].d_vocab
         self.head = self.d_model * self.d_vocab
         each = _QUANTISED[config.quantize] or self.dtype.itemsize
         self.n_bytes = round(total * each)
-        with torch.inference_mode(), fused(self._lm):
-            self._read(context_size)
+        self._read(context_size)
 
+    @torch.inference_mode()
     def _read(self, context_size: int) -> None:
         width = min(context_size, _MOST_TOKENS)
         ids = torch.zeros(max(1, min(_BATCH, _MOST_TOKENS // width)), width, dtype=torch.int64)
-        lm, n = self._lm, self._lm.n_layers
-        body = self._seconds(lambda: capture(lm, f"blocks.{n - 1}.hook_resid_post", ids))
-        x = torch.full((ids.numel(), self.d_model), _CONSTANT, dtype=lm.dtype, device=self.device)
-        self.layer = body / n / ids.numel()
-        self.logits = self._seconds(lambda: lm.model.get_output_embeddings()(x)) / len(x)
+
+        def read(lm: LanguageModel) -> Callable[[], Any]:
+            return lambda: capture(lm, f"blocks.{lm.n_layers - 1}.hook_resid_post", ids)
+
+        start, layer = self._by_blocks(read)
+        self.start, self.layer = start / ids.numel(), layer / ids.numel()
+        x = torch.full((ids.numel(), self.d_model), _CONSTANT, dtype=self.dtype, device=self.device)
+        self.logits = self._seconds(lambda: self._lms[0].model.get_output_embeddings()(x)) / len(x)
         scores = torch.zeros(64, self.d_vocab, device=self.device)
         self.softmax = self._seconds(lambda: _probabilities(scores)) / len(scores)
 
     @functools.cache  # noqa: B019 - a few of them, and as long-lived as the rates
+    @torch.inference_mode()
     def step(self, n_rows: int, sampling: Sampling) -> float:
         """Seconds to write one more token in each of so many rows: all blocks, the unembedding, and the draw."""
-        with torch.inference_mode(), fused(self._lm):
-            ids = torch.zeros(n_rows, _PROMPT, dtype=torch.int64, device=self.device)
-            _, cache = last_logits(self._lm, ids)
-            whole = self._seconds(lambda: last_logits(self._lm, ids[:, :1], cache))
-            x = torch.full((n_rows, 1, self.d_model), _CONSTANT, dtype=self.dtype, device=self.device)
-            head = self._seconds(lambda: self._lm.model.get_output_embeddings()(x).float())
-            # Peaked as those of a real model: a few tokens hold most of the probability.
-            scores = 5 * torch.randn(n_rows, self.d_vocab, device=self.device)
-            cells = [NoiseCell(0, str(row), 0) for row in range(n_rows)]
-            draw = self._seconds(lambda: next_tokens(scores.clone(), cells, 0, sampling))
-        return max(whole - head, 0.0) * self.n_layers / self._lm.n_layers + head + draw
+        ids = torch.zeros(n_rows, 1, dtype=torch.int64, device=self.device)
+
+        def write(lm: LanguageModel) -> Callable[[], Any]:
+            _, cache = read_prompt(lm, "", [0] * PROMPT, n_rows, None, room=_MOST_REPEATS)
+            return lambda: last_logits(lm, ids, cache)
+
+        start, layer = self._by_blocks(write)
+        # Peaked as those of a real model: a few tokens hold most of the probability.
+        scores = 5 * torch.randn(n_rows, self.d_vocab, device=self.device)
+        cells = [NoiseCell(0, str(row), 0) for row in range(n_rows)]
+        return start + self.n_layers * layer + self._seconds(lambda: next_tokens(scores.clone(), cells, 0, sampling))
+
+    def _by_blocks(self, work: Callable[[LanguageModel], Callable[[], Any]]) -> tuple[float, float]:
+        """Seconds of a pass besides its blocks, and of each block."""
+        times = []
+        for lm in self._lms:
+            with fused(lm):
+                times.append(self._seconds(work(lm)))
+        more = self._lms[-1].n_layers - 1
+        layer = max(times[-1] - times[0], 0.0) / more if more else times[0]
+        return max(times[0] - layer, 0.0), layer
 
     def _seconds(self, work: Callable[[], Any]) -> float:
-        return _seconds(work, torch.cuda.synchronize if self.device.type == "cuda" else None)
+        return _seconds(work, _finish(self.device))
+
+
+@dataclass
+class StageCost:
+    """What a stage takes so far; the columns of a plan's table."""
+
+    name: str
+    tokens: float = 0.0
+    flop: float = 0.0
+    memory: float = 0.0
+    disk: float = 0.0
+    seconds: float = 0.0
+
+    def row(self) -> dict[str, str | float]:
+        return {"stage": self.name, **{k: float(v) for k, v in vars(self).items() if k != "name"}}
+
+    def read(self, m: ModelRates, tokens: float, layers: int, *, logits: float = 0.0) -> None:
+        """Tokens through so many blocks; with `logits` through the unembedding and so many times a softmax."""
+        self.tokens += tokens
+        self.flop += 2 * tokens * (layers * m.block + (m.head if logits else 0))
+        self.seconds += tokens * (m.start + layers * m.layer + (m.logits + logits * m.softmax if logits else 0))
+        self.memory = max(self.memory, m.n_bytes + (8 * 64 * m.d_vocab * 12 if logits else 0))
+
+    def write(self, m: ModelRates, rows: int, tokens: int, sampling: Sampling, *, alike: int = 0) -> None:
+        """Texts of so many tokens, `rows` at once; one row of the prompt goes through the first `alike` blocks."""
+        self.read(m, rows * PROMPT, m.n_layers - alike)
+        self.tokens += rows * tokens
+        self.flop += 2 * rows * tokens * (m.n_layers * m.block + m.head)
+        self.seconds += tokens * m.step(rows, sampling)
+        self.memory = max(self.memory, m.n_bytes + rows * m.d_vocab * 16)
+
+    def encode(self, tokens: float, sae: SaeConfig, seconds: float, times: float = 1.0) -> None:
+        """Features of activations; a decoding counts as one more time."""
+        self.flop += 2 * tokens * times * sae.d_in * sae.d_sae
+        self.seconds += tokens * times * seconds
 
 
 def _shortened(saved: Any, n_layers: int) -> Any:
@@ -145,10 +200,14 @@ def _probabilities(scores: Tensor) -> Tensor:
     return logs.exp().mul_(logs).sum(dim=1)
 
 
+def _finish(device: torch.device) -> Callable[[], Any] | None:
+    return torch.cuda.synchronize if device.type == "cuda" else None
+
+
 def _seconds(work: Callable[[], Any], finish: Callable[[], Any] | None = None) -> float:
     """Shortest time of a piece of work, once it is warm: what else runs here only makes it longer."""
     found: list[float] = []
-    while len(found) < _REPEATS + 1 or (sum(found) < _LEAST and len(found) < 20 * _REPEATS):
+    while len(found) < _REPEATS + 1 or (sum(found) < _LEAST and len(found) < _MOST_REPEATS):
         start = time.perf_counter()
         work()
         if finish is not None:
@@ -159,11 +218,11 @@ def _seconds(work: Callable[[], Any], finish: Callable[[], Any] | None = None) -
     return min(found[1:])
 
 
-def encode_seconds(d_in: int, d_sae: int, k: int) -> float:
-    """Seconds a token in which an SAE of this size, in float32 on the CPU, finds the active features."""
+def encode_seconds(d_in: int, d_sae: int, k: int, device: torch.device | str = "cpu") -> float:
+    """Seconds a token in which an SAE of this size, in float32, finds the active features."""
     width = min(d_sae, _WIDEST)
-    x, W = torch.full((256, d_in), _CONSTANT), torch.full((d_in, width), _CONSTANT)
-    return _seconds(lambda: (x @ W).relu_().topk(min(k or 1, width))) / len(x) * d_sae / width
+    x, W = torch.full((256, d_in), _CONSTANT, device=device), torch.full((d_in, width), _CONSTANT, device=device)
+    return _seconds(lambda: (x @ W).relu_().topk(min(k or 1, width)), _finish(x.device)) / len(x) * d_sae / width
 
 
 def product_rate(d_in: int) -> float:

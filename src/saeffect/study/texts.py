@@ -147,7 +147,7 @@ class Residuals:
     """Captures activations batch by batch and keeps the latest, up to `most_bytes` (default: an eighth of memory)."""
 
     def __init__(self, most_bytes: int | None = None) -> None:
-        self._most_bytes = int(_SHARE * machine_memory()) if most_bytes is None else most_bytes
+        self.most_bytes = int(_SHARE * machine_memory()) if most_bytes is None else most_bytes
         self._kept: dict[tuple[str, ...], list[Tensor]] = {}  # the oldest first
 
     def batches(self, lm: LanguageModel, hook: str, rows: TokenRows) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -158,7 +158,7 @@ class Residuals:
         key = (lm.identity, str(lm.dtype), hook, rows.identity())
         known = self._kept.get(key)
         size = rows.ids.size * hook_width(lm, hook) * lm.dtype.itemsize
-        remember = known is None and bool(lm.identity) and size <= self._most_bytes
+        remember = known is None and bool(lm.identity) and size <= self.most_bytes
         captured: list[Tensor] = []
         for index, start in enumerate(range(0, len(rows), _BATCH)):
             ids = torch.from_numpy(rows.ids[start : start + _BATCH].astype("int64"))
@@ -176,6 +176,6 @@ class Residuals:
 
     def _make_room(self, size: int) -> None:
         while (
-            self._kept and sum(x.nbytes for captured in self._kept.values() for x in captured) + size > self._most_bytes
+            self._kept and sum(x.nbytes for captured in self._kept.values() for x in captured) + size > self.most_bytes
         ):
             del self._kept[next(iter(self._kept))]

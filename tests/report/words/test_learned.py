@@ -21,6 +21,9 @@ def test_the_domain_and_its_groups_are_named() -> None:
     assert "15.0" in parts["What changed"]  # per cent of the change: 10 and 5
     assert "+2.50 on average" in parts["How sure"]
     assert "nulls: −0.40 to +0.50" in parts["How sure"]
+    assert "Of 2 bases 1 shows this alone: text that both read; not text that they write." in parts["How sure"]
+    assert "in 1 of 1 further SAE of the base model; with it, p < 0.001." in parts["How sure"]
+    assert "no such SAE: treatment, trained with the fine-tuned model." in parts["How sure"]
     assert "less than 0.048" in parts["How sure"]  # 1 / 21
     assert "Perplexity general: 20.0 before, 19.8 after, within what nulls do." in parts["What did not change"]
     assert "Perplexity domain: 14.0 before, 7.4 after, beyond what nulls do." in parts["What changed"]
@@ -35,6 +38,12 @@ def test_without_a_claim_nothing_is_named() -> None:
         in dict(said.parts)["What changed"]
     )
     assert "would have been named had it changed" in dict(said.parts)["What did not change"]
+
+
+def test_the_domain_is_not_named_if_all_bases_together_do_not_show_it() -> None:
+    tables = synthetic_changes(hostile="signs")
+    tables["evidence"].loc[tables["evidence"]["basis"] == "all", "p"] = 0.06
+    assert learned(tables, "medical", alpha=0.05).headline.startswith("Fine-tuning changed features about")
 
 
 def test_groups_without_the_domain_are_named_alone() -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import pandas as pd
+
 from saeffect.comparison import Comparison
+from saeffect.diffing.standardised import BASES
 from saeffect.report.context import ReportContext
 from saeffect.report.tables.view import Cell, Column, Row, TableView
 from saeffect.report.texts import visible_text
@@ -36,18 +39,20 @@ def learned_table(comparison: Comparison, context: ReportContext) -> TableView |
             Column("Features"),
             Column("Score", reached),
             Column("p", "counts the search"),
+            Column("Bases", "that show it alone"),
             Column("Share", "of all change"),
         ),
-        rows=tuple(_row(row) for row in shown.to_dict("records")),
-        note="The score is the group's mean change in units of what null fine-tunes do to such a group. Groups were"
-        " fixed by the decoder before anything was measured; a group is claimed if one more null fine-tune would reach"
-        f" its score anywhere with a probability of at most {context.alpha:g}.",
-        source="comparison/change_groups.parquet, comparison/null_groups.parquet",
+        rows=tuple(_row(row, tables.get("evidence")) for row in shown.to_dict("records")),
+        note="The score is the group's mean change in units of what null fine-tunes do to such a group, over four bases"
+        " together: the same text read, texts written, words expected, mean activation difference. The decoder and what"
+        " fires together in the base model made the groups, without any fine-tune; a group is claimed if one more null"
+        f" fine-tune would reach its score anywhere with a probability of at most {context.alpha:g}.",
+        source="comparison/change_groups.parquet, comparison/evidence.parquet, comparison/null_groups.parquet",
         terms=("null_fine_tune",),
     )
 
 
-def _row(row: Mapping[Any, Any]) -> Row:
+def _row(row: Mapping[Any, Any], evidence: pd.DataFrame | None) -> Row:
     claimed = bool(row["claimed"])
     words = ", ".join(str(token) for token in list(row["tokens"])[:8])
     return Row(
@@ -57,12 +62,20 @@ def _row(row: Mapping[Any, Any]) -> Row:
             Cell(count(row["n_features"])),
             Cell(f"{row['score']:+.1f}".replace("-", "−")),
             Cell(p_value(row["p"]), tone="good" if claimed else "muted"),
+            Cell(_agreeing(row["group"], evidence)),
             Cell(percent(row["share"])),
         ),
         sub="" if claimed else "not beyond the nulls",
         strong=claimed,
         key=str(row["group"]),
     )
+
+
+def _agreeing(group: int, evidence: pd.DataFrame | None) -> str:
+    if evidence is None or evidence.empty:
+        return ""
+    own = evidence[(evidence["kind"] == "group") & (evidence["group"] == group) & evidence["basis"].isin(BASES)]
+    return f"{int(own['agrees'].sum())} of {len(own)}"
 
 
 def openings(comparison: Comparison, _context: ReportContext) -> TableView | None:

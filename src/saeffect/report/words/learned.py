@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from saeffect.diffing.evidence import ALL, SEEN
 from saeffect.diffing.naming import prediction_limit
 from saeffect.lm.tokens import printable_token
 from saeffect.report.words.names import capital
@@ -17,6 +19,12 @@ from saeffect.report.words.put_back import what_it_causes
 
 __all__ = ["Learned", "claimed_groups", "learned"]
 
+_BASES = {
+    "read": "text that both read",
+    "written": "text that they write",
+    "expected": "words that they expect",
+    "difference": "the mean activation difference",
+}
 _NAMED = 3  # groups in the headline
 _LISTED = 6  # groups in the sentence below
 
@@ -50,12 +58,13 @@ def learned(tables: Mapping[str, pd.DataFrame], domain: str, *, alpha: float) ->
     declared = _declared(tables, domain)
     k = len(nulls)
     of_domain = declared is not None and is_defined(declared["p"]) and declared["p"] <= alpha
+    of_domain = of_domain and not _all_p(tables, domain) > alpha
     parts = {
         "What changed": " ".join(
             [_named(claimed, tables["change_groups"], k), *_perplexities(tables, alpha, beyond=True)]
         ),
         "How sure": " ".join(
-            ([_domain(declared, domain, k)] if declared is not None else [])
+            ([_domain(declared, domain, k), *_bases(tables, domain)] if declared is not None else [])
             + [_could_have(k, alpha), *_unlike_nulls(tables)]
         ),
         "Where": _where(tables, alpha),
@@ -125,6 +134,44 @@ def _domain(row: Mapping[Any, Any], domain: str, k: int) -> str:
         f" changed by {size} on average, in units of what a null does to a feature (nulls: {low} to {high};"
         f" p {_p(row['p'])}, {plural(k, 'null')})."
     )
+
+
+def _vocabulary(tables: Mapping[str, pd.DataFrame], domain: str) -> pd.DataFrame:
+    """What each basis says of the domain, by basis."""
+    table = tables.get("evidence", pd.DataFrame(columns=["kind", "name", "basis", "p", "agrees", "reason"]))
+    return table[(table["kind"] == "vocabulary") & (table["name"] == domain)].set_index("basis")
+
+
+def _all_p(tables: Mapping[str, pd.DataFrame], domain: str) -> float:
+    rows = _vocabulary(tables, domain)
+    return float(rows.loc[ALL, "p"]) if ALL in rows.index else math.nan
+
+
+def _bases(tables: Mapping[str, pd.DataFrame], domain: str) -> list[str]:
+    """Which bases show by themselves that the domain changed, and what other SAEs say."""
+    rows = _vocabulary(tables, domain)
+    own = rows[rows.index.isin(_BASES) & rows["p"].notna()]
+    if own.empty:
+        return []
+    agree, others = ([_BASES[name] for name in own.index[own["agrees"] == which]] for which in (True, False))
+    shown = f": {joined(agree)}" if agree else ""
+    not_shown = f"; not {joined(others)}" if agree and others else ""
+    verb = "shows" if len(agree) == 1 else "show"
+    said = [f"Of {count(len(own))} bases {count(len(agree))} {verb} this alone{shown}{not_shown}."]
+    further = rows[rows.index.str.startswith("difference in ")]
+    tested = further[further["p"].notna()]
+    if len(tested):
+        n = int(tested["agrees"].sum())
+        said.append(
+            f"The mean activation difference shows it in {count(n)} of {plural(len(tested), 'further SAE')} of the base"
+            f" model; with {'it' if len(tested) == 1 else 'them'}, p {_p(_all_p(tables, domain))}."
+        )
+    seen = [name.removeprefix("difference in ") for name in further.index[further["reason"] == SEEN]]
+    if seen:
+        said.append(
+            f"Seen, not tested, since nulls have no such SAE: {joined(seen)}, trained with the fine-tuned model."
+        )
+    return said
 
 
 def _could_have(k: int, alpha: float) -> str:

@@ -232,7 +232,9 @@ def read_pickled(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, A
                 fix="do not load it, unless you trust who made it: then load it with the package that did,"
                 " and save its state_dict().",
             ) from error
-        raise BadFile(f"{path.name} cannot be read: {first_line(error)[:200]}.", at=where, fix=_FETCH_AGAIN) from error
+        says_why = isinstance(error, OSError | RuntimeError) or type(error).__name__ == "UnpicklingError"
+        why = first_line(error)[:200].rstrip(".") if says_why else "torch.save did not write it, or not all of it"
+        raise BadFile(f"{path.name} cannot be read: {why}.", at=where, fix=_FETCH_AGAIN) from error
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(held, dict) and isinstance(held.get(key), dict):
             held = held[key]

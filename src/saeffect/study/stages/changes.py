@@ -6,16 +6,17 @@ import dataclasses
 import math
 import shlex
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from saeffect.diffing.evidence import FurtherSae, further_evidence
 from saeffect.diffing.naming import FEWEST_NULLS, Basis, name_changes
 from saeffect.diffing.nulls import CARD, null_card, null_files, pooled_p, read_nulls, smallest_p
-from saeffect.diffing.standardised import BASES, among_nulls
+from saeffect.diffing.standardised import BASES, along, among_nulls
 from saeffect.diffing.trace import Trace, Tracer
 from saeffect.diffing.where import where_changed
 from saeffect.errors import NotFound
@@ -23,20 +24,22 @@ from saeffect.io import fingerprint, hash_file, read_json
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import BUNDLED, locate_adapter
 from saeffect.progress import Log
-from saeffect.stats.arguments import BoolArray, FloatArray, IntArray
+from saeffect.sae.formats import load_sae
+from saeffect.stats.arguments import BoolArray, FloatArray
 from saeffect.stats.multiplicity import benjamini_hochberg
 from saeffect.study.nulls import nulls_folder, study_tracer
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.features import shared_unembedding
+from saeffect.study.stages.seeds import open_seeds, seed_identities
 from saeffect.study.study import Study
 
 __all__ = ["CHANGE_TABLES", "changes_inputs", "read_trace", "run_changes"]
 
-VERSION = 4
+VERSION = 5
 _WANTED = 20  # nulls, in what is said of their cost
 _TRAINING = 3.0  # a training step costs so many readings: forwards, and twice that backwards
 _FORWARDS = 2  # models that read in a trace
-_NAMED = ("changes", "change_groups", "declared_changes", "null_groups", "change_numbers")
+_NAMED = ("changes", "change_groups", "declared_changes", "evidence", "null_groups", "change_numbers")
 _WHERE = (
     *("change_overall", "change_by_layer", "change_by_word", "change_in_text", "activation_difference"),
     *("written_words", "openings"),
@@ -55,8 +58,10 @@ def changes_inputs(run: RunFolder) -> dict[str, Any]:
         "control": control,
         "treatment": {name: treatment[name] for name in ("model", "dtype", "device", "tokens") if name in treatment},
         "tables": run.digest(
-            *(run.arm(study.by_role("control")[0], file) for file in ("features.parquet", "selection.parquet"))
+            run.arm(study.by_role("control")[0], "features.parquet"),
+            *(run.arm(name, file) for name in study.config.arms for file in ("selection.parquet", "seeds.parquet")),
         ),
+        "saes": [dict(study.identities), seed_identities(study) if study.has_saes else None],
         "domain": study.config.selection.subject,
         "text": study.text_identity,
         "changes": study.config.changes.model_dump(),
@@ -124,16 +129,19 @@ def _judged(run: RunFolder, control: str, tracer: Tracer, trace: Trace, nulls: l
     selection = run.read_table(run.arm(control, "selection.parquet")).sort_values("feature")
     chosen = selection["is_domain"].to_numpy(dtype=bool)
     declared: dict[str, BoolArray] = {config.selection.subject: chosen} if chosen.any() else {}
-    basis = _basis(run, control, tracer.base)
+    basis = _basis(run, control, tracer)
     # With fewer nulls one among the others has no scale.
-    measured = among_nulls([trace, *nulls], basis.top_tokens) if len(nulls) >= 3 else None
+    measured = among_nulls([trace, *nulls], basis.top_tokens, basis.directions) if len(nulls) >= 3 else None
     found = name_changes(trace, nulls, basis, declared=declared, alpha=config.comparison.alpha, measured=measured)
+    found["evidence"] = further_evidence(
+        found["evidence"], list(_further_saes(run, control, declared)), trace, nulls, config.comparison.alpha
+    )
     table = found["changes"].assign(p=math.nan, q=math.nan, n_nulls=len(nulls), smallest_p=math.nan)
     for name in (*BASES, "combined"):
         if name == "combined":
             own, *others = [z["combined"] for z in measured or ()] or [np.empty(0)]
         else:
-            own, *others = (_change(one, name, basis.top_tokens) for one in (trace, *nulls))
+            own, *others = (_change(one, name, basis) for one in (trace, *nulls))
         if len(others):
             p = pooled_p(own, np.array(others), trace.read[2])
             rows = table["basis"] == name
@@ -144,20 +152,42 @@ def _judged(run: RunFolder, control: str, tracer: Tracer, trace: Trace, nulls: l
     return found
 
 
-def _change(trace: Trace, name: str, top: IntArray) -> FloatArray:
+def _further_saes(run: RunFolder, control: str, declared: Iterable[str]) -> Iterator[FurtherSae]:
+    """The SAEs of all arms but the control's own that read at its hook, and those from other seeds."""
+    study = run.study
+    width, hook = study.sae_config(control).d_in, study.hook(control)
+    for arm in study.ordered_arms():
+        base_alone = study.config.arms[arm].model == study.config.arms[control].model
+        if study.sae_config(arm).d_in != width or study.hook(arm) != hook or (study.one_sae and arm != control):
+            continue
+        chosen = {arm: run.read_table(run.arm(arm, "selection.parquet")).sort_values("feature")}
+        rows = {} if arm == control else {arm: load_sae(study.sae_folder(arm)).W_dec.detach()}
+        if seeds := open_seeds(study, arm):
+            table = run.read_table(run.arm(arm, "seeds.parquet"))
+            chosen |= {seed.name: table[table["sae"] == seed.name].sort_values("feature") for seed in seeds}
+            rows |= {seed.name: seed.W_dec for seed in seeds}
+        for name, W_dec in rows.items():
+            members = chosen[name]["is_domain"].to_numpy(dtype=bool)
+            yield FurtherSae(name, W_dec.float().cpu().numpy(), dict.fromkeys(declared, members), base_alone)
+
+
+def _change(trace: Trace, name: str, basis: Basis) -> FloatArray:
     """Of probabilities the logarithm, of mean activations the square root, whose noise depends little on the mean."""
+    if name == "difference":
+        return along(trace, basis.directions)
     if name == "expected":
-        base, tuned = np.log(trace.expected.astype(np.float64)[:, top].mean(axis=2) + 1e-12)
+        base, tuned = np.log(trace.expected.astype(np.float64)[:, basis.top_tokens].mean(axis=2) + 1e-12)
     else:
         base, tuned = np.sqrt(getattr(trace, name)[:2].astype(np.float64))
     return np.asarray(tuned - base)
 
 
-def _basis(run: RunFolder, control: str, base: LanguageModel) -> Basis:
+def _basis(run: RunFolder, control: str, tracer: Tracer) -> Basis:
     features = run.read_table(run.arm(control, "features.parquet")).sort_values("feature")
     W_dec = run.study.open_arm(control).added().float().cpu().numpy()
     top = np.stack([np.asarray(ids, dtype=np.int64) for ids in features["top_token_ids"]])
-    return Basis(W_dec, shared_unembedding(base).numpy(), top, base.token_strings())
+    base, rows = tracer.base, tracer.sae.W_dec.detach().float().cpu().numpy() if tracer.sae else None
+    return Basis(W_dec, shared_unembedding(base).numpy(), top, base.token_strings(), tracer.firing(), rows)
 
 
 def _with_reason(table: pd.DataFrame, missing: str) -> pd.DataFrame:

@@ -34,7 +34,7 @@ __all__ = [
     "run_report",
 ]
 
-VERSION = 5
+VERSION = 6
 
 
 def report_inputs(run: RunFolder) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def _facts(run: RunFolder, arms: Mapping[str, ArmTables]) -> tuple[tuple[str, st
         facts.append(("Top tokens", "known to the word vectors" if "embeddings" in config.features.tokens else scripts))
     if config.steering is not None:
         steering, (dose, _) = config.steering, chosen_dose(run)
-        facts.append(("Steering", f"{_number(len(steering.prompts), 'prompt')} × {_number(steering.samples, 'text')}"))
+        facts.append(("Steering", _steered(steering)))
         facts.append(("Dose", _dose_words(steering, dose, gate["mean_norm"])))
         facts.append(("Tested against", _tested_against(steering)))
         facts.append(("Declared outcomes", ", ".join(OUTCOMES[name].label for name in steering.outcomes)))
@@ -133,7 +133,15 @@ def _facts(run: RunFolder, arms: Mapping[str, ArmTables]) -> tuple[tuple[str, st
 
 def _text(text: TextConfig, short: str) -> str:
     called = text.bundled or ", ".join(source.name for source in text.sources)
+    if text.format == "chat":
+        called += f"; conversations, tokens at positions: {', '.join(text.positions)}"
     return f"{called} (only {short})" if short else called
+
+
+def _steered(steering: SteeringConfig) -> str:
+    kind = "chat" if all(isinstance(prompt, tuple) for prompt in steering.prompts) else "prompt"
+    where = "" if steering.positions == "all" else f", at positions: {steering.positions}"
+    return f"{_number(len(steering.prompts), kind)} × {_number(steering.samples, 'text')}{where}"
 
 
 def _number(n: int, noun: str) -> str:

@@ -30,10 +30,11 @@ from saeffect.web.features.record import Record
 __all__ = ["BASES", "Bar", "Fact", "FeatureView", "Pair", "ShownContext", "Side", "feature_view", "share"]
 
 BASES = {
-    "combined": "All three together",
+    "combined": "All four together",
     "read": "Fires on the same text",
     "written": "Fires on what each model writes",
     "expected": "Top tokens expected next",
+    "difference": "Mean activation difference along it",
 }
 """What each basis of a change is called."""
 _CONDITIONS = {
