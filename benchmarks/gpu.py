@@ -231,7 +231,7 @@ def _peers(
         try:
             if (step := make(name, start, x, k, device)) is not None:
                 found[peer] = len(x) / seconds(step, device, 5)
-        except (torch.OutOfMemoryError, TypeError, ValueError, RuntimeError) as problem:
+        except (ImportError, TypeError, ValueError, RuntimeError) as problem:
             print(f"{peer}, {name}: {type(problem).__name__}: {problem}", file=sys.stderr)
     return found
 
