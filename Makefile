@@ -17,14 +17,14 @@ SAMPLE ?= 1
 demo: .venv/.installed
 	@$(BIN)/saeffect run $(STUDY) --out $(OUT)
 
-# The same with less text, fewer features and fewer doses: every stage on the real models.
+# The same with less text, fewer features and fewer doses: every stage on the real models. `make real` runs it too.
 reduced: .venv/.installed-test
 	@rm -rf runs/reduced
 	@OMP_NUM_THREADS=1 $(BIN)/python scripts/reduced_demo.py runs/reduced
 
 # One core is enough for the real model, and for the browser with its server.
 test: check unit
-	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target browser real
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target real browser
 
 # mypy keeps one core busy, the rest the other.
 check: .venv/.installed-test
@@ -45,20 +45,20 @@ doctests: .venv/.installed-test
 
 unit: .venv/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder -m "not real and not browser and not simulation and not slow" \
-		--ignore=tests/test_layers.py $(UNIT_FLAGS) tests/report tests/study tests/sae tests # the longest files first
+		--ignore=tests/test_layers.py $(UNIT_FLAGS) tests
 
 # Only files that have such tests: to collect all would take as long as some of them.
 marked = $(shell grep -rlE "mark\.$(1)\b" tests --include="test_*.py")
 
 real: .venv/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "real and not browser" $(call marked,real)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m real $(call marked,real)
 
 # Both in one process, which loads the model once: with something else for the second core.
 whole: .venv/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "real or browser" $(call marked,(real|browser))
 
 browser: .venv/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m browser $(call marked,browser)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "browser and not real" $(call marked,browser)
 
 # The error rates and coverages, each over many simulated studies, and other slow tests. `make test` leaves them out.
 simulations: .venv/.installed-test

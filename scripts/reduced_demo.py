@@ -1,4 +1,4 @@
-"""The bundled study with less text and fewer interventions: every stage on the real models, in a minute.
+"""The bundled study with less text and fewer interventions: every stage on the real models, in two minutes.
 
 python scripts/reduced_demo.py runs/reduced
 """
@@ -21,13 +21,13 @@ from saeffect.study.study import Study
 def main(out: Path) -> None:
     config = yaml.safe_load(Study.open("bundled:smollm2-medical").source.read_text(encoding="utf-8"))
     config["name"] = "smollm2-medical-reduced"
-    config["text"]["tokens"] = 2048
-    config["gate"]["tokens"] = 1024
+    config["text"]["tokens"] = 3840
+    config["gate"]["tokens"] = 512
     for arm in ("control", "treatment"):  # one further SAE a model is enough to tell fine-tuning from seeds
         config["arms"][arm]["more_saes"] = config["arms"][arm]["more_saes"][:1]
     # Null fine-tunes are measured on more rows than this.
-    config["nulls"], config["changes"] = None, {"rows": 16}
-    config["put_back"] = {"rows": 2, "sizes": [20], "sizes_reversed": [20]}
+    config["nulls"], config["changes"] = None, {"rows": 16, "tokens_per_row": 32}
+    config["put_back"] = {"rows": 2, "tokens_per_row": 24, "sizes": [20], "sizes_reversed": [20]}
     trace.NEW_TOKENS = written.NEW_TOKENS = 4
     # One dose: on so few texts a search may find that none works.
     config["steering"] |= {"max_features": 4, "search_prompts": [], "doses": [0.4], "samples": 1}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import runpy
 import shutil
 import signal
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub's client is imported: no test asks the network
 
@@ -18,14 +19,15 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
-import torch
-from filelock import FileLock
 
 from hub_cache import hub
-from saeffect.config import ModelConfig
-from saeffect.errors import SaeffectError, Unreachable
-from saeffect.lm.language_model import LanguageModel
-from tiny_study import write_little
+
+# The process of pytest-xdist that hands out tests needs none of torch, transformers, pandas.
+if TYPE_CHECKING:
+    import torch
+
+    from saeffect.errors import SaeffectError
+    from saeffect.lm.language_model import LanguageModel
 
 __all__ = ["hub"]
 
@@ -46,7 +48,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is sampled and not in the sample: each is in it for one key in N, the same key always."""
+    """Leave out what is sampled and not in the sample: each is in it for one key in N, the same key always. The files
+    that take longest come first.
+    """
     share, _, key = config.getoption("--sample").partition(":")
     left_out = [
         item
@@ -56,24 +60,48 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     ]
     config.hook.pytest_deselected(items=left_out)
     out = set(left_out)
-    items[:] = [item for item in items if item not in out]
+    items[:] = sorted((item for item in items if item not in out), key=lambda item: _turn(_file(item.nodeid)))
+
+
+# These start processes, from a server that takes seconds to start: once is enough.
+_FORKING = (
+    *("study/test_processes.py", "sae/test_training_processes.py", "sae/test_loggers.py", "cli/test_train_sae.py"),
+    *("sae/test_training_resume.py", "features/test_projection.py", "test_parallel.py", "test_allocation.py"),
+)
+
+
+def _file(nodeid: str) -> str:
+    return nodeid.split("::", 1)[0].removeprefix("tests/")
+
+
+def _turn(file: str) -> int:
+    places = [file in _FORKING, file.startswith("report/"), file.startswith("study/"), file.startswith("sae/")]
+    return places.index(True) if True in places else len(places)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A file's tests stay in one process, and so do those that look at the one report that `report/conftest.py` draws."""
+    """A file's tests stay in one process, and so do those that look at the one report that `report/conftest.py` draws,
+    and those that start processes.
+    """
     from xdist.scheduler import LoadFileScheduling
 
     class ByFixtures(LoadFileScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
-            file: str = super()._split_scope(nodeid)
-            return "tests/report" if file.startswith(("tests/report/test_", "tests/report/figures/")) else file
+            file = _file(nodeid)
+            if file in _FORKING:
+                return "forking"
+            return "report" if file.startswith(("report/test_", "report/figures/")) else file
 
     return ByFixtures(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _small_and_alone() -> None:
+    import torch
+
+    from tiny_study import write_little
+
     torch.set_num_threads(1)
     write_little()
     os.fsync = lambda _: None  # what tests write need not survive a power cut
@@ -100,6 +128,7 @@ def tiny_tokenizer() -> Any:
 
 def _random(config: Any, seed: int = 0) -> Any:
     """A model of this configuration whose every parameter matters: norms and biases are random too."""
+    import torch
     from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng():
@@ -123,6 +152,8 @@ def tiny_llama(tiny_tokenizer: Any) -> LanguageModel:
     """Three blocks, 32 wide, 320 tokens, grouped queries, untied."""
     from transformers import LlamaConfig
 
+    from saeffect.lm.language_model import LanguageModel
+
     config = LlamaConfig(
         vocab_size=320,
         hidden_size=32,
@@ -143,6 +174,8 @@ def tiny_llama(tiny_tokenizer: Any) -> LanguageModel:
 def tiny_gpt2(tiny_tokenizer: Any) -> LanguageModel:
     """Three blocks, 32 wide, 320 tokens, tied."""
     from transformers import GPT2Config
+
+    from saeffect.lm.language_model import LanguageModel
 
     config = GPT2Config(
         vocab_size=320,
@@ -169,6 +202,8 @@ def tiny_llama_folder(tiny_llama: LanguageModel, tmp_path_factory: pytest.TempPa
 @pytest.fixture(scope="session")
 def real_model() -> LanguageModel:
     """SmolLM2-135M-Instruct; fetched on the first use on a machine."""
+    from saeffect.config import ModelConfig
+    from saeffect.errors import Unreachable
     from saeffect.lm.loading import load_language_model
 
     try:
@@ -179,32 +214,25 @@ def real_model() -> LanguageModel:
 
 @pytest.fixture(scope="session")
 def real_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory of the embedded pair up to domain features, on little text. Copy it before changing anything."""
-    from saeffect.study.run import run_study
-    from saeffect.study.study import Study
-
-    model = {"path": "bundled:smollm2-135m-instruct"}
-    tuned = model | {"adapter": "bundled:medical-lora"}
-    arms = {
-        "control": {"role": "control", "model": model, "sae": "bundled:smollm2-control"},
-        "treatment": {"role": "treatment", "model": tuned, "sae": "bundled:smollm2-treatment"},
-    }
-    text = {"bundled": "smollm2-sampled", "tokens": 3840, "context_size": 80}
-    study = Study.of({"name": "pair", "arms": arms, "text": text, "gate": {"tokens": 256, "on_failure": "warn"}})
+    """The run directory of the demo study in its reduced form, on the embedded pair. Copy it before changing anything."""
     run = tmp_path_factory.mktemp("real") / "run"
-    run_study(study, run, stages=("gate", "features", "coherence", "select"))
+    runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "reduced_demo.py"))["main"](run)
     return run
 
 
 @pytest.fixture
 def token_ids() -> torch.Tensor:
     """Int64 `[2, 9]`, ids of the tiny models."""
+    import torch
+
     return torch.randint(1, 320, (2, 9), generator=torch.Generator().manual_seed(5))
 
 
 @pytest.fixture
 def complains() -> Callable[..., Any]:
     """`with complains(BadFile, "NaN", at="arms.a"):` — the error, its text, its place, and the form it shows in."""
+
+    from saeffect.errors import SaeffectError
 
     @contextlib.contextmanager
     def check(kind: type[SaeffectError], *parts: str, at: str | None = None) -> Iterator[None]:
@@ -239,6 +267,8 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Copy it before changing anything.
     """
+    from filelock import FileLock
+
     from saeffect.study.run import run_study
     from saeffect.study.study import Study
     from tiny_study import BEFORE_STEERING, make_study, only_figures

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from processes import Forked, script
+
 FAULTS = """
 import resource, sys, torch
 from saeffect.parallel import keep_freed_memory
@@ -22,15 +24,9 @@ print(told, faults())
 
 
 def _run(how: str) -> tuple[bool, int]:
-    source = str(Path(__file__).parents[1] / "src")
-    done = subprocess.run(
-        [sys.executable, "-c", FAULTS, how],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "PYTHONPATH": source},
-    )
-    told, faults = done.stdout.split()
+    code, out, err = Forked(script, [FAULTS, how], {}).end()
+    assert code == 0, err
+    told, faults = out.split()
     return told == "True", int(faults)
 
 

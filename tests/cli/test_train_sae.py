@@ -174,7 +174,7 @@ def test_mistakes_on_the_command_line(
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(workshop: Path, tmp_path: Path, saeffect: Callable[..., Done]) -> None:
-    recipe = write(workshop, tmp_path, sae={"steps": 600, "checkpoint_every": 10})
+    recipe = write(workshop, tmp_path, sae={"steps": 200, "checkpoint_every": 10})
     arguments = ["train-sae", str(recipe), "--out", str(tmp_path / "sae"), "--work", str(tmp_path / "work")]
     running = Forked(command, arguments, {})
     running.wait_until(lambda: any((tmp_path / "sae").glob("checkpoint/step-*")))

@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from saeffect.config import TextSource
@@ -116,6 +117,21 @@ def test_an_array_is_never_held_whole(
     path.write_bytes(gzip.compress(b'[{"text": "a"},\n{"text": [' + b"5,\n" * 10_000))
     with complains(BadFile, "more than 500 characters", at="item 2"):
         list(read_corpus(str(path)))
+
+
+def test_a_long_text_that_is_stored_once_is_unpacked_row_by_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, path = "a" * 2_000_000, tmp_path / "a.parquet"
+    rows = pa.DictionaryArray.from_arrays(pa.array([0] * 64, pa.int32()), pa.array([text]))
+    pq.write_table(pa.table({"text": rows, "n": range(64)}), path, compression="zstd")
+    assert path.stat().st_size < 10_000
+    monkeypatch.setattr(text_files, "_LARGE_COLUMN", 2**20)
+    before = pa.total_allocated_bytes()
+    documents = read_corpus(str(path))
+    assert next(documents) == text
+    assert pa.total_allocated_bytes() - before < 10 * len(text), "not 64 copies"
+    assert sum(1 for _ in documents) == 63
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path: Path, complains: Callable[..., Any]) -> None:

@@ -84,6 +84,13 @@ def test_the_pairs_shown_are_the_median_the_best_and_the_worst() -> None:
     assert all(text.runs[-1].level == 1 for text in shown[0].texts)
 
 
+def test_of_several_doses_that_of_most_texts_is_shown() -> None:
+    other = _trials([0.9]).query("condition != 'unsteered'")
+    shown = representative_trials(pd.concat([other.assign(dose=7.0, text="another dose"), _trials([0.3, 0.1])]), [], [])
+    assert [trial.difference for trial in shown] == ["+0.100", "+0.300"]
+    assert all(run.text != "another dose" for trial in shown for text in trial.texts for run in text.runs)
+
+
 def test_one_pair_is_shown_once() -> None:
     assert [trial.which for trial in representative_trials(_trials([0.2]), [], [])] == ["typical (median)"]
     assert representative_trials(_trials([0.2]), [], [])[0].prompt == "prompt 0 · sample 1"

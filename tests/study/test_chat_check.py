@@ -139,7 +139,8 @@ def test_too_short_rows_for_what_is_compared(study_file: Path) -> None:
 def test_the_run_counts_the_assistants_tokens(study_file: Path, tmp_path: Path) -> None:
     from saeffect.study.run import run_study
 
-    study = _changed(study_file, steering={"positions": "assistant", "doses": [0.5], "search_prompts": []})
+    few = {"max_features": 2, "samples": 1, "max_new_tokens": 4, "baselines": []}
+    study = _changed(study_file, steering=few | {"positions": "assistant", "doses": [0.5], "search_prompts": []})
     run = run_study(study, tmp_path / "run")
     features = run.read_table(run.arm("control", "features.parquet"))
     counts = study.rows().counts

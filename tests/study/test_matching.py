@@ -224,12 +224,13 @@ def test_same_model_twice_differs_in_nothing(tiny_run, tmp_path, monkeypatch: py
     assert (matches.further["residual_difference"]["change"] == 0).all()
 
 
-def test_without_a_placebo_nothing_is_called(tmp_path) -> None:
+def test_without_a_placebo_nothing_is_called(tiny_run, tmp_path) -> None:
     path = make_study(tmp_path, steering=None)
     config = yaml.safe_load(path.read_text())
     del config["arms"]["placebo"]
     path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    run = run_study(Study.open(path), tmp_path / "run")
+    matched(tiny_run, path)
+    run = run_study(Study.open(path), tmp_path / "run", stages=("changes", "put-back", "compare"))
     comparison = read_comparison(run)
     assert set(comparison.matches.fates_control["fate"]) == {""}
     assert comparison.matches.fates_control["reason"].str.contains("no placebo arm").any()

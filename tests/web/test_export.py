@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from command_line import call
-from saeffect.errors import ConfigError, EmptySelection, NotFound
+from saeffect.errors import BadFile, ConfigError, EmptySelection, NotFound
 from saeffect.steering import SteeringPlan
 from saeffect.steering.actions import ActionRow, actions_of
 from saeffect.study.export import FORMATS, export_features, feature_list, group_of, neuronpedia_list, vector_of
@@ -47,6 +48,17 @@ def test_groups(run: RunFolder) -> None:
         group_of(run, "control", "all")
     with pytest.raises((ConfigError, NotFound, EmptySelection)):
         group_of(run, "treatment", "changed:1")
+
+
+@pytest.mark.parametrize("name", ["gate.json", "selection.parquet"])
+def test_a_run_that_was_changed_is_not_exported(run: RunFolder, tmp_path: Path, name: str) -> None:
+    changed = RunFolder(Path(shutil.copytree(run.folder, tmp_path / "run")), run.study)
+    (changed.folder / "arms" / "control" / name).write_text("[1]")
+    for kind, found in FORMATS.items():
+        with pytest.raises(BadFile, match=f"{name} is not as the run wrote it"):
+            export_features(changed, "control", [1], tmp_path / f"x{found.suffix}", kind=kind)
+    with pytest.raises(BadFile, match="is not as the run wrote it"):
+        group_of(changed, "control", "domain")
 
 
 def test_the_list_has_the_keys_of_neuronpedia(run: RunFolder) -> None:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from saeffect.comparison.arms import ArmTables, Roles, untested_reason
 from saeffect.comparison.judgement import PRIMARY
-from saeffect.comparison.quantities import QUANTITIES, Kind, Quantity, sae_value
+from saeffect.comparison.quantities import QUANTITIES, Kind, Quantity
 from saeffect.stats.arguments import FloatArray, Resampling
 from saeffect.stats.bootstrap import Average, bootstrap_difference
 from saeffect.stats.differences import cliffs_delta, clustered_difference, count_difference
@@ -71,12 +71,19 @@ class _Pair:
     quantity: Quantity
     min_matches: int
     resampling: Resampling
+    known: dict[Any, Any]  # what was read before, by reader and arm
 
     def read(self) -> tuple[Any, Any]:
-        return self.quantity.read(self.a, self.min_matches), self.quantity.read(self.b, self.min_matches)
+        return self._read(self.a), self._read(self.b)
+
+    def _read(self, arm: ArmTables) -> Any:
+        key = self.quantity.read, id(arm)
+        if key not in self.known:
+            self.known[key] = self.quantity.read(arm, self.min_matches)
+        return self.known[key]
 
     def values(self) -> tuple[float, float]:
-        a, b = (sae_value(self.quantity.name, arm, self.min_matches) for arm in (self.a, self.b))
+        a, b = (self.quantity.value(found) for found in self.read())
         return a, b
 
     @property
@@ -112,10 +119,12 @@ def contrasts(
     One row per quantity and pair of arms, columns as the fields of `Contrast`. Shares and rates are from 0 to 1.
     """
     control, treatment, *placebos = [arms[name] for name in roles.ordered]
+    known: dict[Any, Any] = {}
     rows = [
         row
         for comparison, a, b in compared(control, treatment, placebos)
-        for row in pair_contrasts(comparison, a, b, QUANTITIES.values(), min_matches=min_matches, resampling=resampling)
+        for quantity in QUANTITIES.values()
+        for row in _COMPARE[quantity.kind](_Pair(comparison, a, b, quantity, min_matches, resampling, known))
     ]
     return as_table(rows, tests)
 
@@ -144,10 +153,11 @@ def pair_contrasts(
     resampling: Resampling,
 ) -> list[Contrast]:
     """Quantities of arm `b` against arm `a`, as rows of one comparison."""
+    known: dict[Any, Any] = {}
     return [
         row
         for quantity in quantities
-        for row in _COMPARE[quantity.kind](_Pair(comparison, a, b, quantity, min_matches, resampling))
+        for row in _COMPARE[quantity.kind](_Pair(comparison, a, b, quantity, min_matches, resampling, known))
     ]
 
 

@@ -121,10 +121,10 @@ def add_noise_p(contrasts: pd.DataFrame) -> pd.DataFrame:
     declared quantities: a study in which fine-tuning did nothing credits it with anything in at most 5 %.
     """
     tuned = contrasts["comparison"] == "fine-tuning"
-    quantities = contrasts["quantity"]
+    quantities, known = contrasts["quantity"], _by_quantity(contrasts)
     rows = np.flatnonzero(tuned & ~quantities.str.endswith(("_seeds", "_ratio")))
     p = np.full(len(contrasts), np.nan)
-    p[rows] = [_noise_p_of(contrasts, str(quantities.iloc[row])) for row in rows]
+    p[rows] = [_noise_p_of(known, str(quantities.iloc[row])) for row in rows]
     adjusted = np.full(len(contrasts), np.nan)
     declared = rows[contrasts["declared"].to_numpy(dtype=bool)[rows]]
     adjusted[declared] = holm(p[declared])
@@ -137,9 +137,13 @@ def judge(contrasts: pd.DataFrame, quantity: str) -> Judgement:
     With several SAEs of both models these alone decide (p at most 5 %), else `exceeds_noise`. Declared quantities are
     corrected for their number where `add_noise_p` did so.
     """
-    if "p_noise" in contrasts:
-        row = contrasts[(contrasts["quantity"] == quantity) & (contrasts["comparison"] == "fine-tuning")].iloc[0]
-        p = float(row["p_noise_holm"] if bool(row["declared"]) else row["p_noise"])
+    return _judged(_by_quantity(contrasts), quantity)
+
+
+def _judged(contrasts: _Rows, quantity: str) -> Judgement:
+    row = next(row for row in contrasts[quantity] if row["comparison"] == "fine-tuning")
+    if "p_noise" in row:
+        p = float(row["p_noise_holm"] if row["declared"] else row["p_noise"])
     else:
         p = _noise_p_of(contrasts, quantity)
     judged = _evidence(contrasts, quantity, p)
@@ -164,12 +168,12 @@ def judgement_table(contrasts: pd.DataFrame) -> pd.DataFrame:
     """Every quantity judged once, from the contrasts of `add_noise_p`: `quantity`, `label`, `declared`, `status`, `p`,
     and the columns of the row that was judged ("fine-tuning", or "all seeds" where these decide).
     """
-    rows = []
+    rows, known = [], _by_quantity(contrasts)
     for first in contrasts[contrasts["comparison"] == "fine-tuning"].to_dict("records"):
         if first["quantity"].endswith(("_seeds", "_ratio")):
             continue
-        judged = judge(contrasts, first["quantity"])
-        row = headline_row(contrasts, judged)
+        judged = _judged(known, first["quantity"])
+        row = _over_seeds(known, judged.quantity)[0] if judged.by_seeds else first
         head = {name: first[name] for name in ("quantity", "label", "declared")}
         rows.append({**head, "status": judged.status, "p": judged.p, **{name: row[name] for name in _HEADLINE}})
     return pd.DataFrame(rows, columns=["quantity", "label", "declared", "status", "p", *_HEADLINE])
@@ -177,8 +181,9 @@ def judgement_table(contrasts: pd.DataFrame) -> pd.DataFrame:
 
 def judgements_of(table: pd.DataFrame, contrasts: pd.DataFrame) -> dict[str, Judgement]:
     """Judgements by quantity, from a `judgement_table` and the contrasts that it was made of."""
+    known = _by_quantity(contrasts)
     return {
-        str(row.quantity): replace(_evidence(contrasts, str(row.quantity), float(row.p)), status=row.status)
+        str(row.quantity): replace(_evidence(known, str(row.quantity), float(row.p)), status=row.status)
         for row in table.itertuples()
     }
 
@@ -189,11 +194,21 @@ def headline_row(contrasts: pd.DataFrame, judged: Judgement) -> pd.Series[Any]:
     return contrasts[(contrasts["quantity"] == name) & (contrasts["comparison"] == comparison)].iloc[0]
 
 
-def _evidence(contrasts: pd.DataFrame, quantity: str, p: float) -> Judgement:
+_Rows = Mapping[str, list[dict[str, Any]]]
+
+
+def _by_quantity(contrasts: pd.DataFrame) -> _Rows:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in contrasts.to_dict("records"):
+        found.setdefault(row["quantity"], []).append({str(name): value for name, value in row.items()})
+    return found
+
+
+def _evidence(contrasts: _Rows, quantity: str, p: float) -> Judgement:
     """All differences behind a judgement, without the status."""
-    rows = contrasts[contrasts["quantity"] == quantity]
-    tuned = rows[rows["comparison"] == "fine-tuning"]
-    first, over = tuned.iloc[0], _over_seeds(contrasts, quantity)
+    rows = contrasts[quantity]
+    first = next(row for row in rows if row["comparison"] == "fine-tuning")
+    over = _over_seeds(contrasts, quantity)
     seeds = next(iter(_estimates(over, "b").values()), None)
     return Judgement(
         quantity=quantity,
@@ -201,31 +216,30 @@ def _evidence(contrasts: pd.DataFrame, quantity: str, p: float) -> Judgement:
         control=str(first["a"]),
         treatment=str(first["b"]),
         status="undefined",
-        change=_estimates(tuned, "b")[str(first["b"])],
-        retraining=_estimates(rows[rows["comparison"] == "retraining"], "b"),
-        beyond=_estimates(rows[rows["comparison"] == "beyond retraining"], "a"),
+        change=_estimates([first], "b")[str(first["b"])],
+        retraining=_estimates([row for row in rows if row["comparison"] == "retraining"], "b"),
+        beyond=_estimates([row for row in rows if row["comparison"] == "beyond retraining"], "a"),
         seeds=seeds if seeds is not None and seeds.defined else None,
-        n_saes=(int(over["saes_a"].iloc[0]), int(over["saes_b"].iloc[0])) if len(over) else (1, 1),
+        n_saes=(int(over[0]["saes_a"]), int(over[0]["saes_b"])) if over else (1, 1),
         p=p,
     )
 
 
-def _noise_p_of(contrasts: pd.DataFrame, quantity: str) -> float:
+def _noise_p_of(contrasts: _Rows, quantity: str) -> float:
     over = _over_seeds(contrasts, quantity)
-    if len(over):
-        return float(over["p"].iloc[0])
+    if over:
+        return float(over[0]["p"])
     judged = _evidence(contrasts, quantity, math.nan)
     return noise_p(judged.change, judged.retraining.values())
 
 
-def _over_seeds(contrasts: pd.DataFrame, quantity: str) -> pd.DataFrame:
-    return contrasts[(contrasts["quantity"] == f"{quantity}_seeds") & (contrasts["comparison"] == ALL_SEEDS)]
+def _over_seeds(contrasts: _Rows, quantity: str) -> list[dict[str, Any]]:
+    return [row for row in contrasts.get(f"{quantity}_seeds", ()) if row["comparison"] == ALL_SEEDS]
 
 
-def _estimates(rows: pd.DataFrame, by: str) -> dict[str, Estimate]:
+def _estimates(rows: Iterable[Mapping[str, Any]], by: str) -> dict[str, Estimate]:
     """The differences of rows by the arm in column `by`."""
-    columns = (rows[name] for name in (by, "estimate", "low", "high", "reason"))
     return {
-        str(name): Estimate(float(value), float(low), float(high), reason=str(reason))
-        for name, value, low, high, reason in zip(*columns, strict=True)
+        str(row[by]): Estimate(float(row["estimate"]), float(row["low"]), float(row["high"]), reason=str(row["reason"]))
+        for row in rows
     }

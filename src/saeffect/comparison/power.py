@@ -107,11 +107,12 @@ def _single_features(name: str, arm: ArmTables, alpha: float) -> list[dict[str, 
         return []
     tested = arm.effects[arm.effects["p"].notna()]
     pairs = steered_minus_placebo(arm)
-    groups = pairs.groupby(level="feature")
-    units = [independent_values(rows, rows.index.get_level_values("prompt")) for _, rows in groups]
-    spreads = np.array([np.std(values, ddof=1) for values in units if len(values) > 1])
+    features, prompts = (pairs.index.get_level_values(level).to_numpy() for level in ("feature", "prompt"))
+    values = pairs.to_numpy(dtype=np.float64)
+    units = [independent_values(values[features == one], prompts[features == one]) for one in np.unique(features)]
+    spreads = np.array([np.std(unit, ddof=1) for unit in units if len(unit) > 1])
     spread = float(np.sqrt((spreads**2).mean())) if len(spreads) else math.nan
-    n = int(np.median([len(values) for values in units])) if len(tested) and units else 0
+    n = int(np.median([len(unit) for unit in units])) if len(tested) and units else 0
     observed = float(tested["effect"].median()) if len(tested) else math.nan
     rows = []
     only = f"only feature of {len(tested)} in {name}", alpha / max(1, len(tested))

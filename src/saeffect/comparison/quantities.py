@@ -97,6 +97,17 @@ class Quantity:
         """Whether only two arms together have it."""
         return self.kind in ("mean range", "dominance")
 
+    def value(self, found: Any) -> float:
+        """What was read of an SAE as one number; NaN where there is nothing to count or average."""
+        if self.kind == "share":
+            return float(found[0] / found[1]) if found[1] else math.nan
+        values = np.asarray(found[0] if self.kind.startswith("token") else found, dtype=np.float64)
+        if len(values) < (2 if self.kind == "token variance" else 1):
+            return math.nan
+        if self.kind == "token variance":
+            return float(np.var(values, ddof=1))
+        return float(np.median(values) if self.kind == "median" else values.mean())
+
     @property
     def rows(self) -> tuple[str, ...]:
         """Names of its rows in the contrasts: its own, and its ratio or change in %."""
@@ -248,14 +259,4 @@ def sae_value(quantity: str, arm: ArmTables, min_matches: int) -> float:
     to count or average, for what only a pair of SAEs has, and for unknown names.
     """
     known = QUANTITIES.get(quantity)
-    if known is None or known.of_a_pair:
-        return math.nan
-    found = known.read(arm, min_matches)
-    if known.kind == "share":
-        return found[0] / found[1] if found[1] else math.nan
-    values = np.asarray(found[0] if known.kind.startswith("token") else found, dtype=np.float64)
-    if len(values) < (2 if known.kind == "token variance" else 1):
-        return math.nan
-    if known.kind == "token variance":
-        return float(np.var(values, ddof=1))
-    return float(np.median(values) if known.kind == "median" else values.mean())
+    return math.nan if known is None or known.of_a_pair else known.value(known.read(arm, min_matches))

@@ -31,6 +31,7 @@ _GZIP, _ZSTD, _PARQUET, _ARROW_FILE = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1",
 _ARROW_STREAM = b"\xff\xff\xff\xff"
 # Characters of one line or paragraph: a few compressed megabytes could expand to a line that fills the memory.
 _LONGEST = 2**27
+_LARGE_COLUMN = 2**24  # bytes of a group of rows
 _BLOCK = 2**16  # characters of an array that are read at once
 _SPACE = re.compile(r"[ \t\r\n]*")
 _DELIMITERS = {".csv": ",;\t|", ".tsv": "\t"}
@@ -343,7 +344,7 @@ def _parquet_rows(path: Path, field: TextField) -> Iterator[Record]:
         there = file.schema_arrow.names
         columns = field.columns(there) or there
         number = 0
-        for batch in file.iter_batches(64, columns=columns):
+        for batch in file.iter_batches(_rows_at_once(file.metadata, columns), columns=columns):
             if not number and set(columns) != set(there):
                 field.text(dict.fromkeys(there, "") | batch.slice(0, 1).to_pylist()[0], f"{path}, row 1")
             for row in batch.to_pylist():
@@ -351,6 +352,16 @@ def _parquet_rows(path: Path, field: TextField) -> Iterator[Record]:
                 yield Record(row, f"{path}, row {number}")
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise BadFile(f"this Parquet file cannot be read: {first_line(error).rstrip('.')}.", at=str(path)) from error
+
+
+def _rows_at_once(metadata: Any, columns: list[str]) -> int:
+    """How many rows of a Parquet file to unpack together: one where a long text may be stored once for many rows."""
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(metadata.num_columns)):
+            stored_once = column.has_dictionary_page and column.path_in_schema.partition(".")[0] in columns
+            if stored_once and column.total_uncompressed_size > _LARGE_COLUMN:
+                return 1
+    return 64
 
 
 def _arrow_rows(path: Path, start: bytes) -> Iterator[Record]:

@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import BytecodeCache, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from saeffect.comparison import Comparison
@@ -45,6 +45,23 @@ __all__ = [
 ]
 
 _EARLY_FIGURES = ("learned", "where", "written", "put_back")
+
+
+class _Compiled(BytecodeCache):
+    """Templates compiled by this process: each page has an environment of its own."""
+
+    def __init__(self) -> None:
+        self._code: dict[str, tuple[str, Any]] = {}
+
+    def load_bytecode(self, bucket: Any) -> None:
+        checksum, code = self._code.get(bucket.key, ("", None))
+        bucket.code = code if checksum == bucket.checksum else None
+
+    def dump_bytecode(self, bucket: Any) -> None:
+        self._code[bucket.key] = (bucket.checksum, bucket.code)
+
+
+_COMPILED = _Compiled()
 _REFERENCE = re.compile(r"\[\[((?:table|figure):\w+)\]\]")
 
 
@@ -185,6 +202,7 @@ def page_environment(numbers: Numbering | None = None) -> Environment:
     numbers = numbers or Numbering({})
     environment = Environment(
         loader=PackageLoader("saeffect.report"),
+        bytecode_cache=_COMPILED,
         autoescape=True,
         finalize=_seen,
         undefined=StrictUndefined,

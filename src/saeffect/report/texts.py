@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +34,7 @@ _CONDITIONS = {
     "matched": "Placebo: a feature of another subject",
     "random": "Placebo: a random direction",
 }
+_TRIAL = ("prompt", "sample", "condition", "dose", "similarity", "text")
 
 
 @dataclass(frozen=True)
@@ -165,41 +167,49 @@ def representative_trials(
     """The typical (median), best and worst pair of one feature, by steered minus placebo similarity, from its rows of
     the interventions; of several doses, the one with most rows is used. Whole words of `top_tokens` are marked.
     """
-    if table is None or not (table["condition"] == "steered").any():
+    if table is None:
         return ()
-    dose = table.loc[table["condition"] == "steered", "dose"].mode().iloc[0]
-    rows = table[(table["condition"] == "unsteered") | (table["dose"] == dose)]
-    rows = rows.drop_duplicates(["prompt", "sample", "condition"]).sort_values(["prompt", "sample"], kind="stable")
-    wide = rows.pivot(index=["prompt", "sample"], columns="condition", values="similarity").astype(float)
-    base = next((name for name in ("matched", "random", "unsteered") if name in wide.columns), "")
+    rows = list(zip(*(table[name].tolist() for name in _TRIAL), strict=True))
+    doses = [dose for _, _, condition, dose, _, _ in rows if condition == "steered"]
+    if not doses:
+        return ()
+    chosen_dose = max(sorted(set(doses)), key=doses.count)
+    pairs: dict[tuple[int, int], dict[str, tuple[float, str]]] = {}
+    for prompt, sample, condition, dose, similarity, text in rows:
+        if condition == "unsteered" or dose == chosen_dose:
+            pairs.setdefault((prompt, sample), {}).setdefault(condition, (similarity, text))
+    texts = [pairs[key] for key in sorted(pairs)]
+    base = next((name for name in ("matched", "random", "unsteered") if any(name in pair for pair in texts)), "")
     if not base:
         return ()
-    difference = (wide["steered"] - wide[base]).to_numpy(dtype=float)
+    no_text = (math.nan, "")
+    difference = np.array(
+        [pair.get("steered", no_text)[0] - pair.get(base, no_text)[0] for pair in texts], dtype=np.float64
+    )
     words = {word for word in map(normalise_token, top_tokens) if len(word) >= 3}
     shown = []
     for which, place in _places(difference):
-        prompt, sample = (int(number) for number in wide.index[place])
-        chosen = rows[(rows["prompt"] == prompt) & (rows["sample"] == sample)].set_index("condition")
+        prompt, sample = sorted(pairs)[place]
         name = visible_text(prompts[prompt], 120) if prompt < len(prompts) else f"prompt {prompt}"
         shown.append(
             Trial(
                 which=which,
                 prompt=f"{name} · sample {sample + 1}",
                 difference=signed(difference[place]) if is_defined(difference[place]) else "undefined",
-                texts=_generated(chosen, words),
-                same=len(chosen) > 1 and chosen["text"].nunique() == 1,
+                texts=_generated(texts[place], words),
+                same=len(texts[place]) > 1 and len({text for _, text in texts[place].values()}) == 1,
             )
         )
     return tuple(shown)
 
 
-def _generated(rows: pd.DataFrame, words: Collection[str]) -> tuple[Generated, ...]:
+def _generated(pair: Mapping[str, tuple[float, str]], words: Collection[str]) -> tuple[Generated, ...]:
     found = []
     for condition, title in _CONDITIONS.items():
-        if condition in rows.index:
-            similarity, text = rows.loc[condition, "similarity"], str(rows.loc[condition, "text"])
+        if condition in pair:
+            similarity, text = pair[condition]
             shown = fixed(similarity, 2) if is_defined(similarity) else "undefined"
-            found.append(Generated(condition, title, shown, text_runs(text, words)))
+            found.append(Generated(condition, title, shown, text_runs(str(text), words)))
     return tuple(found)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -89,11 +90,11 @@ def effects(
     table["passed"] = table["q"] <= alpha
     texts = _pairs(trials, direct, similar, dose, SHUFFLED)
     # Prompt 0, sample 0: the paper looks at one text of each kind.
-    first = texts.groupby(level="feature").nth(0).droplevel(["prompt", "sample"])
-    higher, lower = (UNSTEERED, STEERED) if similar.alternative == "less" else (STEERED, UNSTEERED)
+    first = {feature: own.values[:2, 0] for feature, own in texts.features()}
+    higher, lower = (0, 1) if similar.alternative == "less" else (1, 0)
     shuffled = _summary(texts, similar, seed).set_index("feature")
     beside = {new: shuffled[name] for name, new in _SHUFFLED.items()} | {
-        "paper_pass": first[higher] > first[lower],
+        "paper_pass": {feature: bool(pair[higher] > pair[lower]) for feature, pair in first.items()},
         "direct_effect": _direct_means(direct, dose, STEERED, "delta_logprob"),
         "direct_placebo": _direct_means(direct, dose, placebo, "delta_logprob"),
         "kl": _direct_means(direct, dose, STEERED, "kl"),
@@ -168,49 +169,75 @@ def _tested_dose(trials: pd.DataFrame, dose: float | None) -> float:
     return dose
 
 
-def _pairs(
-    trials: pd.DataFrame, direct: pd.DataFrame | None, measure: Outcome, dose: float, placebo: str
-) -> pd.DataFrame:
+@dataclass(frozen=True)
+class _Pairs:
+    """An outcome by pair of texts.
+
+    Attributes:
+        keys: Feature, prompt and sample, int64 [n_pairs, 3], ascending.
+        values: Unsteered, steered and placebo, float64 [3, n_pairs]; NaN where there is none.
+        placebo: The third condition.
+    """
+
+    keys: npt.NDArray[np.int64]
+    values: npt.NDArray[np.float64]
+    placebo: str
+
+    def features(self) -> Iterator[tuple[int, _Pairs]]:
+        """Each feature and its pairs."""
+        found, starts = np.unique(self.keys[:, 0], return_index=True)
+        for feature, begin, end in zip(found.tolist(), starts, [*starts[1:], len(self.keys)], strict=True):
+            yield feature, replace(self, keys=self.keys[begin:end], values=self.values[:, begin:end])
+
+
+def _pairs(trials: pd.DataFrame, direct: pd.DataFrame | None, measure: Outcome, dose: float, placebo: str) -> _Pairs:
     """An outcome by pair (direct ones: by prompt, unsteered 0) and condition; "shuffled" replaces the placebo."""
-    columns = [UNSTEERED, STEERED, placebo]
     source = trials
     if measure.direct:
         source = trials.head(0).assign(**{measure.column: math.nan}) if direct is None else direct.assign(sample=0)
     _check_columns(source, [measure.column])
+    places = source["condition"].map({UNSTEERED: 0, STEERED: 1, placebo: 2})
     at_dose = (source["dose"] == dose) | source["condition"].isin([UNSTEERED, "prompt"])  # those have none
-    rows = source[at_dose & source["condition"].isin(columns)]
-    if rows.duplicated([*_KEYS, "condition"]).any():
+    chosen = (at_dose & places.notna()).to_numpy(dtype=bool)
+    place, given = places.to_numpy(dtype=np.float64)[chosen].astype(np.int64), _keys(source)[chosen]
+    wanted = np.unique(_keys(trials.assign(sample=0)), axis=0) if measure.direct else given[:0]
+    found = np.unique(np.concatenate([wanted, given]), axis=0, return_inverse=True)
+    keys, pair = found[0], found[1].ravel()[len(wanted) :]
+    if len(np.unique(3 * pair + place)) < len(pair):
         raise ShapeMismatch("a trial is there twice: same feature, prompt, sample, condition and dose.", at="trials")
-    wide = _wide(rows, measure.column, columns)
+
+    def wide(column: str) -> npt.NDArray[np.float64]:
+        values = np.full((3, len(keys)), math.nan)
+        values[place, pair] = source[column].astype(np.float64).to_numpy()[chosen]
+        return values
+
+    values, other = wide(measure.column), f"{measure.column}_shuffled"
     if measure.direct:
-        pairs = trials[["feature", "prompt"]].drop_duplicates().assign(sample=0)
-        wide = wide.reindex(pd.MultiIndex.from_frame(pairs[_KEYS]).sort_values())
-        wide[UNSTEERED] = 0.0
+        values[0] = 0.0
+        kept = np.unique(found[1].ravel()[: len(wanted)])
+        keys, values = keys[kept], values[:, kept]
     if measure.logarithm:
-        wide = np.log(wide.where(wide > 0))
-    other = f"{measure.column}_shuffled"
-    if placebo == SHUFFLED and other in rows:
-        gains = _wide(rows, other, columns)
-        wide[SHUFFLED] = wide[UNSTEERED] + gains[STEERED] - gains[UNSTEERED]
-    return wide
+        values = np.log(np.where(values > 0, values, math.nan))
+    if placebo == SHUFFLED and other in source:
+        unsteered, steered, _ = wide(other)
+        values[2] = values[0] + steered - unsteered
+    return _Pairs(keys, values, placebo)
 
 
-def _wide(rows: pd.DataFrame, column: str, conditions: list[str]) -> pd.DataFrame:
-    wide = rows.set_index([*_KEYS, "condition"])[column].astype(np.float64).unstack("condition")
-    return wide.reindex(columns=conditions).sort_index()
+def _keys(table: pd.DataFrame) -> npt.NDArray[np.int64]:
+    return table[_KEYS].to_numpy(dtype=np.int64)
 
 
-def _summary(wide: pd.DataFrame, measure: Outcome, seed: int, obstacles: Obstacles | None = None) -> pd.DataFrame:
+def _summary(pairs: _Pairs, measure: Outcome, seed: int, obstacles: Obstacles | None = None) -> pd.DataFrame:
     """One row a feature: the effect beyond the placebo over complete pairs; NaN for fewer than two."""
-    placebo = str(wide.columns[2])
     kept: list[npt.NDArray[np.float64]] = []
     records = []
-    for feature in wide.index.unique("feature").sort_values().tolist():
-        record, differences = _one_feature(wide.loc[[feature]], placebo, measure)
-        reasons = [(obstacles or {}).get((feature, condition)) for condition in (STEERED, placebo)]
+    for feature, own in pairs.features():
+        record, differences = _one_feature(own, measure)
+        reasons = [(obstacles or {}).get((feature, condition)) for condition in (STEERED, pairs.placebo)]
         if any(reasons) and record["n_pairs"] == 0:
             record["reason"] = reasons[0] or reasons[1]
-        records.append({"feature": int(feature), **record})
+        records.append({"feature": feature, **record})
         kept.append(differences)
     table = pd.DataFrame(records, columns=["feature", "n_pairs", "n_independent", *_NUMBERS, "reason"])
     bootstrap, p = np.full((2, len(kept)), math.nan), np.full(len(kept), math.nan)
@@ -226,56 +253,60 @@ def _summary(wide: pd.DataFrame, measure: Outcome, seed: int, obstacles: Obstacl
     return table
 
 
-def _one_feature(group: pd.DataFrame, placebo: str, measure: Outcome) -> tuple[dict[str, Any], npt.NDArray[np.float64]]:
+def _one_feature(own: _Pairs, measure: Outcome) -> tuple[dict[str, Any], npt.NDArray[np.float64]]:
     """All columns but p and q, and the differences of the complete pairs."""
-    complete = group.dropna()
-    by_pair = complete[STEERED] - complete[placebo]
-    differences = independent_values(by_pair, by_pair.index.get_level_values("prompt"))
-    record: dict[str, Any] = {"n_pairs": len(complete), "n_independent": len(differences)}
+    complete = ~np.isnan(own.values).any(axis=0)
+    values, prompts = own.values[:, complete], own.keys[complete, 1]
+    by_pair = values[1] - values[2]
+    differences = independent_values(by_pair, prompts)
+    record: dict[str, Any] = {"n_pairs": len(by_pair), "n_independent": len(differences)}
     record |= dict.fromkeys(_NUMBERS, math.nan)
-    record["reason"] = _reason(group, placebo, len(complete), measure)
+    record["reason"] = _reason(own, len(by_pair), measure)
     if len(differences) < 2:
         return record, np.empty(0)
     interval = mean_interval(differences)
     record |= {
-        "unsteered_mean": float(complete[UNSTEERED].mean()),
-        "steered_mean": float(complete[STEERED].mean()),
-        "placebo_mean": float(complete[placebo].mean()),
+        "unsteered_mean": float(values[0].mean()),
+        "steered_mean": float(values[1].mean()),
+        "placebo_mean": float(values[2].mean()),
         "effect": float(differences.mean()),
         "effect_low": interval.low,
         "effect_high": interval.high,
-        "reversed_share": _reversed_share(by_pair, measure),
+        "reversed_share": _reversed_share(by_pair, prompts, measure),
     }
     record["reason"] = "; ".join(filter(None, [record["reason"], interval.reason]))
     return record, differences
 
 
-def _reversed_share(differences: pd.Series[float], measure: Outcome) -> float:
+def _reversed_share(differences: npt.NDArray[np.float64], prompts: npt.NDArray[np.int64], measure: Outcome) -> float:
     """Share of prompts whose mean difference opposes the tested direction, or else the overall effect."""
-    by_prompt = differences.groupby(level="prompt").mean()
+    by_prompt = independent_values(differences, prompts, min_clusters=1)
+    overall = float(differences.mean())
     two_sided = measure.alternative == "two-sided"
-    down = float(differences.mean()) > 0 if two_sided else measure.alternative == "greater"
-    if two_sided and float(differences.mean()) == 0:
+    down = overall > 0 if two_sided else measure.alternative == "greater"
+    if two_sided and overall == 0:
         return math.nan  # an effect of nothing has no way to go against
     # The mean of equal numbers can miss zero by a rounding error, which is no reversal.
-    tie = 1e-12 * float(differences.abs().max())
+    tie = 1e-12 * float(np.abs(differences).max())
     return float((by_prompt < -tie).mean() if down else (by_prompt > tie).mean())
 
 
-def _reason(group: pd.DataFrame, placebo: str, n_complete: int, measure: Outcome) -> str:
-    for condition in (UNSTEERED, STEERED, placebo):
-        if not group[condition].isna().all():
+def _reason(own: _Pairs, n_complete: int, measure: Outcome) -> str:
+    missing = np.isnan(own.values)
+    n = missing.shape[1]
+    for place, condition in enumerate((UNSTEERED, STEERED, own.placebo)):
+        if not missing[place].all():
             continue
         if measure.direct:
             return "no direct effect is defined: it was not measured, or there are no top tokens"
         if condition == SHUFFLED:
             return "no other feature's top tokens to measure against, or none of them is known"
-        if not group.isna().all(axis=None):
+        if not missing.all():
             return f"no {condition} text has a {measure.name}: none was generated, or no word of it is known"
         if measure.name == "similarity":
             return "no similarity is defined: none of the top tokens is in the embedding, or no generated word"
         return f"no {measure.name} is defined: no generated word, or no top token that is a word"
-    if n_complete < len(group):
-        left_out = f"{measure.name} undefined in {len(group) - n_complete} of {len(group)} pairs, which are left out"
+    if n_complete < n:
+        left_out = f"{measure.name} undefined in {n - n_complete} of {n} pairs, which are left out"
         return left_out if n_complete >= 2 else f"{left_out}; fewer than two pairs remain"
     return "" if n_complete >= 2 else "fewer than two pairs"

@@ -35,6 +35,7 @@ __all__ = [
 _FIRST_TRIES = (16, 128, 1024)
 # Tokens per block maximum in the search for the most probable ones.
 _BLOCK = 64
+_NOISE_AT_ONCE = 1 << 16  # draws
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -54,9 +55,18 @@ class NoiseCell:
 
 def exponential_noise(cell: NoiseCell, step: int, d_vocab: int, *, device: torch.device | str = "cpu") -> Tensor:
     """Standard exponential draws at every token, float32 `[d_vocab]`, above 0; minus the logarithm is Gumbel noise."""
-    blocks = torch.arange((d_vocab + 3) // 4, device=device)
-    words = torch.stack(philox(*_counter([cell], step, blocks[None])), dim=-1)
-    return _exponential(words.flatten()[:d_vocab])
+    return _noise([cell], step, d_vocab, device)[0]
+
+
+def _noise(cells: Sequence[NoiseCell], step: int, d_vocab: int, device: torch.device | str) -> Tensor:
+    """`exponential_noise`, a cell a row; several at once where the vocabulary is small."""
+    blocks = torch.arange((d_vocab + 3) // 4, device=device)[None]
+    n = max(1, _NOISE_AT_ONCE // d_vocab)
+    parts = [
+        _exponential(torch.stack(philox(*_counter(cells[i : i + n], step, blocks)), dim=-1).flatten(1)[:, :d_vocab])
+        for i in range(0, len(cells), n)
+    ]
+    return torch.cat(parts)
 
 
 def exponential_noise_at(cells: Sequence[NoiseCell], step: int, ids: Tensor) -> Tensor:
@@ -162,7 +172,7 @@ def next_tokens(logits: Tensor, cells: Sequence[NoiseCell], step: int, sampling:
     scaled = logits if sampling.temperature == 1 else logits / sampling.temperature
     if sampling.top_p == 1:
         number = {cell: i for i, cell in enumerate(dict.fromkeys(cells))}
-        noise = torch.stack([exponential_noise(cell, step, scaled.shape[1], device=scaled.device) for cell in number])
+        noise = _noise(list(number), step, scaled.shape[1], scaled.device)
         noise_row = torch.tensor([number[cell] for cell in cells], device=scaled.device)
         return (scaled - noise.log_()[noise_row]).argmax(dim=-1)
     return _draw_from_nucleus(scaled, cells, step, sampling.top_p)

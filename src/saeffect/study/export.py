@@ -34,8 +34,9 @@ def group_of(run: RunFolder, arm: str, group: str) -> list[int]:
     """Numbers of an arm's features in a group: "domain", "steered", or "changed:N" (group N of what changed).
 
     ConfigError: no such kind of group, or the arm's features are not those that changed. EmptySelection: it has no
-    features. NotFound: the stage behind it has not run.
+    features. NotFound: the stage behind it has not run. BadFile: what it wrote was changed.
     """
+    run.refuse_changed(*_stages(arm))
     kind, _, number = group.partition(":")
     if kind == "domain":
         table = run.read_table(run.arm(arm, "selection.parquet"))
@@ -55,6 +56,12 @@ def group_of(run: RunFolder, arm: str, group: str) -> list[int]:
     if not found:
         raise EmptySelection(f"the group {group!r} of arm {arm} has no features.", at="group", fix="name features.")
     return [int(feature) for feature in found]
+
+
+def _stages(arm: str) -> tuple[str, ...]:
+    """Keys of the stages whose files are read here."""
+    of_arm = tuple(f"{stage} {arm}" for stage in ("gate", "features", "coherence", "steer"))
+    return (*of_arm, "select", "changes", "dose search")
 
 
 def feature_list(run: RunFolder, arm: str, features: Sequence[int]) -> pd.DataFrame:
@@ -197,6 +204,7 @@ def export_features(
     found = FORMATS[kind]
     if dose is not None and not found.has_dose:
         raise ConfigError(f"a file of format {kind} has no dose.", at="dose", fix="leave it out.")
+    run.refuse_changed(*_stages(arm))
     found.write(run, arm, features, dose, path)
     return path
 

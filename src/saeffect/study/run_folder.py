@@ -176,6 +176,17 @@ class RunFolder:
         files = [(self.output(name), digest) for name, digest in note["outputs"].items()]
         return all(path is not None and hash_file(path) == digest for path, digest in files)
 
+    def refuse_changed(self, *keys: str) -> None:
+        """BadFile if a file that one of these stages wrote is not as it was then; stages that have not run are
+        left out.
+        """
+        for key in keys:
+            for name, digest in self._manifest["stages"].get(key, {}).get("outputs", {}).items():
+                path = self.output(name)
+                if path is None or hash_file(path) != digest:
+                    fix = "run the study again: what is damaged is made anew."
+                    raise BadFile(f"{name} is not as the run wrote it.", at=str(self.folder), fix=fix)
+
     def provenance(self) -> dict[str, Any]:
         """Versions, seed and input hashes behind the numbers."""
         return {

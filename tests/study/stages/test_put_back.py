@@ -13,6 +13,7 @@ import yaml
 from saeffect.config import StudyConfig
 from saeffect.diffing import put_back as method
 from saeffect.diffing.put_back_shares import COLUMNS
+from saeffect.diffing.trace import OPENINGS
 from saeffect.errors import ConfigError
 from saeffect.progress import SILENT, Log, Progress
 from saeffect.study.run import _method
@@ -59,6 +60,7 @@ def test_the_table(path: Path, tmp_path: Path) -> None:
 
 def test_it_resumes_with_the_same_numbers(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(method, "_LOGITS", 1)  # a row of text a batch
+    monkeypatch.setattr("saeffect.study.stages.put_back.OPENINGS", OPENINGS[:4])
     study = Study.open(path)
     _, whole = _run(study, tmp_path / "whole")
     run = RunFolder(tmp_path / "stopped", study)
@@ -73,7 +75,7 @@ def test_it_resumes_with_the_same_numbers(path: Path, tmp_path: Path, monkeypatc
     measured: list[Any] = []
     monkeypatch.setattr(method, "_batch", _counting(method._batch, measured))
     run, table = _run(study, tmp_path / "stopped")
-    assert len(measured) == 27 + 32  # of the tuned model's 32 rows, 5 were done
+    assert len(measured) == 7 + 12  # of the tuned model's 12 rows, 5 were done
     pd.testing.assert_frame_equal(table, whole)
 
 

@@ -46,7 +46,8 @@ def learned_table(comparison: Comparison, context: ReportContext) -> TableView |
         note="The score is the group's mean change in units of what null fine-tunes do to such a group, over four bases"
         " together: the same text read, texts written, words expected, mean activation difference. The decoder and what"
         " fires together in the base model made the groups, without any fine-tune; a group is claimed if one more null"
-        f" fine-tune would reach its score anywhere with a probability of at most {context.alpha:g}.",
+        f" fine-tune would reach its score anywhere with a probability of at most {context.alpha:g}. Small changes on"
+        " several bases add up, so no basis need show it alone.",
         source="comparison/change_groups.parquet, comparison/evidence.parquet, comparison/null_groups.parquet",
         terms=("null_fine_tune",),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from collections.abc import Mapping
@@ -35,12 +36,14 @@ def write_tables(
     tables |= _study_tables(context or ReportContext(), [str(name) for name in comparison.table1["arm"]])
     written = []
     for name, table in tables.items():
-        plain = [{str(key): _plain(value) for key, value in row.items()} for row in table.to_dict("records")]
-        with atomic_path(folder / f"{name}.csv") as temporary:
-            columns = [str(column) for column in table.columns]
-            cells = pd.DataFrame([{key: _field(value) for key, value in row.items()} for row in plain], columns=columns)
-            cells.to_csv(temporary, index=False, lineterminator="\n")
-        write_json(folder / f"{name}.json", plain)
+        columns = [str(column) for column in table.columns]
+        rows = list(zip(*(_values(table[column]) for column in table.columns), strict=True))
+        with (
+            atomic_path(folder / f"{name}.csv") as temporary,
+            temporary.open("w", encoding="utf-8", newline="") as file,
+        ):
+            csv.writer(file, lineterminator="\n").writerows([columns, *([*map(_field, row)] for row in rows)])
+        write_json(folder / f"{name}.json", [dict(zip(columns, row, strict=True)) for row in rows])
         written += [folder / f"{name}.csv", folder / f"{name}.json"]
     write_json(folder / "answer.json", dict(comparison.answer))
     return (*written, folder / "answer.json")
@@ -80,6 +83,15 @@ def domain_features(arm: ArmTables) -> pd.DataFrame:
             extra = table[fresh].rename(columns={"reason": f"{source}_reason"})
             rows = rows.merge(extra, on="feature", how="left")
     return rows
+
+
+def _values(column: pd.Series[Any]) -> list[Any]:
+    """The values of a column as JSON has them."""
+    values: list[Any] = column.tolist()
+    kind = column.dtype.kind if isinstance(column.dtype, np.dtype) else "O"  # pandas' own types have a missing value
+    if kind == "f":
+        return [value if math.isfinite(value) else None for value in values]
+    return values if kind in "ib" else [_plain(value) for value in values]
 
 
 def _plain(value: Any) -> Any:
