@@ -12,7 +12,7 @@ SHARED = $(if $(filter-out 1,$(TEST_JOBS)),-n $(TEST_JOBS))
 # How many of the simulations run: 1 for all, 4 for one in four, 4:KEY for others than 4 alone.
 SAMPLE ?= 1
 
-.PHONY: demo reduced test check lint types layers doctests unit real browser whole simulations coverage mutants format clean benchmark-env docs
+.PHONY: demo reduced test check lint types layers doctests unit real browser simulations coverage mutants format clean benchmark-env docs
 
 demo: .venv/.installed
 	@$(BIN)/saeffect run $(STUDY) --out $(OUT)
@@ -52,10 +52,6 @@ marked = $(shell grep -rlE "mark\.$(1)\b" tests --include="test_*.py")
 
 real: .venv/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m real $(call marked,real)
-
-# Both in one process, which loads the model once: with something else for the second core.
-whole: .venv/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "real or browser" $(call marked,(real|browser))
 
 browser: .venv/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "browser and not real" $(call marked,browser)

@@ -153,4 +153,4 @@ def test_the_run_counts_the_assistants_tokens(study_file: Path, tmp_path: Path) 
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "Be kind." in page
     assert "conversations, tokens at positions: assistant" in page
-    assert "2 chats × 2 texts, at positions: assistant" in page
+    assert "2 chats × 1 text, at positions: assistant" in page

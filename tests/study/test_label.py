@@ -15,7 +15,7 @@ import torch
 
 from chat_server import Raw, Seen, chat_server
 from command_line import call
-from saeffect.errors import ConfigError, EmptySelection, InUse, NotFound, SaeffectError, Unreachable
+from saeffect.errors import BadFile, ConfigError, EmptySelection, InUse, NotFound, SaeffectError, Unreachable
 from saeffect.io import sole_writer
 from saeffect.lm import endpoint as asking
 from saeffect.progress import Log
@@ -218,7 +218,7 @@ def test_a_run_that_cannot_be_labelled_says_why(run: Path, monkeypatch: pytest.M
         with sole_writer(run / "labels"), pytest.raises(InUse):
             ask(run, seen, monkeypatch)
         (run / "arms" / "treatment" / "features.parquet").unlink()
-        with pytest.raises(NotFound, match="features"):
+        with pytest.raises(BadFile, match="features"):
             ask(run, seen, monkeypatch)
         with pytest.raises(NotFound):
             ask(run / "nowhere", seen, monkeypatch)

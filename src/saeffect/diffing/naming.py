@@ -42,7 +42,7 @@ __all__ = [
 
 FEWEST_NULLS = 5
 """With fewer null fine-tunes nothing is claimed: a scale from four numbers is no scale."""
-SIZES = (1, 3, 8, 20)
+SIZES = (1, 3, 8)
 """Features a group: one feature and those nearest to it."""
 _BOTH = ("base", "tuned")
 _SHOWN = 40  # groups in the table
@@ -352,8 +352,8 @@ def _groups(trace: Trace, tests: GroupTests, z: FloatArray, basis: Basis, alpha:
 
 
 def _name(members: IntArray, z: FloatArray, basis: Basis) -> list[str]:
-    """Ten words for a group: the top tokens of its members, those of the most changed members first."""
-    weight = np.clip(z[members], 0.0, None)
+    """Ten words for a group: the top tokens of its members, foremost of the most changed ones (votes grow as z²)."""
+    weight = np.clip(z[members], 0.0, None) ** 2
     votes: dict[str, float] = {}
     for feature, its_weight in zip(members, weight, strict=True):
         for rank, token in enumerate(basis.top_tokens[feature]):

@@ -30,7 +30,15 @@ from saeffect.study.run_folder import RunFolder, read_manifest
 from saeffect.study.stages.features import ranked_tokens, shared_unembedding
 from saeffect.study.study import Arm, Study
 
-__all__ = ["N_BINS", "ActivationHistograms", "both_models_files", "other_arm", "read_both_models", "refuse_changed"]
+__all__ = [
+    "N_BINS",
+    "ActivationHistograms",
+    "both_models_files",
+    "other_arm",
+    "read_both_models",
+    "refuse_changed",
+    "refuse_own_code",
+]
 
 VERSION = 1
 N_BINS = 40
@@ -89,6 +97,7 @@ def read_both_models(folder: Path | str, log: Log = SILENT) -> list[Path]:
         files = both_models_files(place, name, other)
         if all(file.is_file() for file in files):
             continue
+        refuse_own_code(study, name, other)
         for arm in (name, other):
             refuse_changed(study, arm, manifest)
         with sole_writer(files[0].parent):
@@ -106,6 +115,19 @@ def refuse_changed(study: Study, arm: str, manifest: dict[str, Any]) -> None:
                 f"the {part} of {arm} is not the one that the run read.",
                 at=study.at("arms", arm, part),
                 fix="put it back, or run the study again.",
+            )
+
+
+def refuse_own_code(study: Study, *arms: str) -> None:
+    """ConfigError if a model of these arms would run Python code of its own: who reads a finished run need not have
+    made it. SAEFFECT_TRUST_REMOTE_CODE=1 lets it.
+    """
+    for name in arms:
+        if study.arm(name).model.trust_remote_code and os.environ.get("SAEFFECT_TRUST_REMOTE_CODE") != "1":
+            raise ConfigError(
+                "this run's study lets its model run code of its own, and a run may come from somebody else.",
+                at=study.at("arms", name, "model", "trust_remote_code"),
+                fix="look at that code; if you trust it, set SAEFFECT_TRUST_REMOTE_CODE=1 and start again.",
             )
 
 

@@ -14,6 +14,7 @@ import torch
 from saeffect.lm.activations import TokenRows, kept_positions
 from saeffect.lm.tokens import special_tokens
 from saeffect.progress import SILENT, Log
+from saeffect.study.both_models import refuse_own_code
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.study import Arm, Study
 
@@ -55,6 +56,7 @@ def read_contexts(
     """
     examples = run.read_table(run.arm(arm, "examples.parquet"))
     by_feature = dict(list(examples[examples["feature"].isin(list(features))].groupby("feature")))
+    refuse_own_code(run.study, arm)
     opened, rows = run.study.open_arm(arm, log), run.study.rows()
     read = _Reading(run.study, opened, rows.head(plan.rows) if plan.rows else rows, plan.seed)
     read.text(list(features), log)

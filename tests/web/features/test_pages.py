@@ -12,14 +12,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
+from saeffect.errors import ConfigError
 from saeffect.features.embeddings import WordVectors, load_embeddings
 from saeffect.review.queue import fingerprint_tokens
 from saeffect.review.store import NOT_BLIND, STORE, Given, VerdictStore
-from saeffect.study.both_models import read_both_models
+from saeffect.study.both_models import read_both_models, refuse_own_code
+from saeffect.study.run_folder import RunFolder
+from saeffect.study.study import Study
 from saeffect.web.features.catalogue import catalogue
 from saeffect.web.features.query import Query
 from saeffect.web.features.record import token_pairs
+from saeffect.web.play.engine import Engine
 
 
 @pytest.fixture
@@ -116,6 +121,22 @@ def test_both_models_are_read_as_the_run_read_its_own(read_run: Path, client_of:
     text = client_of(read_run).get(f"/features/control/{number}").text
     assert "Base model" in text and "Fine-tuned model" in text and "Suppresses" in text
     assert "Not read in both models yet" not in text
+
+
+def test_a_model_with_code_of_its_own_is_not_loaded_for_readers(
+    run_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = run_copy / "study.yaml"
+    study = yaml.safe_load(file.read_text())
+    study["arms"]["control"]["model"]["trust_remote_code"] = True
+    file.write_text(yaml.safe_dump(study))
+    with pytest.raises(ConfigError, match="somebody else"):
+        read_both_models(run_copy)
+    engine = Engine(lambda: RunFolder(run_copy, Study.open(file)))
+    with pytest.raises(ConfigError, match="somebody else"):
+        list(engine.warm())
+    monkeypatch.setenv("SAEFFECT_TRUST_REMOTE_CODE", "1")
+    refuse_own_code(Study.open(file), "control")
 
 
 def test_pages_work_when_no_model_loads_any_more(read_run: Path, tmp_path: Path, client_of: Callable[..., Any]) -> None:
