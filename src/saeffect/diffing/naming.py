@@ -332,7 +332,7 @@ def _groups(trace: Trace, tests: GroupTests, z: FloatArray, basis: Basis, alpha:
         rows.append(
             {
                 "group": len(rows) + 1,
-                "name": ", ".join(tokens[:3]),
+                "name": ", ".join(sorted(tokens, key=lambda word: len(word) < 3 or not word.isalpha())[:3]),
                 "tokens": tokens,
                 "features": members.tolist(),
                 "n_features": len(members),
