@@ -93,7 +93,9 @@ class Side:
 
     @torch.inference_mode()
     def step(self) -> dict[str, Any] | None:
-        """A token more in each text: `pieces` (None after its end), `acts` of the tokens before; None at the end."""
+        """A token more in each text: `pieces` (None after its end), `acts` of the tokens before, `rest`: what is left
+        of a character that the text ended in; None at the end.
+        """
         seen: list[Tensor] = []
 
         def listen(x: Tensor) -> Tensor:
@@ -109,13 +111,16 @@ class Side:
         acts = self._activations(seen[-1]) if begun and seen else [[] for _ in self.rows]
         pieces: list[str | None] = []
         fresh: list[list[float] | None] = []
+        before = [row.shown for row in self.rows]
         for i, row in enumerate(self.rows):
             told = not row.ended and len(row.acts) < len(row.ids)
             fresh.append(acts[i] if told else None)
             if told:
                 row.acts.append(acts[i])
             pieces.append(self._extend(row, None if ids is None else ids[i]))
-        return {"pieces": pieces, "acts": fresh}
+        ends = zip(self.rows, before, pieces, strict=True)
+        rest = [row.shown[len(was) :] if piece is None else "" for row, was, piece in ends]
+        return {"pieces": pieces, "acts": fresh, "rest": rest}
 
     def _extend(self, row: _Row, token: int | None) -> str | None:
         if row.ended or token is None or len(row.ids) == self._n:

@@ -257,8 +257,10 @@ function begin() {
       const acts = event.acts[i];
       if (acts && row.spans[row.told]) tint(row.spans[row.told++], acts);
       const piece = event.pieces[i];
-      if (piece === null) row.text.classList.remove("writing");
-      else {
+      if (piece === null) {
+        row.text.classList.remove("writing");
+        if (event.rest[i]) row.spans.at(-1).textContent += printable(event.rest[i]);
+      } else {
         // Line feeds before the first word would be a hole in the page.
         row.begun = row.begun || piece.trim() !== "";
         const feed = !row.begun && piece.includes("\n");
