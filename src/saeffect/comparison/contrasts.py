@@ -123,8 +123,9 @@ def contrasts(
     rows = [
         row
         for comparison, a, b in compared(control, treatment, placebos)
-        for quantity in QUANTITIES.values()
-        for row in _COMPARE[quantity.kind](_Pair(comparison, a, b, quantity, min_matches, resampling, known))
+        for row in pair_contrasts(
+            comparison, a, b, QUANTITIES.values(), min_matches=min_matches, resampling=resampling, known=known
+        )
     ]
     return as_table(rows, tests)
 
@@ -151,9 +152,10 @@ def pair_contrasts(
     *,
     min_matches: int,
     resampling: Resampling,
+    known: dict[Any, Any] | None = None,
 ) -> list[Contrast]:
-    """Quantities of arm `b` against arm `a`, as rows of one comparison."""
-    known: dict[Any, Any] = {}
+    """Quantities of arm `b` against arm `a`, as rows of one comparison; `known` keeps what was read of arms."""
+    known = {} if known is None else known
     return [
         row
         for quantity in quantities

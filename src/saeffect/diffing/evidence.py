@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from saeffect.diffing.naming import beside_nulls, evidence_row
+from saeffect.diffing.naming import beside_nulls, evidence_row, unit_rows
 from saeffect.diffing.standardised import differences_among_nulls
 from saeffect.diffing.trace import Trace
 from saeffect.stats.multiplicity import simes
@@ -68,8 +68,7 @@ def _tested(sae: FurtherSae, vocabulary: str, traces: Sequence[Trace]) -> tuple[
     members = sae.members[vocabulary]
     if not members.any():
         return math.nan, math.nan, "no feature is of this group"
-    rows = sae.W_dec.astype(np.float64)
-    z = differences_among_nulls(traces, rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12))
+    z = differences_among_nulls(traces, unit_rows(sae.W_dec.astype(np.float64)))
     own, *others = z[:, members].mean(axis=1)
     if not np.any(z):
         return math.nan, math.nan, "the mean activation does not differ"

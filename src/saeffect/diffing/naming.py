@@ -37,6 +37,7 @@ __all__ = [
     "name_changes",
     "prediction_limit",
     "prediction_p",
+    "unit_rows",
 ]
 
 
@@ -66,7 +67,7 @@ class Basis:
     @cached_property
     def directions(self) -> npt.NDArray[np.float32]:
         """The decoder's rows at the hook, each of length 1."""
-        return _unit((self.W_dec if self.at_hook is None else self.at_hook).astype(np.float32))
+        return unit_rows((self.W_dec if self.at_hook is None else self.at_hook).astype(np.float32))
 
     @cached_property
     def neighbours(self) -> IntArray:
@@ -76,7 +77,7 @@ class Basis:
         the base model (their correlation over tokens, see `coactivation`). No fine-tune has a part in it.
         """
         logits = self.W_dec.astype(np.float32) @ _root(self.W_U.astype(np.float32))
-        both = np.concatenate([_unit(self.W_dec.astype(np.float32)), _unit(logits)], axis=1)
+        both = np.concatenate([unit_rows(self.W_dec.astype(np.float32)), unit_rows(logits)], axis=1)
         n = min(max(SIZES), len(both))
         found = np.empty((len(both), n), dtype=np.int64)
         for start, together in self._together():
@@ -103,7 +104,8 @@ def _root(W_U: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return (vectors * np.sqrt(np.clip(values, 0, None))).astype(np.float32)
 
 
-def _unit(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def unit_rows(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Rows of length 1, of the dtype given; rows of zeros stay."""
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 

@@ -64,9 +64,8 @@ def standardised(
 
     z = (change - mean of the nulls') / scale. The scale is the root mean of two variances with equal weight: the
     feature's own over the nulls, and that of features that fire as often, of all features on the basis "difference"
-    (Smyth 2004). If the z of one fine-tune spread
-    wider than the nulls' as a whole, they are divided by how much wider (the empirical null of Efron 2004). "combined"
-    is the sum over bases divided by the square root of their number.
+    (Smyth 2004). If the z of one fine-tune spread wider than the nulls' as a whole, they are divided by how much wider
+    (the empirical null of Efron 2004). "combined" is the sum over bases divided by the square root of their number.
 
     NaN on a basis where a feature hardly fires (see `FEWEST_TOKENS`), which adds nothing to "combined". `directions`
     are the decoder's rows, unit length [d_sae, d_in]; without them there is no basis "difference". `ShapeMismatch` for

@@ -178,7 +178,8 @@ def representative_trials(
     for prompt, sample, condition, dose, similarity, text in rows:
         if condition == "unsteered" or dose == chosen_dose:
             pairs.setdefault((prompt, sample), {}).setdefault(condition, (similarity, text))
-    texts = [pairs[key] for key in sorted(pairs)]
+    keys = sorted(pairs)
+    texts = [pairs[key] for key in keys]
     base = next((name for name in ("matched", "random", "unsteered") if any(name in pair for pair in texts)), "")
     if not base:
         return ()
@@ -189,7 +190,7 @@ def representative_trials(
     words = {word for word in map(normalise_token, top_tokens) if len(word) >= 3}
     shown = []
     for which, place in _places(difference):
-        prompt, sample = sorted(pairs)[place]
+        prompt, sample = keys[place]
         name = visible_text(prompts[prompt], 120) if prompt < len(prompts) else f"prompt {prompt}"
         shown.append(
             Trial(

@@ -262,12 +262,13 @@ def _own_texts(folder: _Folder, log: Log) -> Path:
             return path
         parts = [folder.path / "own" / f"{index}.json" for index in range(n_batches)]
         lm: LanguageModel | None = None
+        texts: list[Any] = []
         for index, part in enumerate(parts):
-            if _kept(part) is None:
+            if (found := _kept(part)) is None:
                 lm = lm or lm_for_chats(load_language_model(recipe.model, log=log, at="model"), recipe)
-                write_json(part, _written(lm, index))
+                write_json(part, found := _written(lm, index))
+            texts += found
             log.progress("the base model writes", (index + 1) * _BATCH, n_batches * _BATCH, "texts")
-        texts = (text for part in parts for text in read_json(part))
         with atomic_path(path) as temporary:
             temporary.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
         for part in parts:
