@@ -172,6 +172,15 @@ def test_foreign_files_are_not_overwritten(study: Study, tmp_path: Path, name: s
     assert list(tmp_path.iterdir()) == [mine], "refused before anything is computed"
 
 
+def test_foreign_tables_of_an_arm_are_not_overwritten(study: Study, tmp_path: Path) -> None:
+    mine = tmp_path / "arms" / "control" / "features.parquet"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(ConfigError, match="not as a run of a study left it"):
+        run_study(study, tmp_path)
+    assert mine.read_text() == "mine"
+
+
 def test_changed_study_file_is_not_overwritten(study: Study, tmp_path: Path) -> None:
     run = RunFolder(tmp_path, study)
     leave(run, 1, "a")

@@ -24,8 +24,9 @@ from saeffect.study.study import Study
 __all__ = ["KeptRows", "RunFolder", "drop_kept_rows", "read_manifest", "read_table"]
 
 _FOLDERS = ("arms", "comparison", "figures", "partial", "steering", "tables")
-# A run writes these only after its manifest and study.
+# A run writes these only after its manifest and study; its first stage writes gate.json alone.
 _WITH_MANIFEST = ("manifest.json", "comparison", "figures", "report.html", "steering", "tables")
+_TABLES_OF_ARMS = "arms/*/*.parquet"
 _HEAD = "# The study as saeffect ran it. SHA-256 of the lines below: "
 
 
@@ -119,6 +120,7 @@ class RunFolder:
         foreign = [] if is_ours or not _is_there(note) else [note]
         if not is_ours and "study" not in self._manifest:
             foreign += [self.path(name) for name in _WITH_MANIFEST if _is_there(self.path(name))]
+            foreign += sorted(self.folder.glob(_TABLES_OF_ARMS))
         if foreign:
             raise ConfigError(
                 f"{foreign[0].name!r} is not as a run of a study left it, and a run would write over it.",
