@@ -81,7 +81,7 @@ def test_a_busy_machine_is_told(tiny: Study, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_text_that_does_not_fit_into_memory_is_read_again(tiny: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("saeffect.study.texts.machine_memory", lambda: 8_000)
+    monkeypatch.setattr("saeffect.lm.residuals.machine_memory", lambda: 8_000)
     assert of(plan_study(tiny), "features placebo")["tokens"] == 1024
 
 
