@@ -49,7 +49,11 @@ def test_every_stage_of_the_run_is_there_in_its_order(tiny: Study, planned: Plan
 
 
 def test_tokens_and_operations(tiny: Study, planned: Plan) -> None:
-    # 1,024 tokens through the one block before the hook; the placebo has the control's model, so nothing is read again.
+    # 1,024 tokens through the one block before the hook; the placebo has the control's model, so nothing is read again,
+    # and where the trace read whole rows not even that.
+    assert of(planned, "features control")["tokens"] == of(planned, "features placebo")["tokens"] == 0
+    changes = tiny.config.changes.model_copy(update={"tokens_per_row": 8})
+    planned = plan_study(Study(tiny.config.model_copy(update={"changes": changes}), tiny.source))
     features = of(planned, "features control")
     assert features["tokens"] == 1024
     assert of(planned, "features placebo")["tokens"] == 0

@@ -148,14 +148,13 @@ def study_tracer(study: Study, log: Log = SILENT) -> Tracer:
             at=study.at("text"),
             fix="give more text, or shorter rows: text.context_size.",
         )
-    if not study.has_saes:
-        lm, hook = study.open_model(control, log), study.hook(control)
-        parse_hook(hook, lm.n_layers, at=study.at("arms", control, "hook"))
-        limit = first_limit(lm, hook, rows.ids[:8])
-        return Tracer(lm, None, hook, traced_rows(rows, study.config.changes), limit, log, residuals=study.residuals)
-    arm = study.open_arm(control, log)
-    read, limit = traced_rows(rows, study.config.changes), arm.norm_limit(rows)
-    return Tracer(arm.lm, arm.sae, arm.hook, read, limit, log, residuals=study.residuals)
+    traced = traced_rows(rows, study.config.changes)
+    if study.has_saes:
+        arm = study.open_arm(control, log)
+        return Tracer(arm.lm, arm.sae, arm.hook, traced, arm.norm_limit(rows), log, residuals=study.residuals)
+    lm, hook = study.open_model(control, log), study.hook(control)
+    parse_hook(hook, lm.n_layers, at=study.at("arms", control, "hook"))
+    return Tracer(lm, None, hook, traced, first_limit(lm, hook, rows.ids[:8]), log, residuals=study.residuals)
 
 
 def traced_rows(rows: TokenRows, changes: ChangesConfig) -> TokenRows:

@@ -313,7 +313,8 @@ class _Planner:
             stage.read(m, 2 * texts * NEW_TOKENS, self._hook(self._control)[1])
             stage.encode(2 * tokens + 2 * texts * NEW_TOKENS, self._saes[self._control], self._encode)
         stage.disk = 4 * (8 * (self._saes[self._control].d_sae if self._saes else 0) + 2 * m.d_vocab)
-        if config.tokens_per_row >= text.context_size:  # the trace keeps what later stages read
+        fits = text.tokens * m.d_model * m.dtype.itemsize <= self._most_bytes
+        if fits and config.tokens_per_row >= text.context_size:  # kept for the stages after
             hook = self._hook(self._control)[0]
             self._traced = {(self._config.arms[arm].model, hook): tokens for arm in (self._control, self._treatment)}
         return stage
