@@ -11,7 +11,7 @@ from saeffect.comparison.calibration import calibration_table
 from saeffect.comparison.contrasts import contrasts
 from saeffect.comparison.judgement import judgement_table
 from saeffect.errors import UnknownName
-from saeffect.stats import wilson
+from saeffect.stats.proportions import wilson
 from synthetic_study import compared, synthetic_arms
 
 SMALL = Resampling(0, 60, 60)

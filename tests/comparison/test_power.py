@@ -12,7 +12,7 @@ from statsmodels.stats.proportion import proportion_effectsize
 from saeffect.comparison import PRIMARY, Resampling, compare, contrasts, roles_of
 from saeffect.comparison.arms import coherence_of
 from saeffect.comparison.power import power_table
-from saeffect.stats import detectable_few_means
+from saeffect.stats.power import detectable_few_means
 from synthetic_study import synthetic_arms
 
 

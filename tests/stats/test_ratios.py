@@ -9,8 +9,7 @@ from scipy import optimize, stats
 from scipy.optimize import brentq
 
 from saeffect.errors import ShapeMismatch
-from saeffect.stats import ratio_of_means
-from saeffect.stats.ratios import fieller
+from saeffect.stats.ratios import fieller, ratio_of_means
 from saeffect.stats.student import mean_interval
 
 

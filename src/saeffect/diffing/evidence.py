@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from saeffect.diffing.naming import beside_nulls, evidence_row, unit_rows
+from saeffect.diffing.matching import unit_rows
+from saeffect.diffing.naming import beside_nulls, evidence_row
 from saeffect.diffing.standardised import differences_among_nulls
 from saeffect.diffing.trace import Trace
 from saeffect.stats.multiplicity import simes

@@ -4,8 +4,8 @@ Each trace gives every feature a change on four bases: how much it fires on the 
 writes (`written`), how much more its top tokens are expected (`expected`), and how far the mean activation difference
 points its way (`difference`). A change is measured in units of what it does in null fine-tunes of the same recipe.
 Groups of features were fixed beforehand, by the decoder and by what fires together in the base model; the p of each
-group counts the search over all of them. Bases are combined by summing; what the same sum reaches in the nulls is its
-yardstick, so p holds however bases depend on each other (nonparametric combination, Pesarin & Salmaso 2010).
+group counts the search over all of them. Bases are combined by summing. The sum is compared with the same sum in the
+nulls, so p holds however bases depend on each other (nonparametric combination, Pesarin & Salmaso 2010).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import pandas as pd
 from scipy.special import stdtr, stdtrit
 
 from saeffect.diffing.coactivity import FiringLog, coactivation
+from saeffect.diffing.matching import unit_rows
 from saeffect.diffing.standardised import BASES, FEWEST_TOKENS, along, among_nulls
 from saeffect.diffing.trace import Trace
 from saeffect.stats.arguments import FloatArray, IntArray
@@ -37,7 +38,6 @@ __all__ = [
     "name_changes",
     "prediction_limit",
     "prediction_p",
-    "unit_rows",
 ]
 
 
@@ -102,11 +102,6 @@ def _root(W_U: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """R [d_in, d_in] such that lengths and angles of x @ R are those of x @ W_U."""
     values, vectors = np.linalg.eigh((W_U @ W_U.T).astype(np.float64))
     return (vectors * np.sqrt(np.clip(values, 0, None))).astype(np.float32)
-
-
-def unit_rows(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Rows of length 1, of the dtype given; rows of zeros stay."""
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +177,7 @@ def name_changes(
 
     Returns:
         changes: A row a feature and basis (`BASES`, "combined"): feature, basis, base, tuned (means there; NaN for
-            "difference" and "combined"), change (their difference), z (see `standardised`), reason.
+            "difference" and "combined"), change (their difference), z (see `among_nulls`), reason.
         change_groups: The highest groups that do not overlap: group (from 1), name (its tokens), features, n_features,
             direction ("more" or "less"), score, p (counts the search over all groups), q, share (of all change of mean
             activation on the text, in these features), claimed (p at most alpha), reason.

@@ -14,7 +14,7 @@ from saeffect.diffing.trace import Trace
 from saeffect.errors import BadFile, ShapeMismatch
 from saeffect.stats.arguments import FloatArray, IntArray
 
-__all__ = ["BASES", "FEWEST_TOKENS", "along", "among_nulls", "differences_among_nulls", "standardised"]
+__all__ = ["BASES", "FEWEST_TOKENS", "along", "among_nulls", "differences_among_nulls", "raw_changes"]
 
 
 BASES = ("read", "written", "expected", "difference")
@@ -24,9 +24,14 @@ FEWEST_TOKENS = 10
 _STRATUM = 200  # fewest features (or tokens) of like density that share a scale
 
 
-def _raw(trace: Trace, top_tokens: IntArray, directions: npt.NDArray[np.floating[Any]] | None) -> dict[str, FloatArray]:
-    """Changes on a scale whose noise depends little on frequency: roots of mean activations, logarithms of
-    probabilities; and the mean activation difference along each direction.
+def raw_changes(
+    trace: Trace, top_tokens: IntArray, directions: npt.NDArray[np.floating[Any]] | None = None
+) -> dict[str, FloatArray]:
+    """The change of each feature by basis, float64 [d_sae], on a scale whose noise depends little on frequency.
+
+    "read" and "written": difference of the roots of mean activations; "expected": difference of the logarithms of the
+    probabilities of its top tokens, int64 [d_sae, k], averaged over these; "difference": the mean activation difference
+    along its unit row of `directions` [d_sae, d_in], left out without them.
     """
     expected = trace.expected.astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -54,33 +59,23 @@ def _fires(traces: Sequence[Trace]) -> dict[str, npt.NDArray[np.bool_]]:
     return {name: tokens >= FEWEST_TOKENS - 0.5 for name, tokens in most.items()}  # densities are rounded
 
 
-def standardised(
-    trace: Trace,
-    nulls: Sequence[Trace],
-    top_tokens: IntArray,
-    directions: npt.NDArray[np.floating[Any]] | None = None,
-) -> dict[str, FloatArray]:
-    """Changes of all features in units of what nulls show, by basis and "combined": float64 [d_sae] each.
+def among_nulls(
+    traces: Sequence[Trace], top_tokens: IntArray, directions: npt.NDArray[np.floating[Any]] | None = None
+) -> list[dict[str, FloatArray]]:
+    """Changes of all features in units of what nulls show, by basis and "combined", float64 [d_sae] each: of the first
+    trace, the fine-tune's, among the nulls, then of each null among the other nulls.
 
     z = (change - mean of the nulls') / scale. The scale is the root mean of two variances with equal weight: the
     feature's own over the nulls, and that of features that fire as often, of all features on the basis "difference"
     (Smyth 2004). If the z of one fine-tune spread wider than the nulls' as a whole, they are divided by how much wider
     (the empirical null of Efron 2004). "combined" is the sum over bases divided by the square root of their number.
 
-    NaN on a basis where a feature hardly fires (see `FEWEST_TOKENS`), which adds nothing to "combined". `directions`
-    are the decoder's rows, unit length [d_sae, d_in]; without them there is no basis "difference". `ShapeMismatch` for
-    fewer than two nulls; `BadFile` for one measured otherwise.
+    NaN on a basis where a feature hardly fires (see `FEWEST_TOKENS`), which adds nothing to "combined". Other arguments
+    are as in `raw_changes`. `ShapeMismatch` if one has fewer than two nulls to be among; `BadFile` for a trace that was
+    measured otherwise.
     """
-    own = _comparable([trace, *nulls])
-    return _scored(trace, [_raw(one, top_tokens, directions) for one in own], _fires(own))
-
-
-def among_nulls(
-    traces: Sequence[Trace], top_tokens: IntArray, directions: npt.NDArray[np.floating[Any]] | None = None
-) -> list[dict[str, FloatArray]]:
-    """`standardised` of each trace, first the fine-tune's: it among the nulls, each null among the other nulls."""
     fires = _fires(_comparable(traces))
-    changes = [_raw(one, top_tokens, directions) for one in traces]
+    changes = [raw_changes(one, top_tokens, directions) for one in traces]
     found = []
     for i, trace in enumerate(traces):
         others = [change for j, change in enumerate(changes) if j not in (0, i)]
@@ -102,7 +97,7 @@ def differences_among_nulls(traces: Sequence[Trace], directions: npt.NDArray[np.
 def _scored(
     trace: Trace, changes: Sequence[Mapping[str, FloatArray]], fires: Mapping[str, npt.NDArray[np.bool_]]
 ) -> dict[str, FloatArray]:
-    """`standardised` of the first of `changes` among the others."""
+    """The z of the first of `changes` among the others, by basis and "combined"."""
     if len(changes) < 3:
         raise ShapeMismatch(f"a scale needs at least two null fine-tunes. Got {len(changes) - 1} instead.", at="nulls")
     density = trace.read[2].astype(np.float64)
