@@ -8,8 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saeffect.comparison import judge
-from saeffect.comparison.judgement import ALL_SEEDS, add_noise_p, exceeds_noise, noise_p
+from saeffect.comparison.judgement import ALL_SEEDS, add_noise_p, exceeds_noise, judge, noise_p
 from saeffect.diffing.cross_activity import activity_changes, most_changed
 from saeffect.diffing.matched_null import conformal_p, exchangeable_p
 from saeffect.stats.estimate import Estimate

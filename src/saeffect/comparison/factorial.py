@@ -28,9 +28,9 @@ from saeffect.comparison.arms import Roles
 from saeffect.errors import ShapeMismatch
 from saeffect.stats.arguments import FloatArray, Resampling
 from saeffect.stats.estimate import Estimate, undefined
+from saeffect.stats.nested import complete_tables, two_way_mean
 from saeffect.stats.permutation import permutation_test, sign_flip_many
 from saeffect.stats.proportions import bounded_mean, newcombe_difference, paired_difference, sum_of_independent
-from saeffect.stats.two_way import complete_tables, two_way_mean
 
 __all__ = [
     "CROSSED",
