@@ -2,7 +2,7 @@
 
 Nulls keep the mean activation difference, so it can be laid along the features of any SAE at the same hook. An SAE that
 saw the base model alone is one more test against the nulls. One that was trained with the fine-tuned model is not: its
-features were made to follow this fine-tune, and nulls have no such SAE. What it shows is told without a p.
+features were made to follow this fine-tune, and nulls have no such SAE. What it shows is reported without a p.
 """
 
 from __future__ import annotations

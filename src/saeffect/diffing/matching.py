@@ -137,7 +137,8 @@ def match_decoders(
     """Nearest `n` neighbours by the cosine of decoder rows [d_sae, d_in], searched in float32, ranked in float64.
 
     A feature left out (False in `use_a` or `use_b`, bool [d_sae]), or with a decoder of zeros, has no neighbours and is
-    nobody's. `ShapeMismatch`: widths differ, or a mask does not fit; `BadFile`: a weight is NaN or infinite.
+    none of another feature. `ShapeMismatch`: widths differ, or a mask does not fit; `BadFile`: a weight is NaN or
+    infinite.
 
     Example:
         >>> found = match_decoders(torch.eye(2), torch.tensor([[0.0, 2.0], [3.0, 0.0]]), n=1)

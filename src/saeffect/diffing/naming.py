@@ -1,4 +1,4 @@
-"""What changed, by name, or honest silence: groups of features that changed more than in null fine-tunes.
+"""What changed, by name: groups of features that changed more than in null fine-tunes; none where none did.
 
 Each trace gives every feature a change on four bases: how much it fires on the same text (`read`), on what each model
 writes (`written`), how much more its top tokens are expected (`expected`), and how far the mean activation difference
