@@ -11,8 +11,16 @@ import pytest
 import torch
 
 from saeffect.diffing.coactivity import FiringLog, coactivation
-from saeffect.diffing.naming import FEWEST_NULLS, Basis, GroupTests, group_tests, name_changes
-from saeffect.diffing.standardised import BASES, among_nulls, raw_changes
+from saeffect.diffing.naming import name_changes
+from saeffect.diffing.standardised import (
+    BASES,
+    FEWEST_NULLS,
+    Basis,
+    GroupTests,
+    among_nulls,
+    group_tests,
+    raw_changes,
+)
 from saeffect.diffing.trace import Trace
 from saeffect.errors import BadFile, ShapeMismatch
 

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from saeffect.diffing.evidence import FurtherSae, further_evidence
-from saeffect.diffing.naming import FEWEST_NULLS, Basis, name_changes
+from saeffect.diffing.naming import FurtherSae, further_evidence, name_changes
 from saeffect.diffing.nulls import CARD, null_card, null_files, pooled_p, read_nulls, smallest_p
-from saeffect.diffing.standardised import BASES, among_nulls, raw_changes
+from saeffect.diffing.standardised import BASES, FEWEST_NULLS, Basis, among_nulls, raw_changes
 from saeffect.diffing.trace import Trace, Tracer
 from saeffect.diffing.where import where_changed
 from saeffect.errors import NotFound
