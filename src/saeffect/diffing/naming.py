@@ -75,7 +75,7 @@ def name_changes(
             activation on the text, in these features), claimed (p at most alpha), reason.
         declared_changes: A row a declared group and basis: name, basis, n_features, z (mean over its features),
             null_low, null_high (range of the nulls'), p (two-sided), reason.
-        evidence: A row a group or declared group, and basis: see `evidence_row`.
+        evidence: A row a group or declared group, and basis: see `_evidence_row`.
         null_groups: A row a null: null, highest (score of any group), kl.
         change_numbers: A row a number of `Trace.numbers`: name ("kl", or "perplexity" and the source of text), base,
             tuned (NaN for kl), change (of the logarithm), null_low, null_high, p (two-sided), reason.
@@ -126,7 +126,7 @@ def _declared(
             reason = reason or ("" if judged.any() else f"every feature {_RARE}")
             row["z"] = math.nan if reason else float(own[basis][judged].mean())
             rows.append(
-                row | beside_nulls(row["z"], [float(o[basis][judged].mean()) for o in others if not reason], reason)
+                row | _beside_nulls(row["z"], [float(o[basis][judged].mean()) for o in others if not reason], reason)
             )
     return pd.DataFrame(rows, columns=list(_DECLARED_COLUMNS))
 
@@ -142,11 +142,11 @@ def _numbers(trace: Trace, nulls: Sequence[Trace], why: str) -> pd.DataFrame:
         ends = (math.exp(trace.numbers[f"loss_{which}{source}"]) if source is not None else math.nan for which in _BOTH)
         row: dict[str, Any] = {"name": "kl" if source is None else f"perplexity{source.replace('_', ' ')}"}
         row |= dict(zip(_BOTH, ends, strict=True)) | {"change": change(trace, source)}
-        rows.append(row | beside_nulls(row["change"], [change(one, source) for one in nulls], why))
+        rows.append(row | _beside_nulls(row["change"], [change(one, source) for one in nulls], why))
     return pd.DataFrame(rows)
 
 
-def beside_nulls(own: float, nulls: Sequence[float], why: str = "") -> dict[str, Any]:
+def _beside_nulls(own: float, nulls: Sequence[float], why: str = "") -> dict[str, Any]:
     """null_low, null_high, p, reason: the range of the nulls' numbers, and the two-sided p of one more null, by
     Student's t; NaN if there is a reason `why`.
     """
@@ -184,17 +184,17 @@ def _evidence(
         for name, found in tests.items():
             score = float(found.scores[place])
             same = np.sign(score) == np.sign(group["score"])
-            rows.append(evidence_row("group", group["name"], name, score, found.p(abs(score)), same, alpha))
+            rows.append(_evidence_row("group", group["name"], name, score, found.p(abs(score)), same, alpha))
             rows[-1]["group"] = group["group"]
     together = {row["name"]: row["z"] for row in declared.to_dict("records") if row["basis"] == "combined"}
     for row in declared.to_dict("records"):
         same = np.sign(row["z"]) == np.sign(together[row["name"]])
-        rows.append(evidence_row("vocabulary", row["name"], row["basis"], row["z"], row["p"], same, alpha))
+        rows.append(_evidence_row("vocabulary", row["name"], row["basis"], row["z"], row["p"], same, alpha))
         rows[-1]["reason"] = row["reason"]
     return pd.DataFrame(rows, columns=list(_EVIDENCE_COLUMNS)).astype({"group": "Int64"})
 
 
-def evidence_row(
+def _evidence_row(
     kind: str, name: str, basis: str, score: float, p: float, same: bool | np.bool_, alpha: float
 ) -> dict[str, Any]:
     """A row of `evidence`: kind ("group", "vocabulary"), name, group (its number), basis, score (of a group as in
@@ -280,10 +280,10 @@ def further_evidence(
         for sae in saes:
             score, mine, reason = _further_tested(sae, name, [trace, *nulls])
             same = np.sign(score) == np.sign(own["score"])
-            row = evidence_row("vocabulary", name, f"difference in {sae.name}", score, mine, same, alpha)
+            row = _evidence_row("vocabulary", name, f"difference in {sae.name}", score, mine, same, alpha)
             rows.append(row | {"reason": reason})
             p.append(mine if same or math.isnan(mine) else 1.0)
-        rows.append(evidence_row("vocabulary", name, ALL, math.nan, simes(p), True, alpha))
+        rows.append(_evidence_row("vocabulary", name, ALL, math.nan, simes(p), True, alpha))
     return found if not rows else pd.concat([found, pd.DataFrame(rows).astype({"group": "Int64"})], ignore_index=True)
 
 
@@ -296,7 +296,7 @@ def _further_tested(sae: FurtherSae, vocabulary: str, traces: Sequence[Trace]) -
     own, *others = z[:, members].mean(axis=1)
     if not np.any(z):
         return math.nan, math.nan, "the mean activation does not differ"
-    return (float(own), beside_nulls(own, others)["p"], "") if sae.base_alone else (float(own), math.nan, SEEN)
+    return (float(own), _beside_nulls(own, others)["p"], "") if sae.base_alone else (float(own), math.nan, SEEN)
 
 
 _GROUP_COLUMNS: Mapping[str, Any] = {
