@@ -142,10 +142,9 @@ def test_a_pipe_in_place_of_weights(folder: Path, complains: Callable[..., Any])
         _load(folder)
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
-def test_weights_that_are_not_finite(folder: Path, complains: Callable[..., Any], value: str) -> None:
+def test_nan_weights(folder: Path, complains: Callable[..., Any]) -> None:
     weights = load_file(folder / "model.safetensors")
-    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = float(value)
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with complains(BadFile, "NaN", "layers.1.mlp.up_proj.weight", at=PLACE):
         _load(folder)
