@@ -311,7 +311,7 @@ class _Sums:
         stream = both[0].stream[:, row, mask].float()
         for total, x in enumerate((both[1].stream[:, row, mask].float() - stream, stream)):
             self._moved[total] += x.square_().sum(dim=(1, 2)).double().cpu()
-        logs = [run.logits[row].float() for run in both]
+        logs = [run.logits[row].to(torch.float32, copy=True) for run in both]  # the base model's may be kept
         for log in logs:
             log.sub_(log.logsumexp(dim=1, keepdim=True))
         # A row's first token is read, not predicted, and the second is predicted from nothing else.

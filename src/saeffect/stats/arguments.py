@@ -64,6 +64,8 @@ def sample(values: npt.ArrayLike, name: str = "values", *, ndim: int = 1) -> Flo
         array([1., 2.])
     """
     try:
+        if hasattr(values, "isna"):  # a Series; before pandas 3 its <NA> does not become NaN by itself
+            values = values.to_numpy(dtype=np.float64, na_value=np.nan)
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise Undefined(f"{name} must be numbers in an array of {ndim} dimension(s): {error}.", at=name) from error
