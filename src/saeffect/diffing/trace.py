@@ -358,7 +358,7 @@ def _write(lm: LanguageModel, what: str, log: Log) -> npt.NDArray[np.int32]:
     sampling = Sampling(max_new_tokens=NEW_TOKENS, temperature=0.8, top_p=1.0, frequency_penalty=0.0)
     cells = [NoiseCell(0, opening, sample) for opening in OPENINGS for sample in range(SAMPLES)]
     prompts = [lm.encode_prompt(cell.prompt) for cell in cells]
-    log(what)
+    log(f"  {what}")
     rows = continue_prompts(lm, prompts, cells, sampling, batch_size=len(cells))
     return np.asarray(rows, dtype=np.int32)
 
