@@ -102,7 +102,8 @@ def test_help_fits_a_terminal(
     assert max(map(len, [usage, *lines])) <= 80
     assert "{" not in usage
     for line in lines:
-        assert not re.search(r"<(str|int|Path|list|float)\b|\.\.\.$", line), line
+        assert not re.search(r"<(str|int|Path|list|float)\b", line), line
+        assert not (command in ("", "verdicts") and line.endswith("...")), f"cut off: {line}"
         entry = re.match(r"  (\S.*?)  +\S", line)
         assert entry is None or len(entry[1]) <= 26, f"leaves no room for the words: {line}"
 

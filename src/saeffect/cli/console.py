@@ -66,7 +66,7 @@ def _pace(rate: float, left: float) -> str:
     """
     Example:
         >>> _pace(17.25, 65), _pace(1 / 11, 10_989)
-        ('17.2/s, 65 s left', '11 s each, 3 h 3 min left')
+        ('17.2/s, 1 min left', '11 s each, 3 h 3 min left')
     """
     return f"{rate:,.1f}/s, {duration(left)} left" if rate >= 0.1 else f"{1 / rate:,.0f} s each, {duration(left)} left"
 
