@@ -91,7 +91,8 @@ def model_parts(folder: Path, device: torch.device) -> dict[str, torch.Tensor]:
     from saeffect.lm.architectures import unembedding
     from saeffect.lm.hooks import capture
     from saeffect.lm.loading import load_language_model
-    from saeffect.steering import AddVectors, Intervention, NoiseCell, Sampling, generate
+    from saeffect.steering import Intervention, NoiseCell, Sampling, generate
+    from saeffect.steering.operators import AddVectors
 
     lm = load_language_model(ModelConfig(path=str(folder / "base"), device=str(device), dtype="float32"))
     ids = torch.arange(64).view(4, 16) + 1
@@ -304,7 +305,8 @@ def model_speeds(device: torch.device, rates: dict[str, float], quick: bool) -> 
     from saeffect.features.projection import project
     from saeffect.lm.hooks import capture
     from saeffect.lm.loading import load_language_model
-    from saeffect.steering import AddVectors, Intervention, NoiseCell, Sampling, generate
+    from saeffect.steering import Intervention, NoiseCell, Sampling, generate
+    from saeffect.steering.operators import AddVectors
     from tiny_study import make_tokenizer
 
     d_model, n_layers, rows = (64, 4, 2) if quick else (2048, 16, 32)

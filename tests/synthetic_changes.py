@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from saeffect.comparison.factorial import CROSSED, EFFECTS, FACTORIAL_COLUMNS
-from saeffect.diffing.evidence import SEEN
+from saeffect.diffing.naming import SEEN
 from saeffect.diffing.put_back_shares import COLUMNS
 from synthetic_where import where_tables
 

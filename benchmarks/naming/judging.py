@@ -9,7 +9,8 @@ import numpy as np
 from concepts import CONCEPTS
 from pairs import LEVELS, TUNED_ON, Pair
 
-from saeffect.diffing.naming import Basis, name_changes
+from saeffect.diffing.naming import name_changes
+from saeffect.diffing.standardised import Basis
 from saeffect.diffing.trace import Trace
 
 __all__ = ["headline", "judge", "logit_lens"]

@@ -10,7 +10,7 @@ from pairs import BASE, SAE, Pair
 from training import adapter_of
 
 from saeffect.config import ModelConfig, TextConfig
-from saeffect.diffing.naming import Basis
+from saeffect.diffing.standardised import Basis
 from saeffect.diffing.trace import Trace, Tracer
 from saeffect.features.projection import project
 from saeffect.lm.activations import TokenRows, first_limit

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from saeffect.comparison.factorial import CROSSED, EFFECTS, Cells, split_cells
 from saeffect.io import fingerprint, hash_file, read_json, write_json
-from saeffect.stats import Resampling
+from saeffect.stats.arguments import Resampling
 
 _HERE = Path(__file__).parent
 _CELLS = (("c", "c"), ("c", "t"), ("t", "c"), ("t", "t"))

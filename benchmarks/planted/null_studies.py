@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from saeffect.comparison import PRIMARY, ArmFacts, ArmTables, Judgement, Resampling, contrasts, judge, roles_of
-from saeffect.comparison.contrasts import as_table
-from saeffect.comparison.judgement import add_noise_p
+from saeffect.comparison import PRIMARY, ArmFacts, ArmTables, Judgement, Resampling
+from saeffect.comparison.arms import roles_of
+from saeffect.comparison.contrasts import as_table, contrasts
+from saeffect.comparison.judgement import add_noise_p, judge
 from saeffect.comparison.seeds import seed_contrasts
 
 __all__ = ["NULL_STUDIES", "NullStudies", "judged", "null_arms", "null_rates"]

@@ -15,7 +15,7 @@ from scipy.stats import hypergeom
 
 from saeffect.diffing.matched_null import exchangeable_p, strata
 from saeffect.features.vocabulary import Vocabulary, count_matches
-from saeffect.stats import benjamini_hochberg
+from saeffect.stats.multiplicity import benjamini_hochberg
 
 __all__ = ["Named", "beyond", "chance", "concept_tests", "excess_p", "most_changed", "named_features", "standing"]
 

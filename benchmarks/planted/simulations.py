@@ -18,14 +18,11 @@ import pandas as pd
 import torch
 
 from saeffect.diffing.cross_activity import CrossActivity
-from saeffect.stats import (
-    benjamini_hochberg,
-    bootstrap_difference,
-    nested_mean,
-    nested_mean_difference,
-    newcombe_difference,
-    permutation_test,
-)
+from saeffect.stats.bootstrap import bootstrap_difference
+from saeffect.stats.multiplicity import benjamini_hochberg
+from saeffect.stats.nested import nested_mean, nested_mean_difference
+from saeffect.stats.permutation import permutation_test
+from saeffect.stats.proportions import newcombe_difference
 from saeffect.steering.effects import effects
 
 __all__ = ["SETTINGS", "TESTS", "Rates", "Setting", "Simulated", "rates_of", "simulate"]

@@ -14,7 +14,7 @@ from scoring import Named, beyond, chance, concept_tests, excess_p, most_changed
 
 from saeffect.diffing.cross_activity import change_scores
 from saeffect.lm.tokens import normalise_token
-from saeffect.stats import benjamini_hochberg
+from saeffect.stats.multiplicity import benjamini_hochberg
 
 __all__ = ["judge"]
 

@@ -130,7 +130,8 @@ def test_standing_by_hand() -> None:
 
 
 def test_a_study_of_nothing_is_judged_as_compare_judges() -> None:
-    from saeffect.comparison import compare, judge
+    from saeffect.comparison import compare
+    from saeffect.comparison.judgement import judge
 
     arms = null_arms(NULL_STUDIES[3], np.random.default_rng(0))
     assert [len(arm.saes) for arm in arms.values()] == [2, 3, 1]

@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saeffect.comparison import roles_of
 from saeffect.comparison.arms import (
     PassCounts,
     activity_of,
@@ -15,6 +14,7 @@ from saeffect.comparison.arms import (
     direct_effect_of,
     effect_of,
     pass_counts,
+    roles_of,
     scale_count,
     steered_minus_placebo,
     top_token_coverage,

@@ -6,12 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saeffect.comparison import PRIMARY, MatchTables, Resampling, check_tests, compare, roles_of
+from saeffect.comparison import PRIMARY, MatchTables, Resampling, check_tests, compare
+from saeffect.comparison.arms import roles_of
 from saeffect.comparison.calibration import calibration_table
 from saeffect.comparison.contrasts import contrasts
 from saeffect.comparison.judgement import judgement_table
 from saeffect.errors import UnknownName
-from saeffect.stats import wilson
+from saeffect.stats.proportions import wilson
 from synthetic_study import compared, synthetic_arms
 
 SMALL = Resampling(0, 60, 60)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from scipy.stats import binom, t
 
-from saeffect.comparison import MatchTables, roles_of
+from saeffect.comparison import MatchTables
+from saeffect.comparison.arms import roles_of
 from saeffect.comparison.calibration import chance_table
 from synthetic_matches import synthetic_matches
 from synthetic_study import synthetic_arms

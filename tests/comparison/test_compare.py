@@ -7,7 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saeffect.comparison import PRIMARY, ArmFacts, ArmTables, Resampling, compare, contrasts, judge, roles_of
+from saeffect.comparison import PRIMARY, ArmFacts, ArmTables, Resampling, compare
+from saeffect.comparison.arms import roles_of
+from saeffect.comparison.contrasts import contrasts
+from saeffect.comparison.judgement import judge
 from saeffect.errors import ConfigError
 from synthetic_seeds import synthetic_seeds
 from synthetic_study import compared, synthetic_arms

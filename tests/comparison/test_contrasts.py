@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saeffect.comparison import Resampling, contrasts, roles_of
-from saeffect.comparison.contrasts import pair_contrasts
+from saeffect.comparison import Resampling
+from saeffect.comparison.arms import roles_of
+from saeffect.comparison.contrasts import contrasts, pair_contrasts
 from saeffect.comparison.quantities import QUANTITIES
 
 RESAMPLING = Resampling(n_boot=200, n_permutations=200)

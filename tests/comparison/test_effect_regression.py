@@ -8,7 +8,7 @@ import pytest
 import statsmodels.api as sm
 from scipy import stats
 
-from saeffect.comparison import roles_of
+from saeffect.comparison.arms import roles_of
 from saeffect.comparison.effect_regression import effect_regression
 
 

@@ -14,7 +14,7 @@ from saeffect.comparison.judgement import (
     judgements_of,
     noise_p,
 )
-from saeffect.stats import Estimate
+from saeffect.stats.estimate import Estimate
 
 NAN = float("nan")
 

@@ -9,10 +9,11 @@ import pytest
 from statsmodels.stats.power import NormalIndPower, TTestIndPower, TTestPower
 from statsmodels.stats.proportion import proportion_effectsize
 
-from saeffect.comparison import PRIMARY, Resampling, compare, contrasts, roles_of
-from saeffect.comparison.arms import coherence_of
+from saeffect.comparison import PRIMARY, Resampling, compare
+from saeffect.comparison.arms import coherence_of, roles_of
+from saeffect.comparison.contrasts import contrasts
 from saeffect.comparison.power import power_table
-from saeffect.stats import detectable_few_means
+from saeffect.stats.power import detectable_few_means
 from synthetic_study import synthetic_arms
 
 

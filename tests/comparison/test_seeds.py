@@ -7,8 +7,10 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from saeffect.comparison import PRIMARY, Resampling, judge, roles_of
+from saeffect.comparison import PRIMARY, Resampling
+from saeffect.comparison.arms import roles_of
 from saeffect.comparison.contrasts import as_table, contrasts
+from saeffect.comparison.judgement import judge
 from saeffect.comparison.quantities import QUANTITIES
 from saeffect.comparison.seeds import control_saes, seed_contrasts
 from saeffect.errors import BadFile

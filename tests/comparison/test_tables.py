@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from saeffect.comparison import Resampling, activity, match_counts, table1, table2, weights
+from saeffect.comparison import Resampling
+from saeffect.comparison.compare import activity, match_counts, table1, table2, weights
 
 RESAMPLING = Resampling(n_boot=200)
 

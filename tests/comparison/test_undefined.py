@@ -8,11 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saeffect.comparison import judge
-from saeffect.comparison.judgement import ALL_SEEDS, add_noise_p, exceeds_noise, noise_p
+from saeffect.comparison.judgement import ALL_SEEDS, add_noise_p, exceeds_noise, judge, noise_p
 from saeffect.diffing.cross_activity import activity_changes, most_changed
 from saeffect.diffing.matched_null import conformal_p, exchangeable_p
-from saeffect.stats import Estimate, benjamini_hochberg, cautious_difference, holm, permutation_test, sign_flip_many
+from saeffect.stats.estimate import Estimate
+from saeffect.stats.multiplicity import benjamini_hochberg, holm
+from saeffect.stats.permutation import permutation_test, sign_flip_many
+from saeffect.stats.student import cautious_difference
 from saeffect.steering import best_dose, effects
 
 NAN = math.nan

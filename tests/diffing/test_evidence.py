@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 
 import synthetic_traces
-from saeffect.diffing.evidence import ALL, SEEN, FurtherSae, further_evidence
-from saeffect.diffing.naming import Basis, name_changes
+from saeffect.diffing.naming import ALL, SEEN, FurtherSae, further_evidence, name_changes
+from saeffect.diffing.standardised import Basis
 from saeffect.diffing.trace import Trace
 from synthetic_traces import D_SAE, D_VOCAB, TOP_TOKENS
 

@@ -12,7 +12,7 @@ from scipy import stats
 
 from saeffect.diffing.budget import Budget, budget_keys
 from saeffect.diffing.guard import Group, Rows, Verdict, _corrected, _scores, _tested, judge
-from saeffect.diffing.standardised import BASES, standardised
+from saeffect.diffing.standardised import BASES, among_nulls
 from saeffect.errors import BadFile, ConfigError, UnknownName
 from synthetic_traces import D_SAE, N_ROWS, TOP_TOKENS, nulls, trace
 
@@ -54,9 +54,9 @@ def test_the_score_and_its_p_by_hand() -> None:
     """Scipy's test of one value against many, on means of the standardised changes."""
     tuned, others = trace(0, moved={"read": (range(10, 20), 1.5)}), nulls(12)
     found = judged(budget(a={}), tuned, others, a=GROUP)["group a"]
-    own = standardised(tuned, others, TOP_TOKENS)["combined"][10:20].mean()
+    own = among_nulls([tuned, *others], TOP_TOKENS)[0]["combined"][10:20].mean()
     rest = [
-        standardised(null, [t for t in others if t is not null], TOP_TOKENS)["combined"][10:20].mean()
+        among_nulls([null, *(t for t in others if t is not null)], TOP_TOKENS)[0]["combined"][10:20].mean()
         for null in others
     ]
     assert found.score == pytest.approx((own - np.mean(rest)) / np.std(rest, ddof=1), rel=1e-9)

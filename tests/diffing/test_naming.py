@@ -11,8 +11,16 @@ import pytest
 import torch
 
 from saeffect.diffing.coactivity import FiringLog, coactivation
-from saeffect.diffing.naming import FEWEST_NULLS, Basis, GroupTests, group_tests, name_changes
-from saeffect.diffing.standardised import BASES, among_nulls, standardised
+from saeffect.diffing.naming import name_changes
+from saeffect.diffing.standardised import (
+    BASES,
+    FEWEST_NULLS,
+    Basis,
+    GroupTests,
+    among_nulls,
+    group_tests,
+    raw_changes,
+)
 from saeffect.diffing.trace import Trace
 from saeffect.errors import BadFile, ShapeMismatch
 
@@ -129,11 +137,27 @@ def test_standardised_changes_by_hand() -> None:
 
     top = np.zeros((2, 1), dtype=np.int64)
     nulls = [trace((1.0, 4.0)), trace((1.0, 0.0)), trace((1.0, 1.0))]  # changes of roots: 0 0 0 and 1 -1 0
-    z = standardised(trace((4.0, 1.0)), nulls, top)
+    z = among_nulls([trace((4.0, 1.0)), *nulls], top)[0]
     # Variances 0 and 1, pooled 1/2: scales sqrt(1/4 · 4/3) and sqrt(3/4 · 4/3) = 1.
     plain = np.array([1 / math.sqrt(1 / 3), 0.0])
     spread = np.median(np.abs(plain - np.median(plain))) * 1.4826
     assert z["read"] == pytest.approx(plain / max(1.0, spread))
+
+
+def test_changes_on_each_basis_by_hand() -> None:
+    """Roots of means; logarithms of probabilities, each top token by itself; the length along a direction."""
+    rows = np.array([[1.0, 4.0], [9.0, 0.0], [0.1, 0.1], [0.1, 0.1]], dtype=np.float32)
+    expected = np.array([[0.1, 0.4, 0.5, 0.0], [0.2, 0.1, 0.7, 0.0]], dtype=np.float32)
+    halves = np.zeros((2, D_IN), dtype=np.float32)
+    halves[:, 0] = [1.0, 3.0]
+    trace = replace(make_trace(0, d_sae=2), read=rows, written=rows[:, ::-1], expected=expected, halves=halves)
+    found = raw_changes(trace, np.array([[0, 1], [2, 3]]), np.eye(2, D_IN))
+    assert found["read"].tolist() == [2.0, -2.0]
+    assert found["written"].tolist() == [-2.0, 2.0]
+    # ln 2 and -ln 4, not the logarithm of 0.3 / 0.5; of a token that is never expected, 0.
+    assert found["expected"] == pytest.approx([-math.log(2) / 2, math.log(1.4) / 2], abs=1e-6)
+    assert found["difference"].tolist() == [2.0, 0.0]
+    assert set(raw_changes(trace, np.array([[0], [1]]))) == {"read", "written", "expected"}
 
 
 def test_features_that_hardly_fire_are_not_judged() -> None:
@@ -147,12 +171,12 @@ def test_features_that_hardly_fire_are_not_judged() -> None:
     nulls = [trace(2, 0.01), trace(0, 0.0), trace(1, 0.005)]
     for tokens, judged in ((9, False), (10, True)):
         fine_tune = trace(tokens, 5.0)
-        z = standardised(fine_tune, nulls, top)
+        z, *others = among_nulls([fine_tune, *nulls], top)
         assert np.isfinite(z["read"]).tolist() == [True, judged]
         assert np.isfinite(z["combined"]).all()
         # One model with so many tokens is enough for all of them to be judged.
-        assert all(np.isfinite(found["read"]).all() == judged for found in among_nulls([fine_tune, *nulls], top))
-    z = standardised(trace(9, 5.0), nulls, top)
+        assert all(np.isfinite(found["read"]).all() == judged for found in others)
+    z = among_nulls([trace(9, 5.0), *nulls], top)[0]
     assert z["combined"][1] == pytest.approx(z["expected"][1] / math.sqrt(3))
 
 
@@ -233,9 +257,9 @@ def test_neighbours_are_found_by_the_decoder(basis: Basis) -> None:
 
 def test_a_null_of_another_study_is_refused(basis: Basis, nulls: list[Trace]) -> None:
     with pytest.raises(BadFile, match="measured with another"):
-        standardised(make_trace(1), [*nulls, replace(nulls[0], made_by="other")], basis.top_tokens)
+        among_nulls([make_trace(1), *nulls, replace(nulls[0], made_by="other")], basis.top_tokens)
     with pytest.raises(ShapeMismatch, match="at least two"):
-        standardised(make_trace(1), nulls[:1], basis.top_tokens)
+        among_nulls([make_trace(1), *nulls[:1]], basis.top_tokens)
 
 
 @pytest.mark.simulation

@@ -14,13 +14,7 @@ from saeffect.errors import BadFile, ConfigError, IncompatibleSae, NotFound, Unk
 from saeffect.sae import ARCHITECTURES
 from saeffect.sae.base import SaeConfig
 from saeffect.sae.batchtopk import BatchTopKSae
-from saeffect.sae.formats import (
-    load_sae,
-    read_sae_config,
-    read_sparsity,
-    save_sae,
-    saved_dtype,
-)
+from saeffect.sae.formats import load_sae, read_sae_config, read_sparsity, save_sae, saved_dtype
 from saeffect.sae.matryoshka import MatryoshkaSae
 
 D_IN, D_SAE = 6, 20

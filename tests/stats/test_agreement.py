@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from saeffect.errors import ShapeMismatch
-from saeffect.stats import cohens_kappa, fleiss_kappa, krippendorff_alpha, percent_agreement
+from saeffect.stats.agreement import cohens_kappa, fleiss_kappa, krippendorff_alpha, percent_agreement
 
 # Krippendorff (2011), section C: four observers, twelve units, missing values.
 X = None

@@ -10,8 +10,17 @@ import pytest
 import scipy.stats
 
 from saeffect.errors import ConfigError, ShapeMismatch, UnknownName
-from saeffect.stats import Estimate, bootstrap, bootstrap_difference, bootstrap_means, cluster_bootstrap
-from saeffect.stats.bootstrap import Average, _bca_shares, _leave_one_out, expanded_shares
+from saeffect.stats.bootstrap import (
+    Average,
+    _bca_shares,
+    _leave_one_out,
+    bootstrap,
+    bootstrap_difference,
+    bootstrap_means,
+    cluster_bootstrap,
+    expanded_shares,
+)
+from saeffect.stats.estimate import Estimate
 
 SKEWED = np.random.default_rng(11).gamma(1.5, size=40)
 INTERVALS: list[Callable[[int], Estimate]] = [

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from saeffect.stats import Resampling, cliffs_delta, clustered_difference, count_difference
 from saeffect.stats import differences as module
+from saeffect.stats.arguments import Resampling
+from saeffect.stats.differences import cliffs_delta, clustered_difference, count_difference
 
 
 def rows(*clusters):

@@ -8,8 +8,7 @@ from scipy.stats import norm
 from statsmodels.stats.multitest import multipletests
 
 from saeffect.errors import ShapeMismatch, Undefined
-from saeffect.stats import benjamini_hochberg, holm
-from saeffect.stats.multiplicity import simes
+from saeffect.stats.multiplicity import benjamini_hochberg, holm, simes
 
 
 def test_by_hand() -> None:

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from saeffect.errors import ConfigError, ShapeMismatch
-from saeffect.stats import nested_mean, nested_mean_difference
+from saeffect.stats.nested import nested_mean, nested_mean_difference
 
 
 def frame(*columns: list) -> pd.DataFrame:

@@ -10,8 +10,8 @@ import pytest
 import scipy.stats
 
 from saeffect.errors import ConfigError, ShapeMismatch, UnknownName
-from saeffect.stats import permutation_test, sign_flip_many
 from saeffect.stats.bootstrap import Average
+from saeffect.stats.permutation import permutation_test, sign_flip_many
 
 ALTERNATIVES = ["greater", "less", "two-sided"]
 SUMMARIES: dict[str, Callable[..., Any]] = {"mean": np.mean, "median": np.median}

@@ -9,13 +9,13 @@ from statsmodels.stats.power import NormalIndPower, TTestIndPower, TTestPower
 from statsmodels.stats.proportion import proportion_effectsize
 
 from saeffect.errors import ConfigError
-from saeffect.stats import (
-    cautious_difference,
+from saeffect.stats.power import (
     detectable_few_means,
     detectable_mean_difference,
     detectable_paired_mean,
     detectable_proportion_difference,
 )
+from saeffect.stats.student import cautious_difference
 
 
 @pytest.mark.parametrize(("n_a", "n_b"), [(5, 5), (20, 60), (300, 40)])

@@ -9,7 +9,7 @@ import scipy.stats
 from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
 
 from saeffect.errors import ShapeMismatch, Undefined
-from saeffect.stats import (
+from saeffect.stats.proportions import (
     bounded_mean,
     newcombe_difference,
     paired_difference,

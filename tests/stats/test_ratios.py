@@ -9,9 +9,7 @@ from scipy import optimize, stats
 from scipy.optimize import brentq
 
 from saeffect.errors import ShapeMismatch
-from saeffect.stats import ratio_of_means
-from saeffect.stats.ratios import fieller
-from saeffect.stats.student import mean_interval
+from saeffect.stats.student import fieller, mean_interval, ratio_of_means
 
 
 def _draw(rng: np.random.Generator, n: int, *, share: float) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ import scipy.stats
 from statsmodels.regression.linear_model import OLS
 
 from saeffect.errors import ConfigError, ShapeMismatch
-from saeffect.stats import ols_robust
+from saeffect.stats.regression import ols_robust
 
 RNG = np.random.default_rng(31)
 N = 60

@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import t, ttest_1samp, ttest_ind
 
 from saeffect.errors import ShapeMismatch
-from saeffect.stats import complete_tables, two_way_mean
+from saeffect.stats.nested import complete_tables, two_way_mean
 
 
 def test_one_table_by_hand() -> None:

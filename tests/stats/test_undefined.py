@@ -9,17 +9,10 @@ import pytest
 from scipy.stats import ttest_ind
 
 from saeffect.errors import ShapeMismatch
-from saeffect.stats import (
-    bootstrap,
-    bootstrap_difference,
-    cluster_bootstrap,
-    cohens_kappa,
-    detectable_few_means,
-    krippendorff_alpha,
-    newcombe_difference,
-    risk_ratio,
-    wilson,
-)
+from saeffect.stats.agreement import cohens_kappa, krippendorff_alpha
+from saeffect.stats.bootstrap import bootstrap, bootstrap_difference, cluster_bootstrap
+from saeffect.stats.power import detectable_few_means
+from saeffect.stats.proportions import newcombe_difference, risk_ratio, wilson
 
 NAN = math.nan
 CASES = {

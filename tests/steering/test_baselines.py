@@ -6,16 +6,9 @@ import pytest
 import torch
 
 from saeffect.errors import ConfigError, ShapeMismatch, UnknownName
-from saeffect.steering import (
-    AddVectors,
-    Intervention,
-    MeanDifferences,
-    NoiseCell,
-    SteeringPlan,
-    generate,
-    run_baselines,
-)
+from saeffect.steering import Intervention, MeanDifferences, NoiseCell, SteeringPlan, generate, run_baselines
 from saeffect.steering.baselines import BASELINE_COLUMNS, naming_prompt
+from saeffect.steering.operators import AddVectors
 from steering.tiny_model import D_MODEL, HOOK, OneHotWords, n_hooks, site
 
 W_DEC = torch.randn(6, D_MODEL, generator=torch.Generator().manual_seed(5)) * 2

@@ -12,10 +12,10 @@ from saeffect.errors import ConfigError
 from saeffect.lm.chat import has_part
 from saeffect.lm.hooks import edited
 from saeffect.lm.language_model import LanguageModel
-from saeffect.steering import AddVectors, Intervention, NoiseCell, Sampling, generate, next_tokens
+from saeffect.steering import Intervention, NoiseCell, Sampling, generate
 from saeffect.steering.baselines import naming_prompt
-from saeffect.steering.operators import steered_tokens
-from saeffect.steering.sampling import penalise
+from saeffect.steering.operators import AddVectors, steered_tokens
+from saeffect.steering.sampling import next_tokens, penalise
 from saeffect.steering.trials import next_log_probabilities
 
 HOOK = "blocks.1.hook_resid_pre"

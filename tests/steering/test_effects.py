@@ -9,7 +9,8 @@ import pytest
 import scipy.stats
 
 from saeffect.errors import ConfigError, EmptySelection, ShapeMismatch, UnknownName
-from saeffect.stats import benjamini_hochberg, bootstrap_means
+from saeffect.stats.bootstrap import bootstrap_means
+from saeffect.stats.multiplicity import benjamini_hochberg
 from saeffect.steering import OUTCOMES, effects, outcome_effects
 from saeffect.steering.placebos import PLACEBOS
 

@@ -7,10 +7,10 @@ from saeffect.errors import ConfigError, ShapeMismatch
 from saeffect.lm.hooks import edited
 from saeffect.sae.base import SaeConfig
 from saeffect.sae.standard import StandardSae
-from saeffect.steering import AddVectors, Intervention, NoiseCell, Sampling, generate, next_tokens
+from saeffect.steering import Intervention, NoiseCell, Sampling, generate
 from saeffect.steering.generate import continue_prompts, last_logits
-from saeffect.steering.operators import SetFeatures
-from saeffect.steering.sampling import penalise
+from saeffect.steering.operators import AddVectors, SetFeatures
+from saeffect.steering.sampling import next_tokens, penalise
 from steering.tiny_model import D_MODEL, D_VOCAB, END, HOOK, n_hooks, tiny_model
 
 PROMPT = [5, 9, 40, 12]

@@ -11,19 +11,9 @@ from saeffect.config import SteeringConfig
 from saeffect.errors import ConfigError
 from saeffect.sae.base import SaeConfig
 from saeffect.sae.standard import StandardSae
-from saeffect.steering import (
-    PLACEBOS,
-    Placebo,
-    Site,
-    SteeringPlan,
-    check_names,
-    control_label,
-    effects,
-    matched_features,
-    run_trials,
-)
+from saeffect.steering import PLACEBOS, Placebo, Site, SteeringPlan, check_names, effects, matched_features, run_trials
 from saeffect.steering.actions import ActionRow, actions_of
-from saeffect.steering.placebos import random_direction, turned
+from saeffect.steering.placebos import control_label, random_direction, turned
 from steering.tiny_model import D_MODEL, HOOK, OneHotWords
 
 

@@ -12,8 +12,9 @@ from saeffect.errors import ConfigError, ShapeMismatch
 from saeffect.lm.architectures import blocks
 from saeffect.lm.hooks import HOOK_KINDS, edited
 from saeffect.lm.language_model import LanguageModel
-from saeffect.steering import AddVectors, Intervention, NoiseCell, Sampling, generate
+from saeffect.steering import Intervention, NoiseCell, Sampling, generate
 from saeffect.steering.generate import _can_spread, _is_about_shapes, continue_prompts, last_logits, read_prompt
+from saeffect.steering.operators import AddVectors
 from steering.tiny_model import D_MODEL, D_VOCAB, HOOK, WordTokenizer, tiny_model
 
 PROMPT = [5, 9, 40, 12, 33]

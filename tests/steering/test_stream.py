@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from saeffect.errors import ConfigError, ShapeMismatch
-from saeffect.steering import AddVectors, Intervention, NoiseCell, Sampling, generate, stream
+from saeffect.steering import Intervention, NoiseCell, Sampling, generate, stream
+from saeffect.steering.operators import AddVectors
 from steering.tiny_model import D_MODEL, END, HOOK, n_hooks, tiny_model
 
 PROMPT = [5, 9, 40, 12]

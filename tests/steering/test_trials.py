@@ -12,16 +12,8 @@ from pandas.testing import assert_frame_equal
 
 from saeffect.errors import ShapeMismatch
 from saeffect.lm.hooks import edited
-from saeffect.steering import (
-    AddVectors,
-    Intervention,
-    NoiseCell,
-    SteeringPlan,
-    direct_effects,
-    effects,
-    generate,
-    run_trials,
-)
+from saeffect.steering import Intervention, NoiseCell, SteeringPlan, direct_effects, effects, generate, run_trials
+from saeffect.steering.operators import AddVectors
 from saeffect.steering.outcomes import distinct_2, similarity
 from saeffect.steering.placebos import random_direction
 from saeffect.steering.trials import TRIAL_COLUMNS, features_of_process

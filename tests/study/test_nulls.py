@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from saeffect.diffing.nulls import read_nulls
+from saeffect.diffing.nulls import pooled_p, read_nulls
+from saeffect.diffing.standardised import raw_changes
 from saeffect.errors import ConfigError
 from saeffect.io import sole_writer
 from saeffect.lm.finetune import FinetuneConfig
@@ -22,7 +23,7 @@ from saeffect.study import nulls
 from saeffect.study.check import check_study
 from saeffect.study.nulls import make_nulls, null_recipe
 from saeffect.study.run import run_study
-from saeffect.study.stages.changes import _recipes
+from saeffect.study.stages.changes import _recipes, read_trace
 from saeffect.study.study import Study
 from tiny_study import make_study
 
@@ -267,6 +268,12 @@ def test_a_study_with_nulls_judges_every_feature(folder: Path, made: Path, tiny_
     assert table["p"].min() >= table["smallest_p"].min()
     assert (table["n_nulls"] == 2).all()
     assert (table.loc[~apart, "q"] >= table.loc[~apart, "p"]).all()
+    # p is of the changes that z is of. What is read here was rounded on the way to its file.
+    features = pd.read_parquet(run.arm("control", "features.parquet")).sort_values("feature")
+    top, trace = np.stack(features["top_token_ids"].to_list()), read_trace(run)
+    own, *others = (raw_changes(one, top)["expected"] for one in (trace, *read_nulls(made)))
+    expected = table[table["basis"] == "expected"].sort_values("feature")["p"]
+    assert np.abs(expected - pooled_p(own, np.array(others), trace.read[2])).mean() < 0.02
     recipe = pd.read_parquet(run.path("comparison", "null_recipe.parquet")).set_index("setting")
     assert recipe.loc["batch_size", "nulls"] == "2" and recipe.loc["batch_size", "tuned"] == ""
     assert recipe["differs"].isna().all()  # a whole model, which does not say how it was trained

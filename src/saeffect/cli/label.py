@@ -90,7 +90,7 @@ def _show_cost(cost: Cost, price: tuple[float, float] | None) -> None:
 
 def _show_labels(found: pd.DataFrame) -> None:
     from saeffect.report.words.numbers import count, fixed, interval, plural
-    from saeffect.stats import mean_interval
+    from saeffect.stats.student import mean_interval
 
     for row in found.head(_SHOWN).to_dict("records"):
         score = "undefined" if row["reason"] else f"{fixed(row['accuracy'], 2)} {interval(row['low'], row['high'], 2)}"

@@ -9,13 +9,10 @@ declared quantities, `min_matches` the top tokens in the vocabulary that make a 
 resamples.
 """
 
-from saeffect.comparison.arms import ArmFacts, ArmTables, Roles, roles_of
+from saeffect.comparison.arms import ArmFacts, ArmTables, Roles
 from saeffect.comparison.compare import check_tests, compare
-from saeffect.comparison.contrasts import Contrast, contrasts
 from saeffect.comparison.findings import Answer, CitedNumber, Comparison, MatchTables
-from saeffect.comparison.judgement import PRIMARY, Judgement, judge
-from saeffect.comparison.quantities import Quantity, add_quantity
-from saeffect.comparison.tables import activity, match_counts, table1, table2, weights
+from saeffect.comparison.judgement import PRIMARY, Judgement
 from saeffect.stats.arguments import Resampling
 
 __all__ = [
@@ -24,22 +21,11 @@ __all__ = [
     "ArmFacts",
     "ArmTables",
     "Comparison",
-    "Contrast",
     "Judgement",
     "MatchTables",
-    "Quantity",
     "Resampling",
     "Roles",
     "CitedNumber",
-    "activity",
-    "add_quantity",
     "check_tests",
     "compare",
-    "contrasts",
-    "judge",
-    "match_counts",
-    "roles_of",
-    "table1",
-    "table2",
-    "weights",
 ]

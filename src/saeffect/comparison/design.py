@@ -84,7 +84,7 @@ def _judge(field: str, values: Mapping[str, object], roles: Roles) -> tuple[str,
     if field == "role":
         return "intended", "The roles say what each arm is for."
     if field in ("k", "tokenizer", "bos") and not any(_known(value) for value in values.values()):
-        return "same", ""  # only TopK has a k; nobody looked at the tokenizers, or says anything of a BOS
+        return "same", ""  # only TopK has a k; tokenizers that were not compared, and no word of a BOS
     unknown = [name for name, value in values.items() if not _known(value)]
     if unknown:
         if len(unknown) == len(values):

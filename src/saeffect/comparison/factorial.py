@@ -26,20 +26,11 @@ import pandas as pd
 
 from saeffect.comparison.arms import Roles
 from saeffect.errors import ShapeMismatch
-from saeffect.stats import (
-    Estimate,
-    Resampling,
-    bounded_mean,
-    complete_tables,
-    newcombe_difference,
-    paired_difference,
-    permutation_test,
-    sign_flip_many,
-    sum_of_independent,
-    two_way_mean,
-    undefined,
-)
-from saeffect.stats.arguments import FloatArray
+from saeffect.stats.arguments import FloatArray, Resampling
+from saeffect.stats.estimate import Estimate, undefined
+from saeffect.stats.nested import complete_tables, two_way_mean
+from saeffect.stats.permutation import permutation_test, sign_flip_many
+from saeffect.stats.proportions import bounded_mean, newcombe_difference, paired_difference, sum_of_independent
 
 __all__ = [
     "CROSSED",

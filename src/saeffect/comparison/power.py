@@ -13,7 +13,6 @@ from saeffect.comparison.arms import ArmTables, Roles, steered_minus_placebo
 from saeffect.comparison.judgement import ALL_SEEDS, ALPHA
 from saeffect.comparison.quantities import QUANTITIES, sae_value
 from saeffect.comparison.seeds import control_saes
-from saeffect.stats import independent_values
 from saeffect.stats.arguments import FloatArray
 from saeffect.stats.power import (
     Detectable,
@@ -22,6 +21,7 @@ from saeffect.stats.power import (
     detectable_paired_mean,
     detectable_proportion_difference,
 )
+from saeffect.stats.student import independent_values
 
 __all__ = ["POWER", "power_table"]
 

@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from torch import Tensor
 
 from saeffect.diffing.coactivity import match_activity
 from saeffect.diffing.fates import Fates, fates
-from saeffect.diffing.matching import NO_MATCH, Matching, assign, match_decoders
+from saeffect.diffing.matching import NO_MATCH, Matching, assign, match_decoders, unit_rows
 from saeffect.diffing.pair import ModelPair, SaeView
 from saeffect.errors import ConfigError, ShapeMismatch
 from saeffect.stats.arguments import FloatArray, IntArray
@@ -245,7 +244,7 @@ def absorption(
     fired_before, fires_now = control.firing.matrix().tocsc(), treatment.firing.matrix().tocsr()
     density = np.bincount(fires_now.indices, minlength=treatment.firing.d_sae) / max(1, treatment.firing.n_tokens)
     others = np.random.default_rng(seed).permutation(control.firing.d_sae)[: _NULL_FEATURES + 1]
-    before, now = _unit(control.W_dec), _unit(treatment.W_dec)
+    before, now = (unit_rows(view.W_dec.detach().double().cpu().numpy()) for view in (control, treatment))
     rows = []
     for feature in np.asarray(features, dtype=np.int64).tolist():
         start, end = fired_before.indptr[feature : feature + 2]
@@ -312,8 +311,3 @@ def _build(row: FloatArray, parts: FloatArray) -> tuple[FloatArray, float, IntAr
     total = weights @ parts[chosen]
     length = float(np.linalg.norm(total))
     return weights, float(total @ row / length) if length > 0 else 0.0, chosen
-
-
-def _unit(W_dec: Tensor) -> FloatArray:
-    rows: FloatArray = W_dec.detach().double().cpu().numpy()
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-300)

@@ -99,10 +99,9 @@ def fates(
     similar features of the placebo (`conformal_p`).
 
     `treatment` matches the control (`a`) with the treatment (`b`), with at least two neighbours; `placebos` (perhaps
-    none) by the same measure. Tables have one row a feature with `TRAITS` (density 0: never fires). `ShapeMismatch` if
-    one is of another SAE, or measures differ.
+    none) by the same measure. Tables have one row a feature with `TRAITS` (density 0: never fires), else
+    `ShapeMismatch`.
     """
-    _check(treatment, placebos, [control_features, treatment_features, *placebo_features])
     if not placebos:
         return _without_placebo(treatment)
     resampling = resampling or Resampling()
@@ -266,18 +265,3 @@ def _reasons(neighbours: Neighbours) -> list[str]:
 def _first(reasons: Sequence[Sequence[str]]) -> list[str]:
     """For each feature the first reason that is not empty."""
     return [next((why for why in of_feature if why), "") for of_feature in zip(*reasons, strict=True)]
-
-
-def _check(treatment: Matching, placebos: Sequence[Matching], features: Sequence[pd.DataFrame]) -> None:
-    if any(placebo.measure != treatment.measure or placebo.n_a != treatment.n_a for placebo in placebos):
-        raise ShapeMismatch(
-            "the matchings are not of the same control features by one measure.",
-            at="placebos",
-            fix="match the control against every arm by one measure.",
-        )
-    sizes = [treatment.n_a, treatment.n_b, *(placebo.n_b for placebo in placebos)]
-    if [len(frame) for frame in features] != sizes:
-        raise ShapeMismatch(
-            f"feature tables have {[len(frame) for frame in features]} rows, the matchings {sizes} features.",
-            at="features",
-        )

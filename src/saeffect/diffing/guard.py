@@ -1,7 +1,7 @@
 """Has a fine-tune kept its budget? Each rule for a group of features is judged against fine-tunes that taught nothing.
 
 A group's score is fixed beforehand: the mean over its features of the combined standardised change of
-`saeffect.diffing.standardised.standardised`, for the fine-tune among the nulls, and for each null among the others.
+`saeffect.diffing.standardised.among_nulls`, for the fine-tune among the nulls, and for each null among the others.
 Without an SAE it is the mean logarithm of how much more its words are expected. With `MANY_NULLS` or more, p is
 Student's for one more value among the nulls' scores (assumption: a group's score is normal over nulls; the rank of
 the fine-tune among them, free of it, stands beside). With fewer, p is that rank.

@@ -30,7 +30,7 @@ from saeffect.sae.crosscoder import BASE, TUNED, side
 from saeffect.sae.entries import SparseEntries
 from saeffect.stats.arguments import FloatArray
 from saeffect.stats.multiplicity import benjamini_hochberg
-from saeffect.stats.ratios import fieller
+from saeffect.stats.student import fieller
 
 __all__ = ["KINDS", "Cuts", "LatentScaling", "against_nulls", "directions", "null_cuts"]
 

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from saeffect.errors import BadFile, ShapeMismatch
 from saeffect.stats.arguments import BoolArray, FloatArray, IntArray
 
-__all__ = ["NO_MATCH", "Assignment", "Matching", "Neighbours", "TopPairs", "assign", "match_decoders", "neighbours_of"]
+__all__ = [
+    "NO_MATCH",
+    "Assignment",
+    "Matching",
+    "Neighbours",
+    "TopPairs",
+    "assign",
+    "match_decoders",
+    "neighbours_of",
+    "unit_rows",
+]
 
 
 NO_MATCH = -1
@@ -125,7 +137,8 @@ def match_decoders(
     """Nearest `n` neighbours by the cosine of decoder rows [d_sae, d_in], searched in float32, ranked in float64.
 
     A feature left out (False in `use_a` or `use_b`, bool [d_sae]), or with a decoder of zeros, has no neighbours and is
-    nobody's. `ShapeMismatch`: widths differ, or a mask does not fit; `BadFile`: a weight is NaN or infinite.
+    none of another feature. `ShapeMismatch`: widths differ, or a mask does not fit; `BadFile`: a weight is NaN or
+    infinite.
 
     Example:
         >>> found = match_decoders(torch.eye(2), torch.tensor([[0.0, 2.0], [3.0, 0.0]]), n=1)
@@ -140,8 +153,8 @@ def match_decoders(
             at="W_dec_b",
             fix="compare SAEs of one hook of one architecture.",
         )
-    a, reason_a = _unit_rows(W_dec_a, use_a, "use_a")
-    b, reason_b = _unit_rows(W_dec_b, use_b, "use_b")
+    a, reason_a = _comparable_rows(W_dec_a, use_a, "use_a")
+    b, reason_b = _comparable_rows(W_dec_b, use_b, "use_b")
     out_a, out_b = (torch.tensor([bool(text) for text in reason]) for reason in (reason_a, reason_b))
     top = TopPairs(len(a), len(b), n + _SPARE)
     columns = b.T
@@ -156,6 +169,11 @@ def match_decoders(
         neighbours_of(*_in_float64(top.forward[0], W_dec_a, W_dec_b), reason_a, n, none, absent=np.nan),
         neighbours_of(*_in_float64(top.backward[0], W_dec_b, W_dec_a), reason_b, n, none, absent=np.nan),
     )
+
+
+def unit_rows(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Rows of length 1, of the dtype given; rows of zeros stay."""
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
 def neighbours_of(
@@ -271,7 +289,7 @@ def _in_float64(indices: Tensor, rows: Tensor, others: Tensor) -> tuple[Tensor, 
     return _ranked(number, indices, exact)
 
 
-def _unit_rows(W_dec: Tensor, use: BoolArray | None, name: str) -> tuple[Tensor, list[str]]:
+def _comparable_rows(W_dec: Tensor, use: BoolArray | None, name: str) -> tuple[Tensor, list[str]]:
     """Rows of length 1 in float32, and why a feature cannot be matched ("" if it can)."""
     W_dec = W_dec.detach().float()
     if use is not None and (np.shape(use) != (len(W_dec),) or np.asarray(use).dtype != np.bool_):

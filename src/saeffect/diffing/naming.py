@@ -1,169 +1,56 @@
-"""What changed, by name, or honest silence: groups of features that changed more than in null fine-tunes.
+"""What changed, by name: groups of features that changed more than in null fine-tunes; none where none did.
 
 Each trace gives every feature a change on four bases: how much it fires on the same text (`read`), on what each model
 writes (`written`), how much more its top tokens are expected (`expected`), and how far the mean activation difference
 points its way (`difference`). A change is measured in units of what it does in null fine-tunes of the same recipe.
 Groups of features were fixed beforehand, by the decoder and by what fires together in the base model; the p of each
-group counts the search over all of them. Bases are combined by summing; what the same sum reaches in the nulls is its
-yardstick, so p holds however bases depend on each other (nonparametric combination, Pesarin & Salmaso 2010).
+group counts the search over all of them. Bases are combined by summing. The sum is compared with the same sum in the
+nulls, so p holds however bases depend on each other (nonparametric combination, Pesarin & Salmaso 2010).
+
+Do other SAEs of a study agree? Nulls keep the mean activation difference, so it can be laid along the features of any
+SAE at the same hook. An SAE that saw the base model alone is one more test against the nulls. One that was trained with
+the fine-tuned model is not: its features were made to follow this fine-tune, and nulls have no such SAE. What it shows
+is reported without a p.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy.special import stdtr, stdtrit
+from scipy.special import stdtr
 
-from saeffect.diffing.coactivity import FiringLog, coactivation
-from saeffect.diffing.standardised import BASES, FEWEST_TOKENS, along, among_nulls
+from saeffect.diffing.matching import unit_rows
+from saeffect.diffing.standardised import (
+    BASES,
+    FEWEST_NULLS,
+    FEWEST_TOKENS,
+    SIZES,
+    Basis,
+    GroupTests,
+    along,
+    among_nulls,
+    differences_among_nulls,
+    group_tests,
+)
 from saeffect.diffing.trace import Trace
 from saeffect.stats.arguments import FloatArray, IntArray
-from saeffect.stats.multiplicity import benjamini_hochberg
+from saeffect.stats.multiplicity import benjamini_hochberg, simes
 
-__all__ = [
-    "Basis",
-    "FEWEST_NULLS",
-    "GroupTests",
-    "beside_nulls",
-    "evidence_row",
-    "group_tests",
-    "name_changes",
-    "prediction_limit",
-    "prediction_p",
-    "unit_rows",
-]
+__all__ = ["ALL", "SEEN", "FurtherSae", "further_evidence", "name_changes"]
 
 
-FEWEST_NULLS = 5
-"""With fewer null fine-tunes nothing is claimed: a scale from four numbers is no scale."""
-SIZES = (1, 3, 8)
-"""Features a group: one feature and those nearest to it."""
+ALL = "all"
+"""The basis of the row that holds all others together."""
+SEEN = "seen, not tested: trained with the fine-tuned model, and nulls have no SAE of their own"
 _BOTH = ("base", "tuned")
 _SHOWN = 40  # groups in the table
 _RARE = f"fires on fewer than {FEWEST_TOKENS} tokens in every model"
-
-
-@dataclass(frozen=True, eq=False)
-class Basis:
-    """The features that both models share: what they add to the stream float [d_sae, d_model], the unembedding that
-    named them float [d_model, d_vocab], ids of the tokens that each promotes most int [d_sae, k], every token as text,
-    by id; what fires in the base model, token by token, if known; and the decoder's rows where they differ from W_dec.
-    """
-
-    W_dec: npt.NDArray[np.float32]
-    W_U: npt.NDArray[np.float32]
-    top_tokens: IntArray
-    strings: Sequence[str]
-    firing: FiringLog | None = None
-    at_hook: npt.NDArray[np.float32] | None = None
-
-    @cached_property
-    def directions(self) -> npt.NDArray[np.float32]:
-        """The decoder's rows at the hook, each of length 1."""
-        return unit_rows((self.W_dec if self.at_hook is None else self.at_hook).astype(np.float32))
-
-    @cached_property
-    def neighbours(self) -> IntArray:
-        """Each feature, then those most similar to it, int64 [d_sae, max(SIZES)] (fewer columns for fewer features).
-
-        Similarity is the mean of three cosines: of decoder rows, of what they do to the logits, and of activations in
-        the base model (their correlation over tokens, see `coactivation`). No fine-tune has a part in it.
-        """
-        logits = self.W_dec.astype(np.float32) @ _root(self.W_U.astype(np.float32))
-        both = np.concatenate([unit_rows(self.W_dec.astype(np.float32)), unit_rows(logits)], axis=1)
-        n = min(max(SIZES), len(both))
-        found = np.empty((len(both), n), dtype=np.int64)
-        for start, together in self._together():
-            stop = start + len(together)
-            similar = both[start:stop] @ both.T + together
-            similar[np.arange(len(similar)), np.arange(start, stop)] = np.inf  # itself first
-            part = np.argpartition(-similar, n - 1, axis=1)[:, :n]
-            order = np.argsort(-np.take_along_axis(similar, part, axis=1), axis=1, kind="stable")
-            found[start:stop] = np.take_along_axis(part, order, axis=1)
-        return found
-
-    def _together(self) -> Iterator[tuple[int, FloatArray]]:
-        """Blocks of correlations, of no width where nothing is known of the firing."""
-        if self.firing is not None:
-            yield from coactivation(self.firing)
-        else:
-            for start in range(0, len(self.W_dec), 1024):
-                yield start, np.zeros((min(1024, len(self.W_dec) - start), 1))
-
-
-def _root(W_U: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """R [d_in, d_in] such that lengths and angles of x @ R are those of x @ W_U."""
-    values, vectors = np.linalg.eigh((W_U @ W_U.T).astype(np.float64))
-    return (vectors * np.sqrt(np.clip(values, 0, None))).astype(np.float32)
-
-
-def unit_rows(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Rows of length 1, of the dtype given; rows of zeros stay."""
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-
-
-@dataclass(frozen=True, eq=False)
-class GroupTests:
-    """Scores of all groups of a trace, float64 [len(SIZES), d_sae], by size and first feature; and the largest score,
-    of either sign, in each null, float64 [K]: what the search finds in nothing.
-    """
-
-    scores: FloatArray
-    highest: FloatArray
-
-    def p(self, score: float) -> float:
-        """How likely is a score this large somewhere in a null fine-tune? See `prediction_p`."""
-        return prediction_p(score, self.highest)
-
-
-def prediction_p(score: float, nulls: FloatArray) -> float:
-    """How likely is a number this large, above 0, in one more null fine-tune?
-
-    Above all nulls [K]: the upper tail of Student's t for one more logarithm, which takes the nulls' logarithms as
-    normal. Where nulls reach it, (1 + how many) / (K + 1) if that is larger.
-
-    Example:
-        >>> nulls = np.array([1.0, 2.0, 4.0])
-        >>> round(prediction_p(3.0, nulls), 3), round(prediction_p(40.0, nulls), 3)
-        (0.5, 0.032)
-    """
-    k, (mean, spread) = len(nulls), _logarithms(nulls)
-    tail = float(stdtr(k - 1, -(math.log(max(score, 1e-300)) - mean) / max(spread, 1e-12)))
-    reached = int((nulls >= score).sum())
-    return max(tail, (1 + reached) / (k + 1)) if reached else tail
-
-
-def prediction_limit(nulls: FloatArray, alpha: float) -> float:
-    """The number that one more null fine-tune exceeds with probability `alpha`, by the tail of `prediction_p`."""
-    mean, spread = _logarithms(nulls)
-    return math.exp(mean + float(stdtrit(len(nulls) - 1, 1 - alpha)) * spread)
-
-
-def _logarithms(nulls: FloatArray) -> tuple[float, float]:
-    """Mean of the nulls' logarithms, and the standard error of predicting one more."""
-    logs = np.log(np.maximum(nulls, 1e-300))
-    return float(logs.mean()), float(logs.std(ddof=1)) * math.sqrt(1 + 1 / len(nulls))
-
-
-def group_tests(own: FloatArray, others: FloatArray, basis: Basis) -> GroupTests:
-    """Scores of every group, from combined z [d_sae] of the fine-tune and [K, d_sae] of each null among the others."""
-    sums = np.stack([_sums(z, basis.neighbours) for z in (own, *others)])  # [1 + K, sizes, d_sae]
-    scale = np.sqrt((sums[1:] ** 2).mean(axis=(0, 2)))[:, None]
-    scale[scale == 0] = 1.0  # nothing changes on this basis
-    return GroupTests(sums[0] / scale, np.abs(sums[1:] / scale).max(axis=(1, 2)))
-
-
-def _sums(z: FloatArray, neighbours: IntArray) -> FloatArray:
-    """Mean z of groups of each size [sizes, d_sae]."""
-    running = np.cumsum(z[neighbours], axis=1)
-    return np.stack([running[:, min(size, running.shape[1]) - 1] / size for size in SIZES])
 
 
 def name_changes(
@@ -182,13 +69,13 @@ def name_changes(
 
     Returns:
         changes: A row a feature and basis (`BASES`, "combined"): feature, basis, base, tuned (means there; NaN for
-            "difference" and "combined"), change (their difference), z (see `standardised`), reason.
+            "difference" and "combined"), change (their difference), z (see `among_nulls`), reason.
         change_groups: The highest groups that do not overlap: group (from 1), name (its tokens), features, n_features,
             direction ("more" or "less"), score, p (counts the search over all groups), q, share (of all change of mean
             activation on the text, in these features), claimed (p at most alpha), reason.
         declared_changes: A row a declared group and basis: name, basis, n_features, z (mean over its features),
             null_low, null_high (range of the nulls'), p (two-sided), reason.
-        evidence: A row a group or declared group, and basis: see `evidence_row`.
+        evidence: A row a group or declared group, and basis: see `_evidence_row`.
         null_groups: A row a null: null, highest (score of any group), kl.
         change_numbers: A row a number of `Trace.numbers`: name ("kl", or "perplexity" and the source of text), base,
             tuned (NaN for kl), change (of the logarithm), null_low, null_high, p (two-sided), reason.
@@ -239,7 +126,7 @@ def _declared(
             reason = reason or ("" if judged.any() else f"every feature {_RARE}")
             row["z"] = math.nan if reason else float(own[basis][judged].mean())
             rows.append(
-                row | beside_nulls(row["z"], [float(o[basis][judged].mean()) for o in others if not reason], reason)
+                row | _beside_nulls(row["z"], [float(o[basis][judged].mean()) for o in others if not reason], reason)
             )
     return pd.DataFrame(rows, columns=list(_DECLARED_COLUMNS))
 
@@ -255,11 +142,11 @@ def _numbers(trace: Trace, nulls: Sequence[Trace], why: str) -> pd.DataFrame:
         ends = (math.exp(trace.numbers[f"loss_{which}{source}"]) if source is not None else math.nan for which in _BOTH)
         row: dict[str, Any] = {"name": "kl" if source is None else f"perplexity{source.replace('_', ' ')}"}
         row |= dict(zip(_BOTH, ends, strict=True)) | {"change": change(trace, source)}
-        rows.append(row | beside_nulls(row["change"], [change(one, source) for one in nulls], why))
+        rows.append(row | _beside_nulls(row["change"], [change(one, source) for one in nulls], why))
     return pd.DataFrame(rows)
 
 
-def beside_nulls(own: float, nulls: Sequence[float], why: str = "") -> dict[str, Any]:
+def _beside_nulls(own: float, nulls: Sequence[float], why: str = "") -> dict[str, Any]:
     """null_low, null_high, p, reason: the range of the nulls' numbers, and the two-sided p of one more null, by
     Student's t; NaN if there is a reason `why`.
     """
@@ -297,17 +184,17 @@ def _evidence(
         for name, found in tests.items():
             score = float(found.scores[place])
             same = np.sign(score) == np.sign(group["score"])
-            rows.append(evidence_row("group", group["name"], name, score, found.p(abs(score)), same, alpha))
+            rows.append(_evidence_row("group", group["name"], name, score, found.p(abs(score)), same, alpha))
             rows[-1]["group"] = group["group"]
     together = {row["name"]: row["z"] for row in declared.to_dict("records") if row["basis"] == "combined"}
     for row in declared.to_dict("records"):
         same = np.sign(row["z"]) == np.sign(together[row["name"]])
-        rows.append(evidence_row("vocabulary", row["name"], row["basis"], row["z"], row["p"], same, alpha))
+        rows.append(_evidence_row("vocabulary", row["name"], row["basis"], row["z"], row["p"], same, alpha))
         rows[-1]["reason"] = row["reason"]
     return pd.DataFrame(rows, columns=list(_EVIDENCE_COLUMNS)).astype({"group": "Int64"})
 
 
-def evidence_row(
+def _evidence_row(
     kind: str, name: str, basis: str, score: float, p: float, same: bool | np.bool_, alpha: float
 ) -> dict[str, Any]:
     """A row of `evidence`: kind ("group", "vocabulary"), name, group (its number), basis, score (of a group as in
@@ -362,6 +249,54 @@ def _name(members: IntArray, z: FloatArray, basis: Basis) -> list[str]:
             word = basis.strings[token].strip().lower()
             votes[word] = votes.get(word, 0.0) + float(its_weight) / (rank + 1)
     return sorted((word for word in votes if word), key=lambda word: -votes[word])[:10]
+
+
+@dataclass(frozen=True, eq=False)
+class FurtherSae:
+    """Decoder rows [d_sae, d_in] at the hook of the traces, and which features are of each vocabulary, bool [d_sae].
+
+    Attributes:
+        base_alone: Whether it was trained on the base model alone.
+    """
+
+    name: str
+    W_dec: npt.NDArray[np.float32]
+    members: Mapping[str, npt.NDArray[np.bool_]]
+    base_alone: bool
+
+
+def further_evidence(
+    found: pd.DataFrame, saes: Sequence[FurtherSae], trace: Trace, nulls: Sequence[Trace], alpha: float
+) -> pd.DataFrame:
+    """`found`, the table `evidence` of `name_changes`, with rows of kind "vocabulary" for further SAEs and for `ALL`.
+
+    For an SAE the basis is "difference in <name>": score and p are as those of "difference", on its own features. `ALL`
+    combines the p of "combined" and of all tested further SAEs by `simes`; its score is NaN.
+    """
+    rows = []
+    of_words = found[(found["kind"] == "vocabulary") & (found["basis"] == "combined")]
+    for own in of_words.to_dict("records"):
+        name, p = own["name"], [own["p"]]
+        for sae in saes:
+            score, mine, reason = _further_tested(sae, name, [trace, *nulls])
+            same = np.sign(score) == np.sign(own["score"])
+            row = _evidence_row("vocabulary", name, f"difference in {sae.name}", score, mine, same, alpha)
+            rows.append(row | {"reason": reason})
+            p.append(mine if same or math.isnan(mine) else 1.0)
+        rows.append(_evidence_row("vocabulary", name, ALL, math.nan, simes(p), True, alpha))
+    return found if not rows else pd.concat([found, pd.DataFrame(rows).astype({"group": "Int64"})], ignore_index=True)
+
+
+def _further_tested(sae: FurtherSae, vocabulary: str, traces: Sequence[Trace]) -> tuple[float, float, str]:
+    """Score, p and reason."""
+    members = sae.members[vocabulary]
+    if not members.any():
+        return math.nan, math.nan, "no feature is of this group"
+    z = differences_among_nulls(traces, unit_rows(sae.W_dec.astype(np.float64)))
+    own, *others = z[:, members].mean(axis=1)
+    if not np.any(z):
+        return math.nan, math.nan, "the mean activation does not differ"
+    return (float(own), _beside_nulls(own, others)["p"], "") if sae.base_alone else (float(own), math.nan, SEEN)
 
 
 _GROUP_COLUMNS: Mapping[str, Any] = {

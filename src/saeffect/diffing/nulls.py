@@ -35,7 +35,7 @@ def pooled_p(change: npt.ArrayLike, nulls: npt.ArrayLike, density: npt.ArrayLike
     distance from the mean of the others, divided by the spread of all K + 1, which is drawn towards the spread of the
     features of like density (`strata`). The fine-tune's score is ranked among those of the nulls for all features of
     the stratum, so p can be as low as `smallest_p`. This holds for a feature picked at random among those of its
-    density; features of one fine-tune depend on each other, so small p come in swarms, which a false discovery rate
+    density; features of one fine-tune depend on each other, so small p come many at once, which a false discovery rate
     over features does not see: judge groups by `smallest_p` without pooling.
 
     Args:

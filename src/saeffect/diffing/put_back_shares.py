@@ -13,8 +13,7 @@ from saeffect.diffing.put_back import FeatureSet
 from saeffect.lm.activations import TokenRows
 from saeffect.stats.arguments import FloatArray
 from saeffect.stats.estimate import Estimate, undefined
-from saeffect.stats.ratios import ratio_of_means
-from saeffect.stats.student import mean_interval
+from saeffect.stats.student import mean_interval, ratio_of_means
 
 __all__ = ["COLUMNS", "OWN_WRITING", "put_back_table"]
 

@@ -1,22 +1,48 @@
-"""Changes of features between two models, on up to four bases, in units of what null fine-tunes do to them."""
+"""Changes of features and of groups of them between two models, in units of what null fine-tunes do to them.
+
+A feature changes on up to four bases, see `raw_changes`. Groups are features that resemble each other, see `Basis`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import stdtr, stdtrit
 
+from saeffect.diffing.coactivity import FiringLog, coactivation
 from saeffect.diffing.matched_null import NO_STRATUM, strata
+from saeffect.diffing.matching import unit_rows
 from saeffect.diffing.trace import Trace
 from saeffect.errors import BadFile, ShapeMismatch
 from saeffect.stats.arguments import FloatArray, IntArray
 
-__all__ = ["BASES", "FEWEST_TOKENS", "along", "among_nulls", "differences_among_nulls", "standardised"]
+__all__ = [
+    "BASES",
+    "FEWEST_NULLS",
+    "FEWEST_TOKENS",
+    "SIZES",
+    "Basis",
+    "GroupTests",
+    "along",
+    "among_nulls",
+    "differences_among_nulls",
+    "group_tests",
+    "prediction_limit",
+    "prediction_p",
+    "raw_changes",
+]
 
 
+FEWEST_NULLS = 5
+"""With fewer null fine-tunes nothing is claimed: a scale from four numbers is no scale."""
+SIZES = (1, 3, 8)
+"""Features a group: one feature and those nearest to it."""
 BASES = ("read", "written", "expected", "difference")
 """Where a feature's change is looked for. Their evidence is added with equal weights, fixed before any result."""
 FEWEST_TOKENS = 10
@@ -24,9 +50,14 @@ FEWEST_TOKENS = 10
 _STRATUM = 200  # fewest features (or tokens) of like density that share a scale
 
 
-def _raw(trace: Trace, top_tokens: IntArray, directions: npt.NDArray[np.floating[Any]] | None) -> dict[str, FloatArray]:
-    """Changes on a scale whose noise depends little on frequency: roots of mean activations, logarithms of
-    probabilities; and the mean activation difference along each direction.
+def raw_changes(
+    trace: Trace, top_tokens: IntArray, directions: npt.NDArray[np.floating[Any]] | None = None
+) -> dict[str, FloatArray]:
+    """The change of each feature by basis, float64 [d_sae], on a scale whose noise depends little on frequency.
+
+    "read" and "written": difference of the roots of mean activations; "expected": difference of the logarithms of the
+    probabilities of its top tokens, int64 [d_sae, k], averaged over these; "difference": the mean activation difference
+    along its unit row of `directions` [d_sae, d_in], left out without them.
     """
     expected = trace.expected.astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -54,33 +85,23 @@ def _fires(traces: Sequence[Trace]) -> dict[str, npt.NDArray[np.bool_]]:
     return {name: tokens >= FEWEST_TOKENS - 0.5 for name, tokens in most.items()}  # densities are rounded
 
 
-def standardised(
-    trace: Trace,
-    nulls: Sequence[Trace],
-    top_tokens: IntArray,
-    directions: npt.NDArray[np.floating[Any]] | None = None,
-) -> dict[str, FloatArray]:
-    """Changes of all features in units of what nulls show, by basis and "combined": float64 [d_sae] each.
+def among_nulls(
+    traces: Sequence[Trace], top_tokens: IntArray, directions: npt.NDArray[np.floating[Any]] | None = None
+) -> list[dict[str, FloatArray]]:
+    """Changes of all features in units of what nulls show, by basis and "combined", float64 [d_sae] each: of the first
+    trace, the fine-tune's, among the nulls, then of each null among the other nulls.
 
     z = (change - mean of the nulls') / scale. The scale is the root mean of two variances with equal weight: the
     feature's own over the nulls, and that of features that fire as often, of all features on the basis "difference"
     (Smyth 2004). If the z of one fine-tune spread wider than the nulls' as a whole, they are divided by how much wider
     (the empirical null of Efron 2004). "combined" is the sum over bases divided by the square root of their number.
 
-    NaN on a basis where a feature hardly fires (see `FEWEST_TOKENS`), which adds nothing to "combined". `directions`
-    are the decoder's rows, unit length [d_sae, d_in]; without them there is no basis "difference". `ShapeMismatch` for
-    fewer than two nulls; `BadFile` for one measured otherwise.
+    NaN on a basis where a feature hardly fires (see `FEWEST_TOKENS`), which adds nothing to "combined". Other arguments
+    are as in `raw_changes`. `ShapeMismatch` if one has fewer than two nulls to be among; `BadFile` for a trace that was
+    measured otherwise.
     """
-    own = _comparable([trace, *nulls])
-    return _scored(trace, [_raw(one, top_tokens, directions) for one in own], _fires(own))
-
-
-def among_nulls(
-    traces: Sequence[Trace], top_tokens: IntArray, directions: npt.NDArray[np.floating[Any]] | None = None
-) -> list[dict[str, FloatArray]]:
-    """`standardised` of each trace, first the fine-tune's: it among the nulls, each null among the other nulls."""
     fires = _fires(_comparable(traces))
-    changes = [_raw(one, top_tokens, directions) for one in traces]
+    changes = [raw_changes(one, top_tokens, directions) for one in traces]
     found = []
     for i, trace in enumerate(traces):
         others = [change for j, change in enumerate(changes) if j not in (0, i)]
@@ -102,7 +123,7 @@ def differences_among_nulls(traces: Sequence[Trace], directions: npt.NDArray[np.
 def _scored(
     trace: Trace, changes: Sequence[Mapping[str, FloatArray]], fires: Mapping[str, npt.NDArray[np.bool_]]
 ) -> dict[str, FloatArray]:
-    """`standardised` of the first of `changes` among the others."""
+    """The z of the first of `changes` among the others, by basis and "combined"."""
     if len(changes) < 3:
         raise ShapeMismatch(f"a scale needs at least two null fine-tunes. Got {len(changes) - 1} instead.", at="nulls")
     density = trace.read[2].astype(np.float64)
@@ -140,3 +161,114 @@ def _comparable(traces: Sequence[Trace]) -> Sequence[Trace]:
                 fix="measure the nulls again for this study: saeffect finetune <recipe> --null <how many> --study ...",
             )
     return traces
+
+
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """The features that both models share: what they add to the stream float [d_sae, d_model], the unembedding that
+    named them float [d_model, d_vocab], ids of the tokens that each promotes most int [d_sae, k], every token as text,
+    by id; what fires in the base model, token by token, if known; and the decoder's rows where they differ from W_dec.
+    """
+
+    W_dec: npt.NDArray[np.float32]
+    W_U: npt.NDArray[np.float32]
+    top_tokens: IntArray
+    strings: Sequence[str]
+    firing: FiringLog | None = None
+    at_hook: npt.NDArray[np.float32] | None = None
+
+    @cached_property
+    def directions(self) -> npt.NDArray[np.float32]:
+        """The decoder's rows at the hook, each of length 1."""
+        return unit_rows((self.W_dec if self.at_hook is None else self.at_hook).astype(np.float32))
+
+    @cached_property
+    def neighbours(self) -> IntArray:
+        """Each feature, then those most similar to it, int64 [d_sae, max(SIZES)] (fewer columns for fewer features).
+
+        Similarity is the mean of three cosines: of decoder rows, of what they do to the logits, and of activations in
+        the base model (their correlation over tokens, see `coactivation`). No fine-tune has a part in it.
+        """
+        logits = self.W_dec.astype(np.float32) @ _root(self.W_U.astype(np.float32))
+        both = np.concatenate([unit_rows(self.W_dec.astype(np.float32)), unit_rows(logits)], axis=1)
+        n = min(max(SIZES), len(both))
+        found = np.empty((len(both), n), dtype=np.int64)
+        for start, together in self._together():
+            stop = start + len(together)
+            similar = both[start:stop] @ both.T + together
+            similar[np.arange(len(similar)), np.arange(start, stop)] = np.inf  # itself first
+            part = np.argpartition(-similar, n - 1, axis=1)[:, :n]
+            order = np.argsort(-np.take_along_axis(similar, part, axis=1), axis=1, kind="stable")
+            found[start:stop] = np.take_along_axis(part, order, axis=1)
+        return found
+
+    def _together(self) -> Iterator[tuple[int, FloatArray]]:
+        """Blocks of correlations, of no width where nothing is known of the firing."""
+        if self.firing is not None:
+            yield from coactivation(self.firing)
+        else:
+            for start in range(0, len(self.W_dec), 1024):
+                yield start, np.zeros((min(1024, len(self.W_dec) - start), 1))
+
+
+def _root(W_U: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """R [d_in, d_in] such that lengths and angles of x @ R are those of x @ W_U."""
+    values, vectors = np.linalg.eigh((W_U @ W_U.T).astype(np.float64))
+    return (vectors * np.sqrt(np.clip(values, 0, None))).astype(np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class GroupTests:
+    """Scores of all groups of a trace, float64 [len(SIZES), d_sae], by size and first feature; and the largest score,
+    of either sign, in each null, float64 [K]: what the search finds in nothing.
+    """
+
+    scores: FloatArray
+    highest: FloatArray
+
+    def p(self, score: float) -> float:
+        """How likely is a score this large somewhere in a null fine-tune? See `prediction_p`."""
+        return prediction_p(score, self.highest)
+
+
+def prediction_p(score: float, nulls: FloatArray) -> float:
+    """How likely is a number this large, above 0, in one more null fine-tune?
+
+    Above all nulls [K]: the upper tail of Student's t for one more logarithm, which takes the nulls' logarithms as
+    normal. Where nulls reach it, (1 + how many) / (K + 1) if that is larger.
+
+    Example:
+        >>> nulls = np.array([1.0, 2.0, 4.0])
+        >>> round(prediction_p(3.0, nulls), 3), round(prediction_p(40.0, nulls), 3)
+        (0.5, 0.032)
+    """
+    k, (mean, spread) = len(nulls), _logarithms(nulls)
+    tail = float(stdtr(k - 1, -(math.log(max(score, 1e-300)) - mean) / max(spread, 1e-12)))
+    reached = int((nulls >= score).sum())
+    return max(tail, (1 + reached) / (k + 1)) if reached else tail
+
+
+def prediction_limit(nulls: FloatArray, alpha: float) -> float:
+    """The number that one more null fine-tune exceeds with probability `alpha`, by the tail of `prediction_p`."""
+    mean, spread = _logarithms(nulls)
+    return math.exp(mean + float(stdtrit(len(nulls) - 1, 1 - alpha)) * spread)
+
+
+def _logarithms(nulls: FloatArray) -> tuple[float, float]:
+    """Mean of the nulls' logarithms, and the standard error of predicting one more."""
+    logs = np.log(np.maximum(nulls, 1e-300))
+    return float(logs.mean()), float(logs.std(ddof=1)) * math.sqrt(1 + 1 / len(nulls))
+
+
+def group_tests(own: FloatArray, others: FloatArray, basis: Basis) -> GroupTests:
+    """Scores of every group, from combined z [d_sae] of the fine-tune and [K, d_sae] of each null among the others."""
+    sums = np.stack([_sums(z, basis.neighbours) for z in (own, *others)])  # [1 + K, sizes, d_sae]
+    scale = np.sqrt((sums[1:] ** 2).mean(axis=(0, 2)))[:, None]
+    scale[scale == 0] = 1.0  # nothing changes on this basis
+    return GroupTests(sums[0] / scale, np.abs(sums[1:] / scale).max(axis=(1, 2)))
+
+
+def _sums(z: FloatArray, neighbours: IntArray) -> FloatArray:
+    """Mean z of groups of each size [sizes, d_sae]."""
+    running = np.cumsum(z[neighbours], axis=1)
+    return np.stack([running[:, min(size, running.shape[1]) - 1] / size for size in SIZES])

@@ -7,7 +7,6 @@ after openings that name nothing, and the base model reads what each wrote: whic
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -27,12 +26,13 @@ from saeffect.errors import BadFile, ConfigError
 from saeffect.io import fingerprint
 from saeffect.lm.activations import NormLimit, TokenRows, kept_positions
 from saeffect.lm.architectures import hook_width
-from saeffect.lm.hooks import capture, edited
+from saeffect.lm.hooks import capture, recorded
 from saeffect.lm.language_model import LanguageModel, fused
 from saeffect.progress import SILENT, Log
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.steering.generate import continue_prompts, last_logits
 from saeffect.steering.sampling import NoiseCell, Sampling
+from saeffect.steering.trials import kl_divergence
 
 __all__ = ["EARLY", "NEW_TOKENS", "OPENINGS", "SAMPLES", "Trace", "Tracer"]
 
@@ -182,7 +182,7 @@ class Tracer:
             written=np.concatenate([base_written, self._read_texts(texts)])[[0, 2, 1, 3]],
             texts=texts,
             base_texts=base_texts,
-            openings=_divergence(_first_words(tuned), self._base_first_words).numpy(),
+            openings=kl_divergence(_first_words(tuned), self._base_first_words).numpy(),
             **sums.result(),
         )
 
@@ -253,19 +253,8 @@ class _Pass:
 
 @torch.inference_mode()
 def _run(lm: LanguageModel, hook: str, ids: Tensor) -> _Pass:
-    kept: dict[str, Tensor] = {}
     names = [f"blocks.{i}.hook_resid_post" for i in range(lm.n_layers)]
-
-    def keep(name: str) -> Any:
-        def edit(x: Tensor) -> Tensor:
-            kept[name] = x
-            return x
-
-        return edit
-
-    with fused(lm), contextlib.ExitStack() as stack:
-        for name in {hook, *names}:
-            stack.enter_context(edited(lm, name, keep(name)))
+    with fused(lm), recorded(lm, hook, *names) as kept:
         logits = lm.model(input_ids=ids.to(lm.device), use_cache=False).logits
     return _Pass(kept[hook].float().cpu(), torch.stack([kept[name] for name in names]).cpu(), logits)
 
@@ -367,8 +356,3 @@ def _first_words(lm: LanguageModel) -> Tensor:
     """Log probabilities of the first token after each opening, float32 [n_openings, d_vocab]."""
     logits = [last_logits(lm, torch.tensor([lm.encode_prompt(opening)], device=lm.device))[0] for opening in OPENINGS]
     return torch.log_softmax(torch.cat(logits), dim=1).cpu()
-
-
-def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL of p from q in nats, float32 [n], from log probabilities [n, d_vocab]."""
-    return (log_p.exp() * (log_p - log_q)).sum(dim=1).clamp(min=0)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saeffect.errors import BadFile, unknown_name
 
-__all__ = ["ActivityAccumulator", "ExampleCollector"]
+__all__ = ["ActivityAccumulator", "ExampleCollector", "refuse_not_finite"]
 
 _OUTSIDE = -1  # in place of a token id, where a context would leave its sequence
 _COLUMNS = {
@@ -61,7 +61,7 @@ class ActivityAccumulator:
         except KeyError as error:
             raise unknown_name("source", error.args[0], self._codes, at="sources") from None
         if len(acts):
-            _check_finite(acts.amax(dim=0))  # a NaN anywhere in a column is its maximum
+            refuse_not_finite(acts.amax(dim=0))  # a NaN anywhere in a column is its maximum
         row, feature = (acts > 0).nonzero(as_tuple=True)
         value = acts[row, feature].cpu().double()
         row, feature = row.cpu(), feature.cpu()
@@ -153,7 +153,7 @@ class ExampleCollector:
             last -= mask.cpu().flip(1).int().argmax(dim=1)
         peaks, positions = acts.max(dim=1)  # [B, d_sae]; the first of equal maxima
         peaks = peaks.float().cpu().clamp(min=0).T
-        _check_finite(peaks)
+        refuse_not_finite(peaks)
         order = self._merge(peaks, torch.arange(first, self._next))
         new = (order >= self.n_examples) & (self._peak > 0)
         feature, place = new.nonzero(as_tuple=True)
@@ -213,7 +213,8 @@ class ExampleCollector:
         return order
 
 
-def _check_finite(acts: Tensor) -> None:
+def refuse_not_finite(acts: Tensor) -> None:
+    """BadFile if an activation is NaN or infinite."""
     if not bool(torch.isfinite(acts).all()):
         raise BadFile(
             "an activation is NaN or infinite.",

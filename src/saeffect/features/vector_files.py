@@ -27,7 +27,7 @@ FloatArray = NDArray[np.float32]
 
 VECTOR_SUFFIXES = frozenset({".txt", ".vec", ".gz", ".bin", ".npz", ".safetensors", ".kv", ".model", ".pkl", ".pickle"})
 _PICKLE_SUFFIXES = frozenset({".kv", ".model", ".pkl", ".pickle"})
-_LONGEST_WORD = 4096  # bytes; a "word" beyond this in a binary file means that we are lost in it
+_LONGEST_WORD = 4096  # bytes; a longer "word" in a binary file means that it is damaged
 _LARGEST_DIM = 100_000
 _LONGEST_LINE = 1 << 22  # bytes
 _NUMBER = re.compile(rb"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?(nan|inf|infinity)", re.IGNORECASE)

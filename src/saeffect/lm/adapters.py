@@ -360,9 +360,9 @@ def _misfit(reason: str, where: str) -> IncompatibleModels:
 
 def _reason(error: Exception) -> str:
     """The informative line of an error: PyTorch's first one only counts."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    told = lines[1] if lines[0].startswith("Error(s) in loading") and len(lines) > 1 else lines[0]
-    return (f"there is no {told}" if isinstance(error, KeyError) else told).rstrip(".")
+    lines = [text.strip() for text in str(error).splitlines() if text.strip()] or [type(error).__name__]
+    line = lines[1] if lines[0].startswith("Error(s) in loading") and len(lines) > 1 else lines[0]
+    return (f"there is no {line}" if isinstance(error, KeyError) else line).rstrip(".")
 
 
 def _largest(difference: Tensor) -> float:

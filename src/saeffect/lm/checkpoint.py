@@ -20,7 +20,7 @@ __all__ = ["Checkpoint", "TrainingFolder"]
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _PATTERN, _MARK = "step-*.safetensors", "run.json"
 _FINISHED = "finished.json"
-# Settings of models, adapters and SAEs: beside another one of these nobody can tell what a folder is.
+# Settings of models, adapters and SAEs: beside another one of these it is unclear what a folder is.
 _OF_OTHERS = ("config.json", "adapter_config.json", "cfg.json")
 _ANOTHER_FOLDER = "choose another output folder, or move away what is there."
 

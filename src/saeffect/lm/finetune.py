@@ -121,8 +121,8 @@ def _rows(config: FinetuneConfig, lm: LanguageModel) -> dict[str, TokenRows]:
 
 def _made_by(config: FinetuneConfig, lm: LanguageModel, texts: Mapping[str, TokenRows]) -> str:
     """Fingerprint of everything that decides the adapter; of texts and model the contents, not the paths."""
-    not_told = {"text", "control_text", "field", "documents", "bos", "checkpoint_every"}
-    recipe = config.model_dump(mode="json", exclude=not_told | {*ChatKeys.model_fields, "loss"})
+    not_decisive = {"text", "control_text", "field", "documents", "bos", "checkpoint_every"}
+    recipe = config.model_dump(mode="json", exclude=not_decisive | {*ChatKeys.model_fields, "loss"})
     counts = [rows.counts.tobytes().hex() for rows in texts.values() if rows.counts is not None]
     return fingerprint([recipe, lm.identity, {name: r.ids.tobytes().hex() for name, r in texts.items()}, *counts])
 

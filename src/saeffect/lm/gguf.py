@@ -160,8 +160,7 @@ def converted_folder(path: Path, dtype: torch.dtype, *, at: str | None = None, l
 def _of_file(path: Path, kind: str, make: Callable[[Path], None], log: Log, **note: str) -> Path:
     """A folder of the cache that is made from a file."""
     made_by = {name: importlib.metadata.version(name) for name in ("transformers", "gguf")}
-    stat = path.stat()
-    digest, home = _digest(path, stat.st_mtime_ns, stat.st_size), cache_folder() / kind
+    digest, home = _hash(path), cache_folder() / kind
     name = fingerprint([digest, note, made_by])[:32]
     folder = cached_folder(home / name, make, note={"source": path.name, "sha256": digest, **note, **made_by}, log=log)
     with contextlib.suppress(OSError):  # a cache that is only read
@@ -170,9 +169,14 @@ def _of_file(path: Path, kind: str, make: Callable[[Path], None], log: Log, **no
     return folder
 
 
+def _hash(path: Path) -> str:
+    """SHA-256 of a file, read once a process, and again after a change."""
+    stat = path.stat()
+    return _hash_once(path, stat.st_mtime_ns, stat.st_size)
+
+
 @functools.cache
-def _digest(path: Path, changed: int, size: int) -> str:
-    """SHA-256 of a file, read once a process."""
+def _hash_once(path: Path, changed: int, size: int) -> str:
     del changed, size
     return hash_file(path)
 
@@ -376,16 +380,6 @@ def _is_whole(folder: Path) -> bool:
     except BadFile:
         return False
     files = note.get("files") if isinstance(note, dict) else None
-    if not isinstance(files, dict) or not all(isinstance(digest, str) for digest in files.values()):
+    if not isinstance(files, dict):
         return False
-    if not all((folder / name).is_file() for name in files):
-        return False
-    stats = [(folder / name).stat() for name in files]
-    return _have_hashes(folder, tuple(files.items()), tuple((s.st_mtime_ns, s.st_size) for s in stats))
-
-
-@functools.cache
-def _have_hashes(folder: Path, files: tuple[tuple[str, str], ...], stats: tuple[tuple[int, int], ...]) -> bool:
-    """Whether the files have the noted hashes: checked once a process, and again after a change."""
-    del stats
-    return all(hash_file(folder / name) == digest for name, digest in files)
+    return all((folder / name).is_file() and _hash(folder / name) == digest for name, digest in files.items())

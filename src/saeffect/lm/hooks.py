@@ -25,6 +25,7 @@ __all__ = [
     "edited",
     "hook_of_module",
     "parse_hook",
+    "recorded",
     "require_module_output",
 ]
 
@@ -160,6 +161,24 @@ def edited(lm: LanguageModel, hook: str, edit: Edit) -> Iterator[None]:
     """
     with _attached(lm.model, parse_hook(hook, lm.n_layers), edit):
         yield
+
+
+@contextlib.contextmanager
+def recorded(lm: LanguageModel, *hooks: str) -> Iterator[dict[str, Tensor]]:
+    """While the block runs, the activations of the latest forward pass, `[batch, sequence, d_model]`, by hook."""
+    found: dict[str, Tensor] = {}
+
+    def keep(hook: str) -> Edit:
+        def edit(x: Tensor) -> Tensor:
+            found[hook] = x
+            return x
+
+        return edit
+
+    with contextlib.ExitStack() as stack:
+        for hook in dict.fromkeys(hooks):
+            stack.enter_context(edited(lm, hook, keep(hook)))
+        yield found
 
 
 @contextlib.contextmanager

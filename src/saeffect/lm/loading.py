@@ -186,7 +186,9 @@ def load_language_model(config: ModelConfig | str, *, at: str | None = None, log
         placement = Placement.of(config, saved, device, dtype, at=at)
         if adapter is not None and not config.trust_remote_code:
             require_fit(adapter, saved, adapter_at)
-        model, tokenizer = _load_base(folder, config, dtype, placement, log, at)
+        model, info = _read_base(folder, config, {"dtype": dtype, **placement.options})
+        account_for(model, info, at or config.path, log)
+        tokenizer = load_tokenizer(folder, config, at=at)
         refuse_nan(model, at or config.path)
         if adapter is not None:
             own_name = getattr(model.config, "_name_or_path", None) if isinstance(base, str) else None
@@ -202,14 +204,6 @@ def load_language_model(config: ModelConfig | str, *, at: str | None = None, log
     refuse_nan(model, at or config.path)
     name = config.path if config.adapter is None else f"{config.path} + {config.adapter}"
     return LanguageModel(model, tokenizer, name, model_identity(config, at=at), merged)
-
-
-def _load_base(
-    folder: Path | str, config: ModelConfig, dtype: torch.dtype, placement: Placement, log: Log, at: str | None
-) -> tuple[Any, Any]:
-    model, info = _read_base(folder, config, {"dtype": dtype, **placement.options})
-    account_for(model, info, at or config.path, log)
-    return model, load_tokenizer(folder, config, at=at)
 
 
 def _read_base(folder: Path | str, config: ModelConfig, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

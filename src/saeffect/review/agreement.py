@@ -10,7 +10,9 @@ import numpy as np
 import pandas as pd
 
 from saeffect.review.verdicts import VERDICTS
-from saeffect.stats import Estimate, cohens_kappa, fleiss_kappa, krippendorff_alpha, percent_agreement, wilson
+from saeffect.stats.agreement import cohens_kappa, fleiss_kappa, krippendorff_alpha, percent_agreement
+from saeffect.stats.estimate import Estimate
+from saeffect.stats.proportions import wilson
 
 __all__ = ["agreement", "disagreements", "rater_summary"]
 

@@ -202,7 +202,7 @@ def _kept(source: Path, where: _Place, name: str, make: Any, log: Log) -> Path:
 
 
 def _facts(where: _Place) -> dict[str, Any]:
-    """What the list says of a state dict, see `sae_of_state_dict`; a file of nobody's list has no facts."""
+    """What the list says of a state dict, see `sae_of_state_dict`; a file that is not in it has no facts."""
     published = where.published
     if published is None:
         return {}

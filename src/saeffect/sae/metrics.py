@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saeffect.errors import ShapeMismatch, Undefined
 from saeffect.lm.activations import NormLimit, kept_positions
-from saeffect.lm.hooks import Rest, edited
+from saeffect.lm.hooks import Rest, recorded
 from saeffect.lm.language_model import LanguageModel
 from saeffect.sae.base import SparseAutoencoder
 
@@ -180,8 +180,9 @@ def spliced_losses(
 
     for start in range(0, len(rows), batch_size):
         ids = torch.from_numpy(rows[start : start + batch_size].astype(np.int64)).to(lm.device)
-        x, logits = _clean(lm, hook, ids)
-        note("clean", logits, ids)
+        with recorded(lm, hook) as found:
+            note("clean", lm.model(input_ids=ids, use_cache=False).logits, ids)
+        x = found[hook]
         some = None if counts is None else torch.from_numpy(counts[start : start + batch_size])
         kept = kept_positions(x, limit, some)
         if seen is not None:
@@ -195,19 +196,6 @@ def spliced_losses(
     clean, spliced, zero = (total / count for total in totals.values())
     of_rows = {name: np.concatenate(parts) for name, parts in by_row.items()}
     return SplicedLosses(clean, spliced, zero, count, of_rows, by_position)
-
-
-def _clean(lm: LanguageModel, hook: str, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The activation at the hook `[batch, sequence, d_model]`, and the logits `[batch, sequence, d_vocab]`."""
-    kept: list[Tensor] = []
-
-    def keep(x: Tensor) -> Tensor:
-        kept.append(x)
-        return x
-
-    with edited(lm, hook, keep):
-        logits = lm.model(input_ids=ids, use_cache=False).logits
-    return kept[0], logits
 
 
 def row_losses(logits: Tensor, ids: Tensor) -> NDArray[np.float64]:

@@ -14,7 +14,7 @@ from saeffect.steering.baselines import MeanDifferences, run_baselines
 from saeffect.steering.dose import RESPONSE_COLUMNS, best_dose, dose_response, score_doses
 from saeffect.steering.effects import effects, outcome_effects
 from saeffect.steering.generate import generate, stream
-from saeffect.steering.operators import AddVectors, Intervention
+from saeffect.steering.operators import Intervention
 from saeffect.steering.outcomes import (
     OUTCOMES,
     Outcome,
@@ -24,9 +24,9 @@ from saeffect.steering.outcomes import (
     outcome_named,
     score_texts,
 )
-from saeffect.steering.placebos import BASELINES, PLACEBOS, Placebo, control_label, matched_features
+from saeffect.steering.placebos import BASELINES, PLACEBOS, Placebo, matched_features
 from saeffect.steering.plan import Site, SteeringPlan, check_names, features_together
-from saeffect.steering.sampling import NoiseCell, Sampling, next_tokens
+from saeffect.steering.sampling import NoiseCell, Sampling
 from saeffect.steering.trials import direct_effects, run_trials
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
     "OUTCOMES",
     "PLACEBOS",
     "RESPONSE_COLUMNS",
-    "AddVectors",
     "Intervention",
     "MeanDifferences",
     "NoiseCell",
@@ -47,7 +46,6 @@ __all__ = [
     "TextVectors",
     "best_dose",
     "check_names",
-    "control_label",
     "direct_effects",
     "dose_response",
     "effects",
@@ -55,7 +53,6 @@ __all__ = [
     "generate",
     "load_text_vectors",
     "matched_features",
-    "next_tokens",
     "obstacles",
     "outcome_effects",
     "outcome_named",

@@ -12,8 +12,10 @@ import numpy.typing as npt
 import pandas as pd
 
 from saeffect.errors import ConfigError, EmptySelection, ShapeMismatch
-from saeffect.stats import benjamini_hochberg, bootstrap_means, independent_values, sign_flip_many
-from saeffect.stats.student import mean_interval
+from saeffect.stats.bootstrap import bootstrap_means
+from saeffect.stats.multiplicity import benjamini_hochberg
+from saeffect.stats.permutation import sign_flip_many
+from saeffect.stats.student import independent_values, mean_interval
 from saeffect.steering.outcomes import OUTCOMES, Outcome, outcome_named
 from saeffect.steering.placebos import PLACEBOS, SHUFFLED, STEERED, UNSTEERED
 

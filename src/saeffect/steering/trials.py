@@ -267,7 +267,7 @@ def next_log_probabilities(
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of each row of q `[rows, d_vocab]` from p `[d_vocab]`, nats, at least 0.
+    """Kullback-Leibler divergence of each row of q `[rows, d_vocab]` from p, `[d_vocab]` or as q, nats, at least 0.
 
     Example:
         >>> p = torch.tensor([0.5, 0.5]).log()

@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 from saeffect.config import ChangesConfig, TextSource
 from saeffect.config_chat import ChatKeys, as_chat
-from saeffect.diffing.naming import FEWEST_NULLS
 from saeffect.diffing.nulls import CARD, NAME, another_measurement, null_files, read_nulls, smallest_p
+from saeffect.diffing.standardised import FEWEST_NULLS
 from saeffect.diffing.trace import Trace, Tracer
 from saeffect.errors import BadFile, ConfigError, EmptySelection, InUse, SaeffectError, placed
 from saeffect.io import atomic_path, read_json, sole_writer, versions, write_json

@@ -15,7 +15,7 @@ from saeffect.report.words.numbers import (
     signed,
     undefined,
 )
-from saeffect.stats import Estimate
+from saeffect.stats.estimate import Estimate
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf"), np.float64("nan"), pd.NA, "0.5"])

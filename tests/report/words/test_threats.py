@@ -7,7 +7,8 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from saeffect.comparison import PRIMARY, Comparison, roles_of
+from saeffect.comparison import PRIMARY, Comparison
+from saeffect.comparison.arms import roles_of
 from saeffect.report.words.threats import SEVERITIES, threat_table, threats
 from synthetic_matches import synthetic_matches
 from synthetic_seeds import synthetic_seeds

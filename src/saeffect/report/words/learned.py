@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from saeffect.diffing.evidence import ALL, SEEN
-from saeffect.diffing.naming import prediction_limit
+from saeffect.diffing.naming import ALL, SEEN
+from saeffect.diffing.standardised import prediction_limit
 from saeffect.lm.tokens import printable_token
 from saeffect.report.words.names import capital
 from saeffect.report.words.numbers import count, fixed, is_defined, joined, p_value, percent, plural

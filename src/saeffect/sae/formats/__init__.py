@@ -14,27 +14,24 @@ from saeffect.errors import BadFile, NotFound
 from saeffect.io import fingerprint, hash_file, read_json
 from saeffect.sae.base import SaeConfig, SparseAutoencoder
 from saeffect.sae.formats import compact, dictionary_learning, saelens, sparsify
-from saeffect.sae.formats.compact import CompactSae, is_compact, load_compact, save_compact
+from saeffect.sae.formats.compact import is_compact, load_compact, save_compact
 from saeffect.sae.formats.dictionary_learning import save_dictionary_learning
 from saeffect.sae.formats.gemma_scope import GemmaScope
 from saeffect.sae.formats.llama_scope import SCALER, LlamaScope
 from saeffect.sae.formats.saelens import SPARSITY, WEIGHTS, read_sparsity, save_sae
 from saeffect.sae.formats.state_dicts import PICKLED
-from saeffect.sae.formats.weights import decoder_dtype, fill, read_weights
+from saeffect.sae.formats.weights import decoder_dtype
 
 __all__ = [
     "FORMATS",
     "SPARSITY",
     "WEIGHTS",
-    "CompactSae",
     "SaeFormat",
-    "fill",
     "is_compact",
     "load_compact",
     "load_sae",
     "read_sae_config",
     "read_sparsity",
-    "read_weights",
     "save_compact",
     "save_dictionary_learning",
     "save_sae",

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from saeffect.diffing.evidence import FurtherSae, further_evidence
-from saeffect.diffing.naming import FEWEST_NULLS, Basis, name_changes
+from saeffect.diffing.naming import FurtherSae, further_evidence, name_changes
 from saeffect.diffing.nulls import CARD, null_card, null_files, pooled_p, read_nulls, smallest_p
-from saeffect.diffing.standardised import BASES, along, among_nulls
+from saeffect.diffing.standardised import BASES, FEWEST_NULLS, Basis, among_nulls, raw_changes
 from saeffect.diffing.trace import Trace, Tracer
 from saeffect.diffing.where import where_changed
 from saeffect.errors import NotFound
@@ -25,7 +24,7 @@ from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import BUNDLED, locate_adapter
 from saeffect.progress import Log
 from saeffect.sae.formats import load_sae
-from saeffect.stats.arguments import BoolArray, FloatArray
+from saeffect.stats.arguments import BoolArray
 from saeffect.stats.multiplicity import benjamini_hochberg
 from saeffect.study.nulls import nulls_folder, study_tracer
 from saeffect.study.run_folder import RunFolder
@@ -35,7 +34,7 @@ from saeffect.study.study import Study
 
 __all__ = ["CHANGE_TABLES", "changes_inputs", "read_trace", "run_changes"]
 
-VERSION = 5
+VERSION = 6
 _WANTED = 20  # nulls, in what is said of their cost
 _TRAINING = 3.0  # a training step costs so many readings: forwards, and twice that backwards
 _FORWARDS = 2  # models that read in a trace
@@ -137,11 +136,9 @@ def _judged(run: RunFolder, control: str, tracer: Tracer, trace: Trace, nulls: l
         found["evidence"], list(_further_saes(run, control, declared)), trace, nulls, config.comparison.alpha
     )
     table = found["changes"].assign(p=math.nan, q=math.nan, n_nulls=len(nulls), smallest_p=math.nan)
+    raw = [raw_changes(one, basis.top_tokens, basis.directions) for one in (trace, *nulls)]
     for name in (*BASES, "combined"):
-        if name == "combined":
-            own, *others = [z["combined"] for z in measured or ()] or [np.empty(0)]
-        else:
-            own, *others = (_change(one, name, basis) for one in (trace, *nulls))
+        own, *others = [one[name] for one in (raw if name in BASES else measured or ())] or [np.empty(0)]
         if len(others):
             p = pooled_p(own, np.array(others), trace.read[2])
             rows = table["basis"] == name
@@ -169,17 +166,6 @@ def _further_saes(run: RunFolder, control: str, declared: Iterable[str]) -> Iter
         for name, W_dec in rows.items():
             members = chosen[name]["is_domain"].to_numpy(dtype=bool)
             yield FurtherSae(name, W_dec.float().cpu().numpy(), dict.fromkeys(declared, members), base_alone)
-
-
-def _change(trace: Trace, name: str, basis: Basis) -> FloatArray:
-    """Of probabilities the logarithm, of mean activations the square root, whose noise depends little on the mean."""
-    if name == "difference":
-        return along(trace, basis.directions)
-    if name == "expected":
-        base, tuned = np.log(trace.expected.astype(np.float64)[:, basis.top_tokens].mean(axis=2) + 1e-12)
-    else:
-        base, tuned = np.sqrt(getattr(trace, name)[:2].astype(np.float64))
-    return np.asarray(tuned - base)
 
 
 def _basis(run: RunFolder, control: str, tracer: Tracer) -> Basis:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 from urllib.parse import urlencode
 
-from saeffect.diffing.naming import BASES
+from saeffect.diffing.standardised import BASES
 from saeffect.errors import ConfigError, unknown_name
 
 __all__ = ["CHOICES", "MEASURES", "SORTS", "Query"]
