@@ -51,7 +51,11 @@ def test_every_stage_of_the_run_is_there_in_its_order(tiny: Study, planned: Plan
 
 
 def test_tokens_and_operations(tiny: Study, planned: Plan) -> None:
-    # 1,024 tokens through the one block before the hook; the placebo has the control's model, so nothing is read again.
+    # 1,024 tokens through the one block before the hook; the placebo has the control's model, so nothing is read again,
+    # and where the trace read whole rows not even that.
+    assert of(planned, "features control")["tokens"] == of(planned, "features placebo")["tokens"] == 0
+    changes = tiny.config.changes.model_copy(update={"tokens_per_row": 8})
+    planned = plan_study(Study(tiny.config.model_copy(update={"changes": changes}), tiny.source))
     features = of(planned, "features control")
     assert features["tokens"] == 1024
     assert of(planned, "features placebo")["tokens"] == 0
@@ -83,7 +87,7 @@ def test_a_busy_machine_is_told(tiny: Study, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_text_that_does_not_fit_into_memory_is_read_again(tiny: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("saeffect.study.texts.machine_memory", lambda: 8_000)
+    monkeypatch.setattr("saeffect.lm.residuals.machine_memory", lambda: 8_000)
     assert of(plan_study(tiny), "features placebo")["tokens"] == 1024
 
 

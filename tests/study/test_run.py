@@ -95,7 +95,7 @@ def test_second_run_skips_every_stage(finished: tuple[Path, Path]) -> None:
     lines: list[str] = []
     run_study(Study.open(path), run, log=Log(lines.append))
     stages = [line for line in lines if line.startswith("  ")]
-    assert len(stages) == 19
+    assert len(stages) == 20
     assert all(line.endswith("skipped") for line in stages)
     assert tree(run) == before
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from saeffect.lm.activations import NormLimit, TokenRows, kept_positions
 from saeffect.lm.architectures import hook_width
 from saeffect.lm.hooks import capture, recorded
 from saeffect.lm.language_model import LanguageModel, fused
+from saeffect.lm.residuals import READ_ROWS, Residuals
 from saeffect.progress import SILENT, Log
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.steering.generate import continue_prompts, last_logits
@@ -50,7 +51,6 @@ NEW_TOKENS = 40
 EARLY = 8
 """Positions after a row's first whose change has halves of its own."""
 
-_BATCH = 8  # rows read at once
 _FIX = "measure it again, or take the file from where it came."
 
 
@@ -131,6 +131,7 @@ class Tracer:
         hook: Where it reads, a TransformerLens name.
         limit: Which positions count; the first of a row never does.
         keep: Keep what the base model computes for the next trace: its logits, some 1.2 GB for 12,288 tokens of 49,152.
+        residuals: Keeps the activations at the hook, for whoever reads the same text next.
     """
 
     base: LanguageModel
@@ -140,6 +141,7 @@ class Tracer:
     limit: NormLimit
     log: Log = SILENT
     keep: bool = False
+    residuals: Residuals = field(default_factory=lambda: Residuals(0))
 
     @cached_property
     def made_by(self) -> str:
@@ -170,9 +172,12 @@ class Tracer:
                     fix="compare a model with its own fine-tune.",
                 )
         sums = _Sums(self)
-        for start in range(0, len(self.rows), _BATCH):
-            ids = torch.from_numpy(self.rows.ids[start : start + _BATCH].astype(np.int64))
-            sums.add(start, ids, self._base_run(start, ids), _run(tuned, self.hook, ids))
+        for start in range(0, len(self.rows), READ_ROWS):
+            ids = torch.from_numpy(self.rows.ids[start : start + READ_ROWS].astype(np.int64))
+            both = self._base_run(start, ids), _run(tuned, self.hook, ids)
+            for lm, run in zip((self.base, tuned), both, strict=True):
+                self.residuals.keep(lm, self.hook, ids, run.x)
+            sums.add(start, ids, *both)
             self.log.progress(f"reading with base and {name}", start + len(ids), len(self.rows), "rows")
         texts = _write(tuned, f"writing with {name}", self.log)
         base_texts, base_written = self._base_writes
@@ -188,20 +193,14 @@ class Tracer:
 
     @torch.inference_mode()
     def firing(self) -> FiringLog:
-        """What the base model's features do on the text, token by token: free after a trace. Empty without an SAE."""
-        if self.sae is not None and not self._firing.n_tokens:
-            for start in range(0, len(self.rows), _BATCH):
-                ids = torch.from_numpy(self.rows.ids[start : start + _BATCH].astype(np.int64))
-                with fused(self.base):
-                    x = capture(self.base, self.hook, ids).float().cpu()
-                self._firing.update(
-                    self.sae.encode(x)[kept_positions(x, self.limit, self.rows.counts_of(start, len(ids)))]
-                )
-        return self._firing
-
-    @cached_property
-    def _firing(self) -> FiringLog:
-        return FiringLog(0 if self.sae is None else self.sae.cfg.d_sae)
+        """What the base model's features do on the text, token by token. Empty without an SAE."""
+        if self.sae is None:
+            return FiringLog(0)
+        found = FiringLog(self.sae.cfg.d_sae)
+        for start, ids, x in self.residuals.batches(self.base, self.hook, self.rows):
+            kept = kept_positions(x, self.limit, self.rows.counts_of(start, len(ids)))
+            found.update(self.sae.encode(x.float())[kept])
+        return found
 
     @cached_property
     def _kept(self) -> dict[int, _Pass]:
@@ -244,7 +243,9 @@ class Tracer:
 
 @dataclass(frozen=True, eq=False)
 class _Pass:
-    """One model on a batch: `x` [B, S, d_in] at the hook, `stream` [n_layers, B, S, d] after the blocks, `logits`."""
+    """One model on a batch, of its dtype: `x` [B, S, d_in] at the hook, on the CPU, `stream` [n_layers, B, S, d] after
+    the blocks, also there, and `logits`.
+    """
 
     x: Tensor
     stream: Tensor
@@ -256,15 +257,14 @@ def _run(lm: LanguageModel, hook: str, ids: Tensor) -> _Pass:
     names = [f"blocks.{i}.hook_resid_post" for i in range(lm.n_layers)]
     with fused(lm), recorded(lm, hook, *names) as kept:
         logits = lm.model(input_ids=ids.to(lm.device), use_cache=False).logits
-    return _Pass(kept[hook].float().cpu(), torch.stack([kept[name] for name in names]).cpu(), logits)
+    return _Pass(kept[hook].cpu(), torch.stack([kept[name] for name in names]).cpu(), logits)
 
 
 class _Sums:
     """Running sums over batches of text."""
 
     def __init__(self, tracer: Tracer) -> None:
-        self._tracer, self._logs = tracer, not tracer._firing.n_tokens
-        sae, rows = tracer.sae, tracer.rows
+        self._tracer, sae, rows = tracer, tracer.sae, tracer.rows
         d_sae, d_in = (sae.cfg.d_sae, sae.cfg.d_in) if sae else (0, hook_width(tracer.base, tracer.hook))
         self._features = torch.zeros(4, d_sae, dtype=torch.float64)
         self._expected = torch.zeros(2, tracer.base.d_vocab, dtype=torch.float64)
@@ -277,17 +277,14 @@ class _Sums:
         self._predicted = np.zeros(len(rows.names))
 
     def add(self, start: int, ids: Tensor, base: _Pass, tuned: _Pass) -> None:
-        tracer = self._tracer
+        tracer, x = self._tracer, (base.x.float(), tuned.x.float())
         counts = tracer.rows.counts_of(start, len(ids))
-        mask = kept_positions(base.x, tracer.limit, counts) & kept_positions(tuned.x, tracer.limit)
-        self._norm += float(base.x[mask].norm(dim=1).double().sum())
+        mask = kept_positions(x[0], tracer.limit, counts) & kept_positions(x[1], tracer.limit)
+        self._norm += float(x[0][mask].norm(dim=1).double().sum())
         if tracer.sae is not None:
-            every = [tracer.sae.encode(run.x).clamp(min=0) for run in (base, tuned)]
-            if self._logs:
-                tracer._firing.update(every[0][kept_positions(base.x, tracer.limit, counts)])
-            acts = [one[mask] for one in every]
+            acts = [tracer.sae.encode(one).clamp(min=0)[mask] for one in x]
             self._features += torch.stack([a.sum(dim=0) for a in acts] + [(a > 0).sum(dim=0) for a in acts]).double()
-        difference = (tuned.x - base.x) * mask[..., None]
+        difference = (x[1] - x[0]) * mask[..., None]
         for half in (0, 1):
             mine = slice((start + half) % 2, None, 2)
             self._shift[half] += difference[mine].sum(dim=0)

@@ -30,11 +30,12 @@ from saeffect.lm.finetune import FinetuneConfig, FinetuneResult, finetune, remov
 from saeffect.lm.hooks import parse_hook
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import BUNDLED, bundled_path, load_language_model, model_identity
+from saeffect.lm.residuals import machine_memory
 from saeffect.progress import SILENT, Log
 from saeffect.sae.formats import load_sae
 from saeffect.steering import NoiseCell, Sampling, generate
 from saeffect.study.study import Study
-from saeffect.study.texts import machine_memory, study_rows
+from saeffect.study.texts import study_rows
 
 __all__ = [
     "NullsResult",
@@ -147,13 +148,13 @@ def study_tracer(study: Study, log: Log = SILENT) -> Tracer:
             at=study.at("text"),
             fix="give more text, or shorter rows: text.context_size.",
         )
-    if not study.has_saes:
-        lm, hook = study.open_model(control, log), study.hook(control)
-        parse_hook(hook, lm.n_layers, at=study.at("arms", control, "hook"))
-        limit = first_limit(lm, hook, rows.ids[:8])
-        return Tracer(lm, None, hook, traced_rows(rows, study.config.changes), limit, log)
-    arm = study.open_arm(control, log)
-    return Tracer(arm.lm, arm.sae, arm.hook, traced_rows(rows, study.config.changes), arm.norm_limit(rows), log)
+    traced = traced_rows(rows, study.config.changes)
+    if study.has_saes:
+        arm = study.open_arm(control, log)
+        return Tracer(arm.lm, arm.sae, arm.hook, traced, arm.norm_limit(rows), log, residuals=study.residuals)
+    lm, hook = study.open_model(control, log), study.hook(control)
+    parse_hook(hook, lm.n_layers, at=study.at("arms", control, "hook"))
+    return Tracer(lm, None, hook, traced, first_limit(lm, hook, rows.ids[:8]), log, residuals=study.residuals)
 
 
 def traced_rows(rows: TokenRows, changes: ChangesConfig) -> TokenRows:

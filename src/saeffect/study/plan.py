@@ -26,6 +26,7 @@ from saeffect.errors import ConfigError
 from saeffect.io import read_json
 from saeffect.lm.hooks import parse_hook
 from saeffect.lm.loading import bundled_path, locate_model, model_shape
+from saeffect.lm.residuals import Residuals, machine_memory
 from saeffect.progress import SILENT, Log
 from saeffect.sae.base import SaeConfig
 from saeffect.steering.sampling import Sampling
@@ -33,7 +34,6 @@ from saeffect.study.finished import html_of
 from saeffect.study.nulls import nulls_folder
 from saeffect.study.rates import PROMPT, DiskRates, ModelRates, StageCost, encode_seconds, product_rate, table_speed
 from saeffect.study.study import SHARE_OF_A_MODEL, Study
-from saeffect.study.texts import Residuals, machine_memory
 from saeffect.study.training import arm_folder, arm_recipe
 
 __all__ = ["Plan", "plan_study"]
@@ -44,7 +44,7 @@ _VOCABULARY = 2.5  # of 49,152 tokens, decoded once for each model
 _NAMING, _A_NULL, _PUT_BACK, _SCORES, _COMPARE, _REPORT = 8.0, 0.8, 6.0, 1.0, 10.0, 18.0
 _FEATURES_THERE, _TOKENS_THERE = 4_608, 49_152
 _DOMAIN = 0.06  # share of features that are of the domain, as in the bundled study
-_GROUPS = 6  # named groups that are put back
+_GROUPS = 4  # named groups that are put back, three and all together
 _STREAM = 1.5  # the trace keeps every block's output, and probabilities of both models
 _CROSSED_TOKENS = 32_768
 _SAVED, _AN_ARM, _A_FEATURE = 20_000_000, 1_000_000, 1_500  # bytes of a run: its page and figures, an arm, a feature
@@ -113,6 +113,7 @@ class _Planner:
         self._held: list[tuple[ModelConfig, int]] = []
         self._most_bytes = Residuals().most_bytes
         self._known: dict[tuple[object, str], int] = {}  # whose activations are kept, the oldest first; bytes
+        self._traced: dict[tuple[object, str], int] = {}  # of which so many tokens were read by the trace
 
     def _rates(self, arm: str) -> ModelRates:
         config, at = self._config.arms[arm].model, self._study.at("arms", arm, "model")
@@ -182,10 +183,13 @@ class _Planner:
                 yield self._train(arm)
         yield self._start()
         if not self._saes:
-            yield from (self._changes(), self._fixed("report", _REPORT / 3, disk=_SAVED / 4))
+            yield from (self._trace(), self._changes(), self._fixed("report", _REPORT / 3, disk=_SAVED / 4))
             return
         for arm in self._arms:
-            yield from (self._gate(arm), self._features(arm))
+            yield self._gate(arm)
+        yield self._trace()
+        for arm in self._arms:
+            yield self._features(arm)
         for arm in self._config.arms:
             yield self._fixed(f"coherence {arm}", _SMALL)
         yield self._fixed("select", _SELECT * len(self._arms))
@@ -253,7 +257,7 @@ class _Planner:
         size = self._config.text.tokens * m.d_model * m.dtype.itemsize
         if key not in self._known:
             self._open(stage, arm)
-            stage.read(m, self._config.text.tokens, before)
+            stage.read(m, self._config.text.tokens - self._traced.get(key, 0), before)
             stage.seconds += self._table(_VOCABULARY * m.d_vocab / _TOKENS_THERE)
             if size <= self._most_bytes:  # see `Residuals`
                 while sum(self._known.values()) + size > self._most_bytes:
@@ -296,8 +300,8 @@ class _Planner:
         stage.seconds += products / self._product + self._wide(_MATCH * pairs, self._control)
         return stage
 
-    def _changes(self) -> StageCost:
-        stage, config, m = StageCost("changes"), self._config.changes, self._models[self._control]
+    def _trace(self) -> StageCost:
+        stage, config, m = StageCost("trace"), self._config.changes, self._models[self._control]
         text = self._config.text
         self._open(stage, self._control, self._treatment)
         tokens = min(config.rows, text.tokens // text.context_size) * min(config.tokens_per_row, text.context_size)
@@ -305,15 +309,22 @@ class _Planner:
         stage.read(m, 2 * tokens, m.n_layers, logits=_STREAM)
         for _ in range(2):
             stage.write(m, texts, NEW_TOKENS, Sampling(max_new_tokens=NEW_TOKENS, temperature=0.8, top_p=1.0))
-        nulls = nulls_folder(self._study)
-        n_nulls = len(null_files(nulls)) if nulls is not None else 0
         if self._saes:
             stage.read(m, 2 * texts * NEW_TOKENS, self._hook(self._control)[1])
-            sae = self._saes[self._control]
-            stage.encode(2 * tokens + 2 * texts * NEW_TOKENS, sae, self._encode)
+            stage.encode(2 * tokens + 2 * texts * NEW_TOKENS, self._saes[self._control], self._encode)
+        stage.disk = 4 * (8 * (self._saes[self._control].d_sae if self._saes else 0) + 2 * m.d_vocab)
+        fits = text.tokens * m.d_model * m.dtype.itemsize <= self._most_bytes
+        if fits and config.tokens_per_row >= text.context_size:  # kept for the stages after
+            hook = self._hook(self._control)[0]
+            self._traced = {(self._config.arms[arm].model, hook): tokens for arm in (self._control, self._treatment)}
+        return stage
+
+    def _changes(self) -> StageCost:
+        nulls, m = nulls_folder(self._study), self._models[self._control]
+        n_nulls = len(null_files(nulls)) if nulls is not None else 0
+        stage = self._fixed("changes", _A_NULL * n_nulls * m.d_vocab / _TOKENS_THERE, disk=2 * _AN_ARM)
+        if self._saes:
             stage.seconds += self._wide(_NAMING, self._control)
-        stage.seconds += self._table(_A_NULL * n_nulls * m.d_vocab / _TOKENS_THERE)
-        stage.disk = 4 * (8 * (self._saes[self._control].d_sae if self._saes else 0) + 2 * m.d_vocab) + 2 * _AN_ARM
         return stage
 
     def _put_back(self) -> StageCost:

@@ -33,6 +33,7 @@ from saeffect.study.stages.report import models_report_inputs, report_inputs, ru
 from saeffect.study.stages.seeds import run_seeds, seeds_inputs
 from saeffect.study.stages.select import run_select, select_inputs
 from saeffect.study.stages.steer import help_steer, run_steer, steer_inputs
+from saeffect.study.stages.trace import run_trace, trace_inputs
 from saeffect.study.study import Study
 
 __all__ = ["STAGES", "run_study", "stage_keys"]
@@ -142,14 +143,20 @@ class _Step:
 def _method(study: Study) -> Iterator[_Step]:
     # Without SAEs, what changed between the models themselves is all that there is to find.
     if not study.has_saes:
+        yield _Step("changes", "trace", trace_inputs, run_trace)
         yield _Step("changes", "changes", changes_inputs, run_changes)
         yield _Step("report", "report", models_report_inputs, run_models_report)
         return
 
     # Does each SAE reconstruct its model at its hook? If not, its features say nothing about the model.
-    # Then name every feature by the tokens it promotes, and find where it fires.
     for arm in study.ordered_arms():
         yield _Step("gate", "gate", gate_inputs, run_gate, arm)
+
+    # Both models read the same text, and write: what differs, in raw numbers.
+    yield _Step("changes", "trace", trace_inputs, run_trace)
+
+    # Name every feature by the tokens it promotes, and find where it fires.
+    for arm in study.ordered_arms():
         yield _Step("features", "features", features_inputs, run_features, arm)
 
     # How similar in meaning are the top tokens of each feature?
@@ -167,8 +174,8 @@ def _method(study: Study) -> Iterator[_Step]:
     if not study.one_sae:
         yield _Step("match", "match", match_inputs, run_match)
 
-    # What changed between the models themselves, on features that both share, beyond what fine-tunes change that were
-    # taught nothing?
+    # What changed between the models themselves, on features that both share? The trace, beyond what fine-tunes change
+    # that were taught nothing.
     yield _Step("changes", "changes", changes_inputs, run_changes)
 
     # What do the changed features cause? Their activations are put back while the fine-tuned model reads other text.

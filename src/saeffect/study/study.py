@@ -32,6 +32,7 @@ from saeffect.lm.loading import (
     resolve_device,
     resolve_dtype,
 )
+from saeffect.lm.residuals import Residuals, machine_memory
 from saeffect.lm.tokens import resolve_prepend_bos
 from saeffect.paths import resolve_paths, user_path
 from saeffect.progress import SILENT, Log
@@ -40,7 +41,7 @@ from saeffect.sae.formats import load_sae, read_sae_config, sae_identity
 from saeffect.sae.hub import is_sae_name, locate_sae
 from saeffect.steering import check_names
 from saeffect.study.bundled import bundled_folder, bundled_studies, bundled_study
-from saeffect.study.texts import Residuals, first_texts, machine_memory, study_rows
+from saeffect.study.texts import first_texts, study_rows
 from saeffect.study.tokens import StudyTokens, TokenizerDifference, study_tokens
 
 __all__ = ["Arm", "Study", "bundled_studies", "require_width"]

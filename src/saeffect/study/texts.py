@@ -1,33 +1,27 @@
-"""The text of a study: token rows from bundled ids or files, and activations on them."""
+"""The text of a study: token rows from bundled ids or files."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from saeffect.checksums import read_tensors
 from saeffect.config import TextConfig
 from saeffect.errors import EmptySelection, SaeffectError, placed
 from saeffect.io import read_json
 from saeffect.lm.activations import TokenRows
-from saeffect.lm.architectures import hook_width
 from saeffect.lm.chat import ChatFormat
 from saeffect.lm.chat_rows import Row, cut_rows
 from saeffect.lm.corpora import interleave, read_corpus
-from saeffect.lm.hooks import capture
-from saeffect.lm.language_model import LanguageModel, fused
+from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import bundled_path
 from saeffect.lm.tokens import find_bos_id, tokens_added_before
 
-__all__ = ["Residuals", "beginning", "first_texts", "machine_memory", "shortage", "study_rows"]
+__all__ = ["beginning", "first_texts", "shortage", "study_rows"]
 
 
 def study_rows(text: TextConfig, model: Callable[[], LanguageModel], *, prepend_bos: bool | None) -> TokenRows:
@@ -120,62 +114,3 @@ def _packed(text: TextConfig, lm: LanguageModel) -> TokenRows:
 def _named(name: str, rows: Iterator[Row]) -> Iterator[Row]:
     with placed(f"source {name!r}"):
         yield from rows
-
-
-_BATCH = 8
-# Share of memory for kept captures (control with placebo, treatment). It changes the time, not the numbers.
-_SHARE = 1 / 8
-_WHERE_UNKNOWN = 4_000_000_000  # bytes, on systems that do not say how much memory they have
-_CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-
-
-def machine_memory() -> int:
-    """Memory of this machine, or of its container if that may use less, in bytes."""
-    try:
-        found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not every system has sysconf, or these names
-        found = _WHERE_UNKNOWN
-    for path in _CONTAINER_LIMITS:
-        try:
-            found = min(found, int(Path(path).read_text(encoding="ascii")))
-        except (OSError, ValueError):  # no such container, or "max"
-            continue
-    return max(found, 0)
-
-
-class Residuals:
-    """Captures activations batch by batch and keeps the latest, up to `most_bytes` (default: an eighth of memory)."""
-
-    def __init__(self, most_bytes: int | None = None) -> None:
-        self.most_bytes = int(_SHARE * machine_memory()) if most_bytes is None else most_bytes
-        self._kept: dict[tuple[str, ...], list[Tensor]] = {}  # the oldest first
-
-    def batches(self, lm: LanguageModel, hook: str, rows: TokenRows) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Pieces of the text: first row, ids int64 `[batch, sequence]`, activations `[batch, sequence, d_model]`.
-
-        Activations have the model's dtype and are on the CPU.
-        """
-        key = (lm.identity, str(lm.dtype), hook, rows.identity())
-        known = self._kept.get(key)
-        size = rows.ids.size * hook_width(lm, hook) * lm.dtype.itemsize
-        remember = known is None and bool(lm.identity) and size <= self.most_bytes
-        captured: list[Tensor] = []
-        for index, start in enumerate(range(0, len(rows), _BATCH)):
-            ids = torch.from_numpy(rows.ids[start : start + _BATCH].astype("int64"))
-            if known is not None:
-                yield start, ids, known[index]
-                continue
-            with fused(lm):
-                x = capture(lm, hook, ids).cpu()
-            if remember:
-                captured.append(x)
-            yield start, ids, x
-        if remember:  # only what was captured to its end
-            self._make_room(size)
-            self._kept[key] = captured
-
-    def _make_room(self, size: int) -> None:
-        while (
-            self._kept and sum(x.nbytes for captured in self._kept.values() for x in captured) + size > self.most_bytes
-        ):
-            del self._kept[next(iter(self._kept))]

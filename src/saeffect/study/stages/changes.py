@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import shlex
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,14 +11,11 @@ import numpy as np
 import pandas as pd
 
 from saeffect.diffing.naming import FurtherSae, further_evidence, name_changes
-from saeffect.diffing.nulls import CARD, null_card, null_files, pooled_p, read_nulls, smallest_p
+from saeffect.diffing.nulls import CARD, null_card, null_files, pooled_p, smallest_p
 from saeffect.diffing.standardised import BASES, FEWEST_NULLS, Basis, among_nulls, raw_changes
 from saeffect.diffing.trace import Trace, Tracer
 from saeffect.diffing.where import where_changed
-from saeffect.errors import NotFound
-from saeffect.io import fingerprint, hash_file, read_json
-from saeffect.lm.language_model import LanguageModel
-from saeffect.lm.loading import BUNDLED, locate_adapter
+from saeffect.io import fingerprint, hash_file
 from saeffect.progress import Log
 from saeffect.sae.formats import load_sae
 from saeffect.stats.arguments import BoolArray
@@ -30,14 +24,18 @@ from saeffect.study.nulls import nulls_folder, study_tracer
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.features import shared_unembedding
 from saeffect.study.stages.seeds import open_seeds, seed_identities
-from saeffect.study.study import Study
+from saeffect.study.stages.trace import (
+    as_fine_tune,
+    missing_nulls,
+    read_trace,
+    study_nulls,
+    trace_path,
+    training_note,
+)
 
-__all__ = ["CHANGE_TABLES", "changes_inputs", "read_trace", "run_changes"]
+__all__ = ["CHANGE_TABLES", "changes_inputs", "run_changes"]
 
 VERSION = 6
-_WANTED = 20  # nulls, in what is said of their cost
-_TRAINING = 3.0  # a training step costs so many readings: forwards, and twice that backwards
-_FORWARDS = 2  # models that read in a trace
 _NAMED = ("changes", "change_groups", "declared_changes", "evidence", "null_groups", "change_numbers")
 _WHERE = (
     *("change_overall", "change_by_layer", "change_by_word", "change_in_text", "activation_difference"),
@@ -57,6 +55,7 @@ def changes_inputs(run: RunFolder) -> dict[str, Any]:
         "control": control,
         "treatment": {name: treatment[name] for name in ("model", "dtype", "device", "tokens") if name in treatment},
         "tables": run.digest(
+            trace_path(run),
             run.arm(study.by_role("control")[0], "features.parquet"),
             *(run.arm(name, file) for name in study.config.arms for file in ("selection.parquet", "seeds.parquet")),
         ),
@@ -65,7 +64,7 @@ def changes_inputs(run: RunFolder) -> dict[str, Any]:
         "text": study.text_identity,
         "changes": study.config.changes.model_dump(),
         "nulls": _identity(nulls_folder(study)),
-        "recipe": fingerprint(_training(study)),
+        "recipe": fingerprint(training_note(study)),
         "alpha": study.config.comparison.alpha,
     }
 
@@ -78,48 +77,20 @@ def _identity(folder: Path | None) -> str | None:
 
 
 def run_changes(run: RunFolder, log: Log) -> Iterable[Path]:
-    """Write `comparison/trace.safetensors` and the tables of what changed; without nulls p is NaN, with a reason.
-
-    Nothing if the treatment's model is no fine-tune of the control's: another width, depth or number of tokens.
-    """
+    """Write the tables of what changed; without nulls p is NaN, with a reason. Nothing without a trace."""
     study = run.study
     control, treatment = (study.by_role(role)[0] for role in ("control", "treatment"))
-    tracer = study_tracer(study, log)
-    folder, nulls = nulls_folder(study), list[Trace]()
-    if folder is not None:
-        nulls = read_nulls(folder, tracer.made_by, measured=tracer.measured_on, at=study.at("nulls"))
-    tuned = study.open_model(treatment, log)
-    if _size(tuned) != _size(tracer.base):
-        log("  the arms' models differ in size, so neither is a fine-tune of the other")
+    if not trace_path(run).is_file():
         return []
-    tuned = dataclasses.replace(tuned, tokenizer=tracer.base.tokenizer, shared=tracer.base.shared)
-    started = time.monotonic()
-    trace = tracer.trace(tuned, treatment)
-    seconds = time.monotonic() - started
+    trace, tracer = read_trace(run), study_tracer(study, log)
+    nulls, tuned = study_nulls(study, tracer), as_fine_tune(study.open_model(treatment, log), tracer.base)
     found = _judged(run, control, tracer, trace, nulls) if tracer.sae is not None else {}
     found |= where_changed(trace, nulls, tracer.rows, tuned, tracer.hook, alpha=study.config.comparison.alpha)
-    if folder is None:
-        _say_cost(study, _FORWARDS * tracer.rows.ids.size / seconds, log)
-        found = {name: _with_reason(table, _missing(study)) for name, table in found.items()}
+    if (folder := nulls_folder(study)) is None:
+        found = {name: _with_reason(table, missing_nulls(study)) for name, table in found.items()}
     else:
-        found["null_recipe"] = _recipes(_training(study), folder)
-    path = run.path("comparison", "trace.safetensors")
-    trace.save(path)
-    tables = [run.write_table(run.path("comparison", f"{name}.parquet"), table) for name, table in found.items()]
-    return [path, *tables]
-
-
-def read_trace(run: RunFolder) -> Trace:
-    """The trace that this stage wrote; NotFound if the models differ in size, or it has not run."""
-    path = run.path("comparison", "trace.safetensors")
-    if not path.is_file():
-        fix = "compare a model with its own fine-tune: of equal width, depth and number of tokens."
-        raise NotFound("there is no trace of the fine-tune.", at=str(path), fix=fix)
-    return Trace.load(path)
-
-
-def _size(lm: LanguageModel) -> tuple[int, ...]:
-    return lm.d_model, lm.d_vocab, lm.n_layers
+        found["null_recipe"] = _recipes(training_note(study), folder)
+    return [run.write_table(run.path("comparison", f"{name}.parquet"), table) for name, table in found.items()]
 
 
 def _judged(run: RunFolder, control: str, tracer: Tracer, trace: Trace, nulls: list[Trace]) -> dict[str, pd.DataFrame]:
@@ -178,39 +149,6 @@ def _basis(run: RunFolder, control: str, tracer: Tracer) -> Basis:
 
 def _with_reason(table: pd.DataFrame, missing: str) -> pd.DataFrame:
     return table.assign(reason=missing) if len(table) and "reason" in table else table
-
-
-def _missing(study: Study) -> str:
-    """What a study without nulls lacks, and the command that makes it; nothing that differs from run to run."""
-    called = study.called if study.called.startswith(BUNDLED) else study.source.name
-    tokens = _recipe_tokens(study)
-    cost = "" if tokens is None else f"; each reads {tokens:,} tokens, as the fine-tuning did"
-    return (
-        f"no null fine-tunes, so nothing says what is usual: saeffect finetune RECIPE --null {_WANTED} --study"
-        f" {shlex.quote(called)} --out nulls, then nulls: nulls in the study{cost}"
-    )
-
-
-def _say_cost(study: Study, rate: float, log: Log) -> None:
-    """How long nulls would take on this machine, at `rate` tokens read a second by one model."""
-    tokens = _recipe_tokens(study)
-    if tokens is not None:
-        minutes = math.ceil(_WANTED * tokens * _TRAINING / rate / 60)
-        log(f"  no null fine-tunes to compare with; {_WANTED} would take about {minutes:,} minutes here")
-
-
-def _recipe_tokens(study: Study) -> int | None:
-    """Tokens that the treatment's fine-tuning read, where its adapter says so."""
-    tokens = _training(study).get("tokens")
-    return tokens if isinstance(tokens, int) else None
-
-
-def _training(study: Study) -> dict[str, Any]:
-    """What `training.json` beside the treatment's adapter says of its fine-tuning; {} without one."""
-    place = locate_adapter(study.config.arms[study.by_role("treatment")[0]].model)
-    note = place / "training.json" if isinstance(place, Path) else None
-    said = read_json(note) if note is not None and note.is_file() else {}
-    return said if isinstance(said, dict) else {}
 
 
 def _recipes(training: Mapping[str, Any], folder: Path) -> pd.DataFrame:

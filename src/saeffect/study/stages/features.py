@@ -19,10 +19,10 @@ from saeffect.io import fingerprint, hash_file
 from saeffect.lm.activations import TokenRows, kept_positions
 from saeffect.lm.architectures import unembedding
 from saeffect.lm.language_model import LanguageModel
+from saeffect.lm.residuals import Residuals
 from saeffect.progress import SILENT, Log
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.study import Arm, Study
-from saeffect.study.texts import Residuals
 
 __all__ = [
     "coherence_inputs",

@@ -26,8 +26,9 @@ from saeffect.study.texts import study_rows
 
 __all__ = ["put_back_inputs", "put_back_rows", "run_put_back"]
 
-VERSION = 2
-_GROUPS = 5  # named groups that are put back, the surest first
+VERSION = 3
+_GROUPS = 3  # named groups that are put back, the surest first: those of the headline
+_ALL = "all named groups"
 
 
 def put_back_inputs(run: RunFolder) -> dict[str, Any]:
@@ -136,7 +137,7 @@ def _n_changes_rows(study: Study) -> int:
 def _sets(
     run: RunFolder, both: BothRead, control: Arm, order: list[int] | None
 ) -> tuple[list[FeatureSet], list[FeatureSet]]:
-    """What is put back into the fine-tuned model, and into the base model."""
+    """What is put back into the fine-tuned model, and into the base model: there named groups only all together."""
     config, seed, sae = _settings(run.study), run.study.config.seed, control.sae
     sizes = (*config.sizes, *(n for n in config.sizes_reversed if n not in config.sizes))
     changed = sets_of_changed(both, sae, sizes=sizes, order=order, seed=seed)
@@ -146,7 +147,8 @@ def _sets(
             named += sets_of_group(both, sae, name, features, seed=seed)
     reverse = (*config.sizes_reversed, sae.cfg.d_sae)
     forward = [one for one in changed if one.n in (*config.sizes, sae.cfg.d_sae)]
-    return [*forward, *named], [*(one for one in changed if one.n in reverse), *named]
+    together = [one for one in named if one.name == _ALL]
+    return [*forward, *named], [*(one for one in changed if one.n in reverse), *(together or named)]
 
 
 def _named(run: RunFolder) -> dict[str, list[int]]:
@@ -160,7 +162,7 @@ def _named(run: RunFolder) -> dict[str, list[int]]:
         groups[f"{name} ({row['group']})" if name in groups else name] = [int(feature) for feature in row["features"]]
     found = dict(list(groups.items())[:_GROUPS])
     if len(groups) > 1:
-        found["all named groups"] = sorted({feature for members in groups.values() for feature in members})
+        found[_ALL] = sorted({feature for members in groups.values() for feature in members})
     return found
 
 

@@ -19,10 +19,10 @@ from saeffect.report.words.first import first_findings, is_same, word_tokens
 from saeffect.steering.outcomes import OUTCOMES
 from saeffect.steering.placebos import control_label
 from saeffect.study.run_folder import RunFolder
-from saeffect.study.stages.changes import read_trace
 from saeffect.study.stages.compare import ARM_FILES, arm_tables, compare_inputs, read_comparison
 from saeffect.study.stages.dose_search import chosen_dose
 from saeffect.study.stages.select import stored_verdicts
+from saeffect.study.stages.trace import read_trace
 
 __all__ = [
     "findings",

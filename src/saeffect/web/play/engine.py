@@ -12,6 +12,7 @@ import pandas as pd
 
 from saeffect.errors import ConfigError
 from saeffect.lm.language_model import LanguageModel
+from saeffect.lm.residuals import machine_memory
 from saeffect.progress import Log
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.formats import load_sae
@@ -21,7 +22,6 @@ from saeffect.study.both_models import refuse_own_code
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.dose_search import matched_lists_of, matched_placebos, site_of
 from saeffect.study.study import Arm
-from saeffect.study.texts import machine_memory
 from saeffect.web.play.ask import Ask
 from saeffect.web.play.side import Side
 from saeffect.web.play.worker import Event, described

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from saeffect.lm import residuals as module
 from saeffect.lm.activations import TokenRows
 from saeffect.lm.hooks import capture
 from saeffect.lm.language_model import LanguageModel
-from saeffect.study import texts as module
-from saeffect.study.texts import Residuals, machine_memory
+from saeffect.lm.residuals import Residuals, machine_memory
 
 HOOK = "blocks.1.hook_resid_pre"
 
@@ -83,12 +83,23 @@ def test_other_hook_text_or_model_is_captured_anew(
     assert passes() == 6
 
 
-def test_incomplete_capture_is_not_kept(tiny_llama: LanguageModel, rows: TokenRows, passes: Callable[[], int]) -> None:
+def test_what_was_captured_before_a_stop_is_kept(
+    tiny_llama: LanguageModel, rows: TokenRows, passes: Callable[[], int]
+) -> None:
     residuals, llama = Residuals(), replace(tiny_llama, identity="a")
     next(residuals.batches(llama, HOOK, rows))
-    assert passes() == 1
     everything(residuals, llama, rows)
     assert passes() == 3
+
+
+def test_a_longer_text_takes_over_what_was_captured_of_its_beginning(
+    tiny_llama: LanguageModel, rows: TokenRows, passes: Callable[[], int]
+) -> None:
+    residuals, llama = Residuals(), replace(tiny_llama, identity="a")
+    ids = torch.from_numpy(rows.ids[:8].astype("int64"))
+    residuals.keep(llama, HOOK, ids, capture(llama, HOOK, ids))
+    everything(residuals, llama, rows)
+    assert passes() == 2
 
 
 def test_the_oldest_makes_room(tiny_llama: LanguageModel, rows: TokenRows, passes: Callable[[], int]) -> None:
