@@ -88,7 +88,7 @@ def test_added_token_moves_no_other_unembedding(folder: Path) -> None:
 
 
 def test_all_arms_read_text_as_the_control_cuts_it(folder: Path) -> None:
-    edit_tokenizer(folder / "tuned", lambda raw: raw["model"].update(merges=raw["model"]["merges"][:20]))
+    edit_tokenizer(folder / "tuned", lambda raw: raw["pre_tokenizer"].update(add_prefix_space=True))
     study = Study.open(folder / "study.yaml")
     said = "\n".join(check_study(study, folder / "run").lines)
     assert "arm treatment's own tokenizer cuts 'The river'" in said
@@ -101,7 +101,7 @@ def test_all_arms_read_text_as_the_control_cuts_it(folder: Path) -> None:
 
 def test_the_controls_tokenizer_counts_for_every_arm(folder: Path) -> None:
     before = Study.open(folder / "study.yaml").identities["treatment"]
-    edit_tokenizer(folder / "base", lambda raw: raw["model"].update(merges=raw["model"]["merges"][:20]))
+    edit_tokenizer(folder / "base", lambda raw: raw["pre_tokenizer"].update(add_prefix_space=True))
     after = Study.open(folder / "study.yaml").identities["treatment"]
     assert before["model"] == after["model"]
     assert before["tokens"] != after["tokens"]
