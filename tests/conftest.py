@@ -63,16 +63,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call() -> Iterator[Any]:
-    """Skip a test that compares with a peer's package where it is not installed, as its fixture does."""
+    """Skip a test that compares with a peer's package where it is not installed."""
     try:
         return (yield)
     except ModuleNotFoundError as missing:
         if missing.name in ("sae_lens", "transformer_lens"):
             pytest.skip(f"pip install 'saeffect[peers]': {missing}")
         raise
-
-
-pytest_fixture_setup = pytest_pyfunc_call
 
 
 # Tests that share what takes long to make stay in one process: the demo study in its reduced form, the server that

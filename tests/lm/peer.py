@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from saeffect.lm.language_model import LanguageModel
 
 _SIZES: dict[str, Any] = {
@@ -19,6 +21,7 @@ _SIZES: dict[str, Any] = {
 
 def peer(lm: LanguageModel, *, processed: bool) -> Any:
     """A HookedTransformer of `lm`: raw, or folded and centred as `from_pretrained` does by default."""
+    pytest.importorskip("transformer_lens")
     from transformer_lens import HookedTransformer, HookedTransformerConfig
     from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights, convert_llama_weights
 
