@@ -12,7 +12,7 @@ SHARED = $(if $(filter-out 1,$(TEST_JOBS)),-n $(TEST_JOBS))
 # How many of the simulations run: 1 for all, 4 for one in four, 4:KEY for others than 4 alone.
 SAMPLE ?= 1
 
-.PHONY: demo reduced test check lint types layers doctests unit real browser simulations coverage mutants format clean benchmark-env docs
+.PHONY: demo reduced test check lint types layers doctests unit real browser simulations coverage mutants lowest newest format clean benchmark-env docs
 
 demo: .venv/.installed
 	@$(BIN)/saeffect run $(STUDY) --out $(OUT)
@@ -44,8 +44,21 @@ doctests: .venv/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(SHARED) --doctest-modules src/saeffect
 
 unit: .venv/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder -m "not real and not browser and not simulation and not slow" \
-		--ignore=tests/test_layers.py $(UNIT_FLAGS) tests
+	$(call run_unit,$(BIN))
+
+run_unit = OMP_NUM_THREADS=1 $(1)/pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder \
+	-m "not real and not browser and not simulation and not slow" --ignore=tests/test_layers.py $(UNIT_FLAGS) tests
+
+# The unit tests with the lowest and with the newest releases that pyproject.toml allows, each in an environment of its
+# own (3 to 6 GB), without the packages that tests compare with: these ask for others. PYTHON=python3.13 for another Python.
+lowest: RESOLUTION := lowest-direct
+newest: RESOLUTION := highest
+lowest newest:
+	$(PYTHON) -c '$(VERSION)'
+	$(PYTHON) -m venv .venv-$@
+	.venv-$@/bin/pip install --quiet uv
+	.venv-$@/bin/uv pip install --quiet --upgrade --python .venv-$@/bin/python --resolution $(RESOLUTION) --editable '.[test]'
+	$(call run_unit,.venv-$@/bin)
 
 # Only files that have such tests: to collect all would take as long as some of them.
 marked = $(shell grep -rlE "mark\.$(1)\b" tests --include="test_*.py")
@@ -98,5 +111,5 @@ INSTALL := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt
 .venv/.installed-test: pyproject.toml constraints.txt
 	$(PYTHON) -c '$(VERSION)'
 	$(PYTHON) -m venv .venv
-	$(INSTALL) --editable '.[test]'
+	$(INSTALL) --editable '.[test,peers]'
 	@touch .venv/.installed $@

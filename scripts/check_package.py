@@ -1,19 +1,21 @@
 """Build wheel and sdist, and check what they hold: the files that git knows, the licence, type information, the size.
 
-    python scripts/check_package.py [--out dist] [--install]
+    python scripts/check_package.py [--out dist] [--install [PYTHON ...]]
 
-With `--install` the wheel is also installed into an empty environment, and its commands are started there.
+With `--install` the wheel is also installed into an empty environment of each Python named, by default of this one, and
+runs a tiny study there; the versions of its dependencies are pip's choice (PIP_CONSTRAINT=constraints.txt for ours).
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
-import venv
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -63,25 +65,48 @@ def _size(what: str, size: int) -> list[str]:
     return [f"the {what} has {size / 1e6:.0f} MB, over {LARGEST / 1e6:.0f}"] if size > LARGEST else []
 
 
-def _environment(folder: Path, *packages: str) -> Path:
+def _environment(folder: Path, *packages: str, python: str = sys.executable) -> Path:
     """Folder of the programs of a new environment that has these packages."""
-    venv.create(folder, with_pip=True)
+    subprocess.run([python, "-m", "venv", folder], check=True)
     subprocess.run([folder / "bin" / "pip", "install", "--quiet", *packages], check=True)
     return folder / "bin"
 
 
-def _try(wheel: Path, scratch: Path) -> None:
-    programs = _environment(scratch / "empty", str(wheel))
-    for arguments in (["--version"], ["--help"], ["run", "--help"], ["check", "--keys"]):
-        subprocess.run([programs / "saeffect", *arguments], check=True, stdout=subprocess.DEVNULL, cwd=scratch)
-    code = "import saeffect as sx; print(sx.Study.open('bundled:smollm2-medical').config.name)"
-    subprocess.run([programs / "python", "-c", code], check=True, cwd=scratch)
+def _same_from_sdist(sdist: Path, wheel: Path, python: Path, scratch: Path) -> list[str]:
+    """What is wrong with the wheel that the sdist makes."""
+    with tarfile.open(sdist) as tar:
+        tar.extractall(scratch / "sdist", filter="data")
+    (folder,) = (scratch / "sdist").iterdir()
+    subprocess.run([python, "-m", "hatchling", "build", "-t", "wheel", "-d", scratch / "again"], cwd=folder, check=True)
+    names = [set(zipfile.ZipFile(file).namelist()) for file in (scratch / "again" / wheel.name, wheel)]
+    return [] if names[0] == names[1] else [f"the sdist makes another wheel: {sorted(names[0] ^ names[1])}"]
+
+
+def _try(wheel: Path, scratch: Path, python: str) -> None:
+    """Install a wheel where the sources are out of reach; run every kind of command, and a tiny study."""
+    programs = _environment(scratch / "empty", str(wheel), python=python)
+    making = "import sys, pathlib, tiny_study; tiny_study.make_study(pathlib.Path(sys.argv[1]))"
+    study = scratch / "study"
+    study.mkdir()
+    sources = os.pathsep.join(str(ROOT / name) for name in ("src", "tests"))
+    subprocess.run([sys.executable, "-c", making, study], check=True, env=os.environ | {"PYTHONPATH": sources})
+    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    for arguments in (
+        *(["--version"], ["--help"], ["check", "--keys"]),
+        *(["check", "study/study.yaml"], ["run", "study/study.yaml", "--out", "run"], ["verify", "run"]),
+    ):
+        subprocess.run(
+            [programs / "saeffect", *arguments], check=True, stdout=subprocess.DEVNULL, cwd=scratch, env=bare
+        )
+    code = "from saeffect import Study, open_run; Study.open('bundled:smollm2-medical'); print(*open_run('run').tables)"
+    subprocess.run([programs / "python", "-c", code], check=True, cwd=scratch, env=bare)
+    shutil.rmtree(scratch)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder for both files")
-    parser.add_argument("--install", action="store_true", help="try the wheel in an empty environment")
+    parser.add_argument("--install", nargs="*", metavar="PYTHON", help="try the wheel in empty environments")
     arguments = parser.parse_args()
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
     with tempfile.TemporaryDirectory() as name:
@@ -94,12 +119,13 @@ def main() -> None:
         with tarfile.open(sdist) as tar:
             names = [member.name.partition("/")[2] for member in tar.getmembers() if member.isfile()]
         found += sdist_complaints(names, tracked, sdist.stat().st_size)
+        found += _same_from_sdist(sdist, wheel, python, scratch)
         for line in found:
             print(line)
         if found:
             sys.exit(1)
-        if arguments.install:
-            _try(wheel, scratch)
+        for number, other in enumerate([] if arguments.install is None else arguments.install or [sys.executable]):
+            _try(wheel, scratch / str(number), other)
         out.mkdir(parents=True, exist_ok=True)
         for file in (wheel, sdist):
             print(f"{file.name}: {file.stat().st_size / 1e6:.1f} MB")

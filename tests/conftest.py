@@ -63,6 +63,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = sorted((item for item in items if item not in out), key=lambda item: _turn(_file(item.nodeid)))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call() -> Iterator[Any]:
+    """Skip a test that compares with a peer's package where it is not installed, as its fixture does."""
+    try:
+        return (yield)
+    except ModuleNotFoundError as missing:
+        if missing.name in ("sae_lens", "transformer_lens"):
+            pytest.skip(f"pip install 'saeffect[peers]': {missing}")
+        raise
+
+
+pytest_fixture_setup = pytest_pyfunc_call
+
+
 # These start processes, from a server that takes seconds to start: once is enough.
 _FORKING = (
     *("study/test_processes.py", "sae/test_training_processes.py", "sae/test_loggers.py", "cli/test_train_sae.py"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["Log", "Progress", "SILENT"]
+__all__ = ["Log", "Progress", "SILENT", "duration"]
 
 
 @dataclass(frozen=True)
@@ -52,3 +52,21 @@ class Log:
 
 SILENT = Log()
 """The default log: nothing is shown."""
+
+
+def duration(seconds: float) -> str:
+    """A time in the units that people use.
+
+    Example:
+        >>> [duration(s) for s in (0.24, 45, 59.6, 720, 12000, 7200, 300_000)]
+        ['0.2 s', '45 s', '1 min', '12 min', '3 h 20 min', '2 h', '3 d 11 h']
+    """
+    if round(seconds) < 60:
+        return f"{seconds:.1f} s" if 0.05 <= seconds < 0.95 else f"{round(seconds)} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min".removesuffix(" 0 min")
+    hours = round(minutes / 60)
+    return f"{hours // 24} d {hours % 24} h".removesuffix(" 0 h")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,6 +90,38 @@ def test_alone_it_shows_its_help_and_nothing_else(
     assert capsys.readouterr().out.startswith("saeffect 0.")
     assert _typed(monkeypatch, "nothing") == 2
     assert capsys.readouterr().err.count("Usage:") == 1
+
+
+@pytest.mark.parametrize("command", ["", *typer.main.get_command(command_line.app).commands, "verdicts import"])  # type: ignore[attr-defined]
+def test_help_fits_a_terminal(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert _typed(monkeypatch, *command.split(), "--help") == 0
+    usage, *lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, [usage, *lines])) <= 80
+    assert "{" not in usage
+    for line in lines:
+        assert not re.search(r"<(str|int|Path|list|float)\b", line), line
+        assert not (command in ("", "verdicts") and line.endswith("...")), f"cut off: {line}"
+        entry = re.match(r"  (\S.*?)  +\S", line)
+        assert entry is None or len(entry[1]) <= 26, f"leaves no room for the words: {line}"
+
+
+def test_usage_names_what_is_needed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert _typed(monkeypatch, "gate", "--help") == 0
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[0].endswith("gate [OPTIONS] STUDY|MODEL [SAE]")
+    assert "--tokens N " in shown and "--text TEXT " in shown and "--tuned MODEL " in shown
+
+
+def test_commands_are_listed_by_purpose(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _typed(monkeypatch, "--help") == 0
+    shown = capsys.readouterr().out
+    places = [shown.index(f"\n{title}") for title in ("Compare", "Finished runs:", "SAEs and", "Stages of a study")]
+    assert places == sorted(places)
+    assert places[1] < shown.index("\n  verdicts ") < places[2] < shown.index("\n  gate ") < places[3]
 
 
 def test_a_shell_can_complete_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 
@@ -17,7 +18,7 @@ def test_a_log_gets_a_rate_early_and_few_lines(monkeypatch: pytest.MonkeyPatch, 
             log.progress("dose control", done, 1000, "texts")
             clock[0] += 11
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "  dose control: 1/1000 texts, 11 s each, 10989 s left"
+    assert lines[0] == "  dose control: 1/1000 texts, 11 s each, 3 h 3 min left"
     assert 15 <= len(lines) <= 25
     told = [int(line.split(": ")[1].split("/")[0]) for line in lines]
     assert max(b - a for a, b in itertools.pairwise(told)) <= 100
@@ -47,3 +48,19 @@ def test_names_are_no_markup(terminal: bool, monkeypatch: pytest.MonkeyPatch, ca
             clock[0] += 20
     err = capsys.readouterr().err
     assert terminal or f"  {name}: 1/2 rows" in err.splitlines()[0]
+
+
+def test_a_bar_stays_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    for name, value in {"FORCE_COLOR": "1", "TTY_COMPATIBLE": "1", "COLUMNS": "80"}.items():
+        monkeypatch.setenv(name, value)
+    with console.ConsoleProgress() as log:
+        log.progress("features put back into organisation/a-model-of-7B", 10, 4_000_000, "texts")
+        task = log._bar.tasks[0]
+        monkeypatch.setattr(type(task), "speed", property(lambda _: 12_345.6))
+        monkeypatch.setattr(type(task), "time_remaining", property(lambda _: 10_989.0))
+        capsys.readouterr()
+        log.console.print(log._bar.make_tasks_table([task]))
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    lines = {line.strip() for line in re.split(r"[\r\n]+", shown) if "left" in line}
+    assert len(lines) == 1, "every row that is drawn holds all of it"
+    assert re.fullmatch(r"features pu… ━{20} 10/4000000 texts, 12,345\.6/s, 3 h 3 min left", lines.pop())

@@ -72,6 +72,12 @@ def test_early_halves_and_norm_are_means_over_rows(tracer, trace):
     np.testing.assert_allclose(trace.numbers["norm"], x[:, 1:].norm(dim=-1).mean(), rtol=1e-5)
 
 
+def test_what_is_kept_of_the_base_model_serves_every_trace(tracer, trace):
+    keeping, tuned = replace(tracer, keep=True), tuned_like(tracer.base, 0.3, 1)
+    for _ in range(2):
+        np.testing.assert_array_equal(keeping.trace(tuned, "tuned").kl, trace.kl)
+
+
 def test_divergence_after_an_opening(tracer, trace):
     opening = OPENINGS.index("Here is")
     ids = torch.tensor([tracer.base.encode_prompt("Here is")])

@@ -140,9 +140,9 @@ def test_only_shared_tokens_are_plain(tiny_llama: LanguageModel) -> None:
 
 
 def test_identity_depends_on_rules_and_ids(tiny_tokenizer: Any) -> None:
-    spaced = json.loads(tiny_tokenizer.backend_tokenizer.to_str())
-    spaced["pre_tokenizer"]["add_prefix_space"] = True
-    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spaced)))
+    unsplit = json.loads(tiny_tokenizer.backend_tokenizer.to_str())
+    unsplit["pre_tokenizer"]["use_regex"] = False
+    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(unsplit)))
     again = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tiny_tokenizer.backend_tokenizer.to_str()))
     assert tokenizer_identity(again) == tokenizer_identity(tiny_tokenizer)
     assert tokenizer_identity(other) != tokenizer_identity(tiny_tokenizer)

@@ -15,7 +15,7 @@ import torch
 from saeffect.errors import BadFile
 from saeffect.progress import Log
 from saeffect.sae.training import log as training_log
-from saeffect.sae.training.log import Pace, TrainingLog, duration, progress_line, read_metrics
+from saeffect.sae.training.log import Pace, TrainingLog, progress_line, read_metrics
 
 
 class Clock:
@@ -194,17 +194,6 @@ def test_the_line_of_progress(tmp_path: Path, clock: Clock) -> None:
 def test_parts_that_only_one_architecture_has() -> None:
     assert progress_line("x", {"loss": 3, "mse": 1, "inner_mse_8": 2}) == "x  loss 3 (mse 1, mse of 8 2)"
     assert progress_line("x", {}) == "x"
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [
-        (0, "0 s"), (45.4, "45 s"), (59.7, "1 min"), (60, "1 min"), (3599, "1 h"), (3661, "1 h 1 min"),
-        (12_000, "3 h 20 min"), (47 * 3600, "47 h"), (172_800, "2 d"), (300_000, "3 d 11 h"),
-    ],
-)  # fmt: skip
-def test_durations(seconds: float, words: str) -> None:
-    assert duration(seconds) == words
 
 
 def test_evaluations_do_not_slow_the_rate_but_the_end() -> None:

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from command_line import call
 from saeffect.errors import ConfigError
+from saeffect.lm.loading import resolve_dtype
 from saeffect.steering.sampling import Sampling
 from saeffect.study import rates
 from saeffect.study.plan import Plan, plan_study
@@ -118,8 +120,9 @@ def test_without_weights_and_with_saes_to_be_trained(tmp_path: Path) -> None:
     ]
     training = of(plan, "train-sae control")
     assert training["tokens"] == 2560
-    # Activations; the SAE in float16; two checkpoints and a third, each of weights and both moments in float32.
-    assert training["disk"] == 2560 * 32 * 2 + 2 * 32 * 96 * (2 + 3 * 12)
+    width = resolve_dtype("auto", torch.device("cpu")).itemsize
+    # Activations in the dtype of this processor; the SAE in float16; two checkpoints and a third, each of weights and both moments in float32.
+    assert training["disk"] == 2560 * 32 * width + 2 * 32 * 96 * (2 + 3 * 12)
 
 
 def test_the_command_is_one_screen(tiny: Study, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -17,6 +18,7 @@ from saeffect.cli.export import export
 from saeffect.cli.finetune import finetune
 from saeffect.cli.gate import gate
 from saeffect.cli.guard import guard
+from saeffect.cli.help import Command, CommandGroup
 from saeffect.cli.label import label
 from saeffect.cli.plan import plan
 from saeffect.cli.reproduce import reproduce
@@ -35,64 +37,91 @@ _STOPPED = 130  # the exit code after Ctrl-C
 
 app = typer.Typer(
     name="saeffect",
+    cls=CommandGroup,
     help="What did fine-tuning do to the features inside this language model, and is the difference real?",
     invoke_without_command=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command(
-    "run",
-    help="Run a whole study; finished stages are skipped. Steering shared over processes:"
-    " torchrun --nproc-per-node=N -m saeffect run ...",
-)(run)
-app.command(
-    "diff",
-    help="Compare a model with its fine-tune, without a study file. The first findings come in minutes.",
-)(diff)
-app.command("check", help="Validate a study without computing anything.")(check)
-app.command("plan", help="Predict a study's time, memory and disk. Rates are measured here; no weights are needed.")(
-    plan
+_COMMANDS: dict[str, tuple[tuple[str, Callable[..., None], str], ...]] = {
+    "Compare models": (
+        (
+            "diff",
+            diff,
+            "Compare a model with its fine-tune, without a study file. The first findings come in minutes.",
+        ),
+        (
+            "run",
+            run,
+            "Run a whole study; finished stages are skipped. Steering shared over processes:"
+            " torchrun --nproc-per-node=N -m saeffect run ...",
+        ),
+        ("check", check, "Validate a study without computing anything."),
+        ("plan", plan, "Predict a study's time, memory and disk. Rates are measured here; no weights are needed."),
+        (
+            "guard",
+            guard,
+            "Judge a fine-tune by a budget of what it may change. Exit code 0: kept, 1: broken, 2: wrong input.",
+        ),
+        (
+            "reproduce",
+            reproduce,
+            "Recompute the figures of Gupta & Sica (2024). From their published files: paper, ours, verdict.",
+        ),
+    ),
+    "Finished runs": (
+        ("serve", serve, "Open a run directory in the browser: look, judge, try. Also while a study is running."),
+        (
+            "label",
+            label,
+            "Label features of a run by a language model. Each label is scored on contexts that it was not made from."
+            " The endpoint: OPENAI_BASE_URL, SAEFFECT_LABEL_MODEL, OPENAI_API_KEY.",
+        ),
+        (
+            "export",
+            export,
+            "Write features of a finished run for other programs. Steering vector (.safetensors), control vector for"
+            " llama.cpp (.gguf), Neuronpedia-style list (.json), .csv.",
+        ),
+        ("verify", verify, "Recompute a finished run's numbers from its tables. Exit code 1 if one disagrees."),
+    ),
+    "SAEs and fine-tunes": (
+        ("saes", saes, "List published SAEs by model, with the names to write. Nothing is fetched."),
+        (
+            "gate",
+            gate,
+            "Judge whether an SAE fits a model, and its fine-tune. What is wrong is named: saeffect gate MODEL SAE;"
+            " exit code 1 where it does not fit. With one argument: this stage of a study.",
+        ),
+        (
+            "train-sae",
+            train_sae,
+            "Train sparse autoencoders on a model's activations. Stopped, the same command goes on. Many processes:"
+            " torchrun --nproc-per-node=N -m saeffect train-sae ...",
+        ),
+        ("harvest", harvest, "Write a model's activations to disk, for train-sae. Also under torchrun."),
+        (
+            "convert-sae",
+            convert_sae_command,
+            "Rewrite an SAE in SAELens' layout. Also a pickled ae.pt: no pickled code is run.",
+        ),
+        ("finetune", finetune, "Train a LoRA adapter and measure what it does to perplexity."),
+    ),
+    "Stages of a study, of which the gate is the first": tuple(
+        (stage, stage_command(stage), f"{text} The stages before it must have been run.")
+        for stage, text in STAGE_HELP.items()
+        if stage != "gate"
+    ),
+}
+for _section, _entries in _COMMANDS.items():
+    for _name, _command, _text in _entries:
+        app.command(_name, help=_text, cls=Command, rich_help_panel=_section)(_command)
+app.add_typer(
+    verdicts,
+    name="verdicts",
+    help="Export or import people's verdicts on features.",
+    rich_help_panel="Finished runs",
 )
-app.command(
-    "gate",
-    help="Judge whether an SAE fits a model, and its fine-tune. What is wrong is named: saeffect gate MODEL SAE; exit"
-    " code 1 where it does not fit. With one argument: this stage of a study.",
-)(gate)
-for _stage, _help in STAGE_HELP.items():
-    if _stage != "gate":
-        app.command(_stage, help=_help + " The stages before it must have been run.")(stage_command(_stage))
-app.command("serve", help="Open a run directory in the browser: look, judge, try. Also while a study is running.")(
-    serve
-)
-app.command("verify", help="Recompute a finished run's numbers from its tables. Exit code 1 if one disagrees.")(verify)
-app.command(
-    "export",
-    help="Write features of a finished run for other programs. Steering vector (.safetensors), control vector for"
-    " llama.cpp (.gguf), Neuronpedia-style list (.json), .csv.",
-)(export)
-app.command(
-    "label",
-    help="Label features of a run by a language model. Each label is scored on contexts that it was not made from. The"
-    " endpoint: OPENAI_BASE_URL, SAEFFECT_LABEL_MODEL, OPENAI_API_KEY.",
-)(label)
-app.command(
-    "reproduce", help="Recompute the figures of Gupta & Sica (2024). From their published files: paper, ours, verdict."
-)(reproduce)
-app.add_typer(verdicts, name="verdicts", help="Export or import people's verdicts on features.")
-app.command("finetune", help="Train a LoRA adapter and measure what it does to perplexity.")(finetune)
-app.command(
-    "train-sae",
-    help="Train sparse autoencoders on a model's activations. Stopped, the same command goes on. Many processes:"
-    " torchrun --nproc-per-node=N -m saeffect train-sae ...",
-)(train_sae)
-app.command(
-    "guard", help="Judge a fine-tune by a budget of what it may change. Exit code 0: kept, 1: broken, 2: wrong input."
-)(guard)
-app.command("saes", help="List published SAEs by model, with the names to write. Nothing is fetched.")(saes)
-app.command("convert-sae", help="Rewrite an SAE in SAELens' layout. Also a pickled ae.pt: no pickled code is run.")(
-    convert_sae_command
-)
-app.command("harvest", help="Write a model's activations to disk, for train-sae. Also under torchrun.")(harvest)
 
 
 def _show_version(wanted: bool) -> None:

@@ -18,14 +18,14 @@ from typing import IO, Any, Self
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TaskID
 from rich.progress import Progress as ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from saeffect.errors import BadFile, Interrupted
 from saeffect.lm.tokens import printable_text
-from saeffect.progress import SILENT, Log, Progress
+from saeffect.progress import SILENT, Log, Progress, duration
 
 __all__ = [
     "ConsoleProgress",
@@ -46,10 +46,29 @@ _BROKEN_PIPE = 141  # 128 and the number of the signal, as shells count
 _PEER_SECONDS = 5.0  # `torchrun` looks after its processes every tenth of a second
 
 
-class _Rate(ProgressColumn):
+class _Name(ProgressColumn):
+    """What is done: the column that is cut where the line would be too long."""
+
     def render(self, task: Task) -> Text:
-        unit = task.fields.get("unit", "")
-        return Text(f"{task.speed:,.1f} {unit}/s" if task.speed else f"- {unit}/s", style="dim")
+        return Text(f"  {task.description:<20}", no_wrap=True, overflow="ellipsis")
+
+
+class _Pace(ProgressColumn):
+    """How far it is, as in the lines of a log."""
+
+    def render(self, task: Task) -> Text:
+        counts = f"{task.completed:.0f}/{task.total:.0f} {task.fields['unit']}"
+        left = task.time_remaining
+        return Text(counts if left is None or not task.speed else f"{counts}, {_pace(task.speed, left)}")
+
+
+def _pace(rate: float, left: float) -> str:
+    """
+    Example:
+        >>> _pace(17.25, 65), _pace(1 / 11, 10_989)
+        ('17.2/s, 1 min left', '11 s each, 3 h 3 min left')
+    """
+    return f"{rate:,.1f}/s, {duration(left)} left" if rate >= 0.1 else f"{1 / rate:,.0f} s each, {duration(left)} left"
 
 
 class ConsoleProgress(Log):
@@ -60,11 +79,9 @@ class ConsoleProgress(Log):
         self.console = Console(stderr=True, highlight=False)
         self._is_terminal = self.console.is_terminal
         self._bar = ProgressBar(
-            TextColumn("  {task.description:<20}", markup=False),
-            BarColumn(bar_width=28),
-            MofNCompleteColumn(),
-            _Rate(),
-            TimeRemainingColumn(compact=True),
+            _Name(),
+            BarColumn(bar_width=20, table_column=Column(no_wrap=True)),
+            _Pace(table_column=Column(no_wrap=True)),
             console=self.console,
             transient=True,
         )
@@ -111,10 +128,8 @@ class ConsoleProgress(Log):
         elif done > self._shown and self._is_due(now, (done - self._shown) / total):
             self._last, self._shown = now, done
             rate = (done - self._first) / (now - self._started)
-            left = (total - done) / rate
-            pace = f"{rate:,.1f}/s" if rate >= 0.1 else f"{1 / rate:,.0f} s each"
             with still_writable(self.console.file, "standard error"):
-                line = f"  {name}: {done}/{total} {unit}, {pace}, {left:.0f} s left"
+                line = f"  {name}: {done}/{total} {unit}, {_pace(rate, (total - done) / rate)}"
                 self.console.print(escape(line), soft_wrap=True)
 
     def _is_due(self, now: float, share: float) -> bool:

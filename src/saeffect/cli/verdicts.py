@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from saeffect.cli.console import show
+from saeffect.cli.help import Command, CommandGroup
 from saeffect.cli.run import RunFolder
 from saeffect.paths import user_path
 
@@ -17,10 +18,10 @@ _File = Annotated[
     Path, typer.Argument(metavar="FILE", help="CSV: feature, arm, rater, verdict, label, note.", parser=user_path)
 ]
 
-verdicts = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+verdicts = typer.Typer(cls=CommandGroup, no_args_is_help=True, rich_markup_mode=None)
 
 
-@verdicts.command("export", help="Write the verdicts that stand; decoys without a feature are left out.")
+@verdicts.command("export", cls=Command, help="Write the verdicts that stand. Decoys without a feature are left out.")
 def export_verdicts(run: RunFolder, file: _File) -> None:
     """Write the verdicts of a run's review to a CSV file."""
     from saeffect.study.stages.select import export_verdicts as write
@@ -31,7 +32,9 @@ def export_verdicts(run: RunFolder, file: _File) -> None:
         show(f"{gone} are on features that the run no longer has; they are not among them, but stay in the history.")
 
 
-@verdicts.command("import", help="Add verdicts to the run's review, all or none; the history keeps those before them.")
+@verdicts.command(
+    "import", cls=Command, help="Add verdicts to the run's review. All or none; the history keeps those before them."
+)
 def import_verdicts(run: RunFolder, file: _File) -> None:
     """Add the verdicts of a CSV file to a run's review."""
     from saeffect.study.stages.select import import_verdicts as add

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from saeffect.stats.estimate import Estimate
+from saeffect.stats.estimate import Estimate, NanEqual
 from saeffect.stats.multiplicity import holm
 from saeffect.stats.student import cautious_difference
 
@@ -47,8 +47,8 @@ _HEADLINE = (
 )
 
 
-@dataclass(frozen=True)
-class Judgement:
+@dataclass(frozen=True, eq=False)
+class Judgement(NanEqual):
     """What can be said about one quantity.
 
     Attributes:

@@ -297,7 +297,7 @@ class _Sums:
         stream = both[0].stream[:, row, mask].float()
         for total, x in enumerate((both[1].stream[:, row, mask].float() - stream, stream)):
             self._moved[total] += x.square_().sum(dim=(1, 2)).double().cpu()
-        logs = [run.logits[row].float() for run in both]
+        logs = [run.logits[row].to(torch.float32, copy=True) for run in both]  # the base model's may be kept
         for log in logs:
             log.sub_(log.logsumexp(dim=1, keepdim=True))
         # A row's first token is read, not predicted, and the second is predicted from nothing else.
@@ -344,7 +344,7 @@ def _write(lm: LanguageModel, what: str, log: Log) -> npt.NDArray[np.int32]:
     sampling = Sampling(max_new_tokens=NEW_TOKENS, temperature=0.8, top_p=1.0, frequency_penalty=0.0)
     cells = [NoiseCell(0, opening, sample) for opening in OPENINGS for sample in range(SAMPLES)]
     prompts = [lm.encode_prompt(cell.prompt) for cell in cells]
-    log(what)
+    log(f"  {what}")
     rows = continue_prompts(lm, prompts, cells, sampling, batch_size=len(cells))
     return np.asarray(rows, dtype=np.int32)
 

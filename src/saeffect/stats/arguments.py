@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -63,8 +63,11 @@ def sample(values: npt.ArrayLike, name: str = "values", *, ndim: int = 1) -> Flo
         >>> sample([True, 2])
         array([1., 2.])
     """
+    given: Any = values
     try:
-        array = np.asarray(values, dtype=np.float64)
+        if hasattr(given, "isna"):  # a Series; before pandas 3 its <NA> does not become NaN by itself
+            given = given.to_numpy(dtype=np.float64, na_value=np.nan)
+        array = np.asarray(given, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise Undefined(f"{name} must be numbers in an array of {ndim} dimension(s): {error}.", at=name) from error
     if array.ndim != ndim:

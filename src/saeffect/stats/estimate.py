@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["Estimate", "undefined"]
+__all__ = ["Estimate", "NanEqual", "undefined"]
 
 
-@dataclass(frozen=True)
-class Estimate:
+class NanEqual:
+    """For dataclasses made with `eq=False`: equal where all fields are, and NaN equals NaN."""
+
+    def __eq__(self, other: object) -> bool:
+        return self._fields() == other._fields() if type(other) is type(self) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._fields())
+
+    def _fields(self) -> tuple[Any, ...]:
+        return tuple(
+            "NaN" if isinstance(value, float) and math.isnan(value) else value for value in vars(self).values()
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate(NanEqual):
     """A number with its confidence interval.
 
     Attributes:
@@ -26,6 +42,8 @@ class Estimate:
         nan [nan, nan] (n = 0; values: there are none)
         >>> Estimate(-0.5, -0.75, -0.25).sign
         -1
+        >>> undefined("there are none") == undefined("there are none")
+        True
     """
 
     value: float

@@ -263,14 +263,16 @@ def last_logits(lm: LanguageModel, input_ids: Tensor, cache: Any = None) -> tupl
     """Logits after each row's last token, float32 `[rows, d_vocab]`, and the cache of keys and values."""
     model: Any = lm.model
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    extra = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
+    known = inspect.signature(base.forward).parameters
+    name = "cache" if "cache" in known else "past_key_values"  # so called before transformers 5.24
+    extra = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
     # On a CPU the bfloat16 product of a strided slice is hundreds of times slower than that of a dense copy.
     dense = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
     try:
-        result = model(input_ids=input_ids, past_key_values=cache, use_cache=True, **extra)
+        result = model(input_ids=input_ids, use_cache=True, **{name: cache}, **extra)
     finally:
         dense.remove()
-    return result.logits[:, -1].float(), result.past_key_values
+    return result.logits[:, -1].float(), getattr(result, name)
 
 
 class _UnknownCacheError(Exception):

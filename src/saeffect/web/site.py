@@ -94,7 +94,8 @@ class Site:
         """
         place = self.folder.joinpath(*parts)
         try:
-            inside = place.resolve().is_relative_to(self.folder.resolve())
+            resolved = place.resolve()  # of a link to itself still that link since Python 3.13, an error before
+            inside = resolved.is_relative_to(self.folder.resolve()) and not resolved.is_symlink()
         except (OSError, ValueError, RuntimeError):  # a name that cannot be one, or a link to itself
             inside = False
         if not inside or any(".." in Path(part).parts for part in parts):

@@ -18,11 +18,11 @@ from typing import Any, Literal
 
 from saeffect.errors import BadFile, NotFound
 from saeffect.io import atomic_path, writing
-from saeffect.progress import Log
+from saeffect.progress import Log, duration
 from saeffect.sae.base import ARCHITECTURES
 from saeffect.sae.training.loggers import LoggerName, MetricsLogger, TrainingRun, check_logger, open_logger
 
-__all__ = ["METRICS_FILE", "Pace", "TrainingLog", "duration", "loss_parts", "progress_line", "read_metrics"]
+__all__ = ["METRICS_FILE", "Pace", "TrainingLog", "loss_parts", "progress_line", "read_metrics"]
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -312,21 +312,3 @@ class Pace:
         if not rate > 0:
             return math.nan
         return (self._total - done) * (1 / rate + self._paused / max(1, done - self._first))
-
-
-def duration(seconds: float) -> str:
-    """A time in the units that people use.
-
-    Example:
-        >>> [duration(s) for s in (45, 59.6, 720, 12000, 7200, 300_000)]
-        ['45 s', '1 min', '12 min', '3 h 20 min', '2 h', '3 d 11 h']
-    """
-    if round(seconds) < 60:
-        return f"{round(seconds)} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    if minutes < 48 * 60:
-        return f"{minutes // 60} h {minutes % 60} min".removesuffix(" 0 min")
-    hours = round(minutes / 60)
-    return f"{hours // 24} d {hours % 24} h".removesuffix(" 0 h")

@@ -13,12 +13,13 @@ from typing import Any
 
 from saeffect.errors import SaeffectError
 from saeffect.io import fingerprint, read_json
+from saeffect.progress import duration
 from saeffect.study.progress_file import RunProgress, read_progress
 from saeffect.study.run import stage_keys
 from saeffect.study.study import Study
 from saeffect.web.site import Site
 
-__all__ = ["RecordedStudy", "RunState", "StageState", "duration", "headline", "recorded_study", "run_state"]
+__all__ = ["RecordedStudy", "RunState", "StageState", "headline", "recorded_study", "run_state"]
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,11 @@ def _stages(keys: tuple[str, ...], notes: Mapping[str, Mapping[str, Any]], runni
         else:
             status = "done" if i < at else "earlier"
         seconds = note.get("seconds") if note is not None and i != at else None
-        found.append(StageState(key, status, duration(seconds) if isinstance(seconds, int | float) else ""))
+        found.append(
+            StageState(
+                key, status, duration(seconds) if isinstance(seconds, int | float) and math.isfinite(seconds) else ""
+            )
+        )
     return tuple(found)
 
 
@@ -111,25 +116,6 @@ def _doing(progress: RunProgress) -> tuple[str, float | None]:
     if silent > 120:
         text += f" (last heard of {duration(silent)} ago)"
     return text, share
-
-
-def duration(seconds: float) -> str:
-    """A duration in its largest sensible unit.
-
-    Example:
-        >>> duration(0.24), duration(48), duration(200), duration(9000)
-        ('0.2 s', '48 s', '3 min', '2 h 30 min')
-    """
-    if not math.isfinite(seconds):
-        return ""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min"
 
 
 def headline(site: Site) -> str:
