@@ -5,14 +5,17 @@ STUDY ?= bundled:smollm2-medical
 OUT ?= runs/smollm2-medical
 # Where it is set, each start would compile all that it imports anew: 20 s for the models' libraries.
 unexport PYTHONDONTWRITEBYTECODE
-# Processes that share the unit tests, of one thread each: on tensors this small a second thread costs more than it gives.
-TEST_JOBS ?= 2
+# Processes that share the tests, of one thread each: on tensors this small a second thread costs more than it gives. On
+# two cores a third one works while others wait, for a browser or for processes that they have started.
+TEST_JOBS ?= 3
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
+ALL = -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder --ignore=tests/test_layers.py
 SHARED = $(if $(filter-out 1,$(TEST_JOBS)),-n $(TEST_JOBS))
 
 # How many of the simulations run: 1 for all, 4 for one in four, 4:KEY for others than 4 alone.
 SAMPLE ?= 1
 
-.PHONY: demo reduced test check lint types layers doctests unit real browser simulations coverage mutants lowest newest format clean benchmark-env docs
+.PHONY: demo reduced test ci check lint types layers doctests compiled unit real browser simulations coverage mutants lowest newest format clean benchmark-env docs
 
 demo: .venv/.installed
 	@$(BIN)/saeffect run $(STUDY) --out $(OUT)
@@ -22,13 +25,19 @@ reduced: .venv/.installed-test
 	@rm -rf runs/reduced
 	@OMP_NUM_THREADS=1 $(BIN)/python scripts/reduced_demo.py runs/reduced
 
-# One core is enough for the real model, and for the browser with its server.
-test: check unit
-	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target real browser
+# All of the tests that follow but the simulations, in one run: no core waits for the last file of a layer.
+test: check
+	$(PYTEST) $(ALL) -m "not simulation and not slow" tests
 
-# mypy keeps one core busy, the rest the other.
+# The same with the simulations, or a sample of them.
+ci: check
+	$(PYTEST) $(ALL) --sample $(SAMPLE) tests
+
+# mypy keeps one core busy, the rest the other; for `make test`, to compile the tests too, which each of the processes
+# that share them would do again.
+test ci: ALSO = compiled
 check: .venv/.installed-test
-	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target TEST_JOBS=1 types lint layers doctests
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target TEST_JOBS=1 types lint layers doctests $(ALSO)
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check src tests scripts
@@ -38,16 +47,19 @@ types: .venv/.installed-test
 	$(BIN)/mypy
 
 layers: .venv/.installed-test
-	$(BIN)/pytest tests/test_layers.py
+	$(PYTEST) tests/test_layers.py
 
 doctests: .venv/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/pytest $(SHARED) --doctest-modules src/saeffect
+	$(PYTEST) $(SHARED) --doctest-modules src/saeffect
+
+compiled: .venv/.installed-test
+	-@$(PYTEST) --collect-only tests >/dev/null
 
 unit: .venv/.installed-test
 	$(call run_unit,$(BIN))
 
-run_unit = OMP_NUM_THREADS=1 $(1)/pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder \
-	-m "not real and not browser and not simulation and not slow" --ignore=tests/test_layers.py $(UNIT_FLAGS) tests
+run_unit = OMP_NUM_THREADS=1 $(1)/pytest $(ALL) $(UNIT_FLAGS) tests \
+	-m "not real and not browser and not simulation and not slow"
 
 # The unit tests with the lowest and with the newest releases that pyproject.toml allows, each in an environment of its
 # own (3 to 6 GB), without the packages that tests compare with: these ask for others. PYTHON=python3.13 for another Python.
@@ -64,14 +76,14 @@ lowest newest:
 marked = $(shell grep -rlE "mark\.$(1)\b" tests --include="test_*.py")
 
 real: .venv/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m real $(call marked,real)
+	$(PYTEST) -m real $(call marked,real)
 
 browser: .venv/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "browser and not real" $(call marked,browser)
+	$(PYTEST) -m "browser and not real" $(call marked,browser)
 
 # The error rates and coverages, each over many simulated studies, and other slow tests. `make test` leaves them out.
 simulations: .venv/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/pytest $(SHARED) -m "simulation or slow" --sample $(SAMPLE) $(call marked,(simulation|slow))
+	$(PYTEST) $(SHARED) -m "simulation or slow" --sample $(SAMPLE) $(call marked,(simulation|slow))
 
 # The documentation as a site in build/site; a broken link or an unknown name ends it.
 docs: .venv/.installed-test

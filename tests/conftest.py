@@ -47,20 +47,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(trylast=True)  # after -m has left out its own
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is sampled and not in the sample: each is in it for one key in N, the same key always. The files
-    that take longest come first.
+    """Leave out what is sampled and not in the sample: each is in it for one key in N, the same key always. What takes
+    longest comes first.
     """
     share, _, key = config.getoption("--sample").partition(":")
-    left_out = [
-        item
-        for item in items
-        if (item.get_closest_marker("simulation") or item.get_closest_marker("slow"))
-        and zlib.crc32(f"{key}{item.nodeid}".encode()) % int(share)
-    ]
+    sampled = [item for item in items if item.get_closest_marker("simulation") or item.get_closest_marker("slow")]
+    left_out = [item for item in sampled if zlib.crc32(f"{key}{item.nodeid}".encode()) % int(share)]
     config.hook.pytest_deselected(items=left_out)
     out = set(left_out)
-    items[:] = sorted((item for item in items if item not in out), key=lambda item: _turn(_file(item.nodeid)))
+    long = {_scope(item.nodeid) for item in sampled if item not in out}
+    items[:] = sorted((item for item in items if item not in out), key=lambda item: _turn(_scope(item.nodeid), long))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -77,37 +75,44 @@ def pytest_pyfunc_call() -> Iterator[Any]:
 pytest_fixture_setup = pytest_pyfunc_call
 
 
-# These start processes, from a server that takes seconds to start: once is enough.
-_FORKING = (
-    *("study/test_processes.py", "sae/test_training_processes.py", "sae/test_loggers.py", "cli/test_train_sae.py"),
-    *("sae/test_training_resume.py", "features/test_projection.py", "test_parallel.py", "test_allocation.py"),
-)
+# Tests that share what takes long to make stay in one process: the demo study in its reduced form, the server that
+# starts processes, and the report that `report/conftest.py` draws.
+_TOGETHER: dict[str, tuple[str, ...]] = {
+    "real run": (
+        *("scripts/test_reduced_demo.py", "study/test_label_real.py"),
+        "web/play/test_in_browser.py::test_the_embedded_pair_answers",
+    ),
+    "forking": (
+        *("study/test_processes.py", "sae/test_training_processes.py", "sae/test_loggers.py", "cli/test_train_sae.py"),
+        *("sae/test_training_resume.py", "features/test_projection.py", "test_parallel.py", "test_allocation.py"),
+    ),
+    "report": ("report/test_", "report/figures/"),
+}
+_LONGEST = (*_TOGETHER, "web/", "test_public.py", "study/", "sae/", "cli/")
 
 
-def _file(nodeid: str) -> str:
-    return nodeid.split("::", 1)[0].removeprefix("tests/")
+def _scope(nodeid: str) -> str:
+    """The tests that one process takes as a whole: one of `_TOGETHER`, or a file."""
+    test = nodeid.removeprefix("tests/")
+    together = (scope for scope, starts in _TOGETHER.items() if test.startswith(starts))
+    return next(together, test.split("::", 1)[0])
 
 
-def _turn(file: str) -> int:
-    places = [file in _FORKING, file.startswith("report/"), file.startswith("study/"), file.startswith("sae/")]
-    return places.index(True) if True in places else len(places)
+def _turn(scope: str, long: set[str]) -> int:
+    places = (place for place, start in enumerate(_LONGEST) if scope.startswith(start))
+    return min(next(places, len(_LONGEST)), len(_TOGETHER) if scope in long else len(_LONGEST))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A file's tests stay in one process, and so do those that look at the one report that `report/conftest.py` draws,
-    and those that start processes.
-    """
+    """A scope's tests stay in one process."""
     from xdist.scheduler import LoadFileScheduling
 
-    class ByFixtures(LoadFileScheduling):  # type: ignore[misc]
+    class ByScope(LoadFileScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
-            file = _file(nodeid)
-            if file in _FORKING:
-                return "forking"
-            return "report" if file.startswith(("report/test_", "report/figures/")) else file
+            return _scope(nodeid)
 
-    return ByFixtures(config, log)
+    return ByScope(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -228,7 +233,10 @@ def real_model() -> LanguageModel:
 
 @pytest.fixture(scope="session")
 def real_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory of the demo study in its reduced form, on the embedded pair. Copy it before changing anything."""
+    """The run directory of the demo study in its reduced form, on the embedded pair. Copy it before changing anything.
+
+    Tests that ask for it are named in `_TOGETHER`, or several processes would make it.
+    """
     run = tmp_path_factory.mktemp("real") / "run"
     runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "reduced_demo.py"))["main"](run)
     return run

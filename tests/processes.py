@@ -25,6 +25,7 @@ _MODULES = [
     "torch._dynamo",
     "transformers.models.llama.modeling_llama",
     "matplotlib.font_manager",
+    "wandb",
 ]
 
 

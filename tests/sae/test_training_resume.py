@@ -26,7 +26,7 @@ from saeffect.io import hash_file
 from saeffect.lm.checkpoint import Checkpoint
 from saeffect.lm.harvest import ActivationStore, read_shard
 
-N_STEPS = 240
+N_STEPS = 160
 SMALL: dict[str, Any] = {
     "d_sae": 48,
     "batch_size": 64,

@@ -56,19 +56,19 @@ def chat_app(lm: LanguageModel) -> FastAPI:
     return app
 
 
-def test_the_embedded_model_labels_its_own_features(
+def test_the_embedded_model_labels_its_own_feature(
     real_model: LanguageModel, real_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(real_run, tmp_path / "run")
     monkeypatch.setenv("SAEFFECT_LABEL_MODEL", NAME)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     costs: list[Cost] = []
-    options: dict[str, Any] = {"limit": 2, "plan": LabelPlan(contexts=4, per_request=4)}
+    options: dict[str, Any] = {"limit": 1, "plan": LabelPlan(contexts=4, per_request=4)}
     with serving(chat_app(real_model)) as url:
         monkeypatch.setenv("OPENAI_BASE_URL", f"{url}/v1")
         found = label(tmp_path / "run", confirm=lambda cost: costs.append(cost) or True, **options)
-    assert 2 <= costs[0].requests <= 6  # fewer where a feature is rare
-    assert len(found) == 2 and (found["label"] != "").all()
+    assert 1 <= costs[0].requests <= 3  # fewer where a feature is rare
+    assert len(found) == 1 and (found["label"] != "").all()
     # A small model: most of what it says is chance, and the score has to show that rather than fail.
     assert ((found["reason"] != "") | found["accuracy"].between(0, 1)).all()
     again = label(tmp_path / "run", confirm=lambda cost: costs.append(cost) or True, **options)  # without a server
