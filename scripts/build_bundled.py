@@ -32,11 +32,12 @@ from saeffect.lm.activations import NormLimit, kept_positions
 from saeffect.lm.finetune import FinetuneConfig, finetune
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import load_language_model
+from saeffect.lm.residuals import Residuals
 from saeffect.progress import Log
 from saeffect.sae.formats import load_sae, save_compact
 from saeffect.sae.training.config import SaeRecipe
 from saeffect.sae.training.recipe import train_from_recipe
-from saeffect.study.texts import Residuals, study_rows
+from saeffect.study.texts import study_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = ROOT / "src" / "saeffect" / "bundled"

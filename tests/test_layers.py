@@ -191,7 +191,7 @@ def _docstring_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 def _is_command(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     """A command's parameters are its options, which typer wants one by one."""
     decorated = any("command" in ast.unparse(d) or "callback" in ast.unparse(d) for d in function.decorator_list)
-    return decorated or "typer.Argument" in ast.unparse(function.args)
+    return decorated or "typer." in ast.unparse(function.args)
 
 
 def test_names_say_what_is_inside() -> None:

@@ -74,6 +74,11 @@ class ModelConfig(StrictModel):
     )
     trust_remote_code: bool = Field(False, description="Let the model's repository run its own Python code.")
 
+    @property
+    def full_name(self) -> str:
+        """The model with its adapter, for people."""
+        return self.path + (f" + {self.adapter}" if self.adapter else "")
+
     @model_validator(mode="before")
     @classmethod
     def _from_string(cls, value: Any) -> Any:
@@ -163,6 +168,11 @@ class TextConfig(ReadKeys):
         " as the SAEs' cfg.json says (prepend_bos); where they say nothing, as the chat template writes it if chats are"
         " read or steered, else as the tokenizer does. A BOS that the template writes is never doubled.",
     )
+
+    @property
+    def called(self) -> str:
+        """The text's name, or those of its sources."""
+        return self.bundled or ", ".join(source.name for source in self.sources)
 
     @model_validator(mode="before")
     @classmethod

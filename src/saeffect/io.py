@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from filelock import FileLock
 
 __all__ = [
+    "FORMULA_STARTS",
     "atomic_path",
     "fingerprint",
     "hash_file",
@@ -35,6 +36,9 @@ __all__ = [
     "write_json",
     "writing",
 ]
+
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+"""A spreadsheet takes text that starts so for a formula, so the CSV files have an apostrophe before it."""
 
 # Packages whose versions could affect numbers.
 _TRACKED = ("saeffect", "torch", "transformers", "peft", "numpy", "scipy", "statsmodels", "pandas", "safetensors")

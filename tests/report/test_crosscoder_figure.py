@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from saeffect.errors import Undefined
-from saeffect.report.figures.crosscoder import latent_scaling
+from saeffect.report.figures.learned import latent_scaling
 
 
 def _table(seed: int, n_changed: int = 0) -> pd.DataFrame:

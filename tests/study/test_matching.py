@@ -23,8 +23,8 @@ from saeffect.study.check import check_study
 from saeffect.study.run import run_study
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.compare import read_comparison, run_compare
+from saeffect.study.stages.features import open_seed, seed_folders
 from saeffect.study.stages.match import read_matches
-from saeffect.study.stages.seeds import open_seed, seed_folders
 from saeffect.study.study import Study
 from tiny_study import make_sae, make_study
 

@@ -13,10 +13,10 @@ from command_line import call
 from saeffect.errors import NotFound
 from saeffect.progress import Log
 from saeffect.review.store import NOT_BLIND, STORE, Given, VerdictStore
-from saeffect.study.review import read_queue, store_verdicts
 from saeffect.study.run import run_study
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.compare import compare_inputs
+from saeffect.study.stages.select import import_verdicts, read_queue
 from saeffect.study.study import Study
 from saeffect.study.verify import _recomputed
 from tiny_study import TWO_ARMS, make_study
@@ -122,14 +122,14 @@ def test_export_and_import_by_the_command_line(study: tuple[Study, Path], tmp_pa
         a, b = (s.current().query("kind == 'feature'")[columns].reset_index(drop=True) for s in (ours, theirs))
         pd.testing.assert_frame_equal(a, b)
         assert theirs.current().set_index("rater").loc["cem", "source"] == NOT_BLIND
-    assert store_verdicts(other, file) == (0, len(b))
+    assert import_verdicts(other, file) == (0, len(b))
 
 
 def test_an_import_of_unknown_features_changes_nothing(study: tuple[Study, Path], tmp_path: Path) -> None:
     file = tmp_path / "in.csv"
     file.write_text("feature,arm,rater,verdict,label,note\n1,control,ann,yes,,\n99999,control,ann,yes,,\n")
     with pytest.raises(NotFound, match="1 verdicts are on features that this run does not have: 99999 of control"):
-        store_verdicts(study[1], file)
+        import_verdicts(study[1], file)
     assert not (study[1] / STORE).exists()
     with pytest.raises(NotFound, match="no features to review"):
-        store_verdicts(tmp_path / "nowhere", file)
+        import_verdicts(tmp_path / "nowhere", file)

@@ -31,7 +31,7 @@ def client_of() -> Callable[..., Any]:
     from fastapi.testclient import TestClient
 
     from saeffect.web.app import create_app
-    from saeffect.web.settings import Settings
+    from saeffect.web.site import Settings
 
     def make(run: Path, settings: Settings | None = None, **headers: str) -> TestClient:
         base = "http://127.0.0.1:8321"

@@ -12,7 +12,7 @@ import pytest
 from saeffect.errors import BadFile, ConfigError
 from saeffect.web.access import Raters
 from saeffect.web.security import Rates
-from saeffect.web.settings import Settings
+from saeffect.web.site import Settings
 
 OPEN = Settings(host="0.0.0.0", attempts_per_minute=3)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from saeffect.web.security import HEADERS
-from saeffect.web.settings import Settings
+from saeffect.web.site import Settings
 
 
 def test_every_area_answers_with_a_page_that_may_run_only_our_scripts(

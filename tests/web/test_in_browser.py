@@ -116,7 +116,7 @@ def test_a_page_follows_a_run(tab: Callable[..., Any], tmp_path: Path, serve_run
 
 def test_a_rater_enters_by_a_link(tab: Callable[..., Any], site_run: Path, tmp_path: Path, serve_run: Any) -> None:
     from saeffect.web.access import Raters
-    from saeffect.web.settings import Settings
+    from saeffect.web.site import Settings
 
     run = Path(shutil.copytree(site_run, tmp_path / "run"))
     token = Raters(run).add("ada")

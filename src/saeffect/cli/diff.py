@@ -11,7 +11,14 @@ import typer
 from saeffect.cli.console import ConsoleProgress, show
 from saeffect.paths import user_path
 
-__all__ = ["diff"]
+__all__ = ["Base", "Sae", "Tuned", "diff"]
+
+Base = Annotated[str, typer.Argument(metavar="BASE", help="Hub id, folder, GGUF file, or bundled:<name>.")]
+Tuned = Annotated[str, typer.Argument(metavar="TUNED", help="The same, or a PEFT adapter alone.")]
+Sae = Annotated[
+    str | None,
+    typer.Option(help="An SAE of BASE: folder, bundled:<name>, saelens:<release>/<id> or hf:org/name/folder."),
+]
 
 _NO_SAE = (
     "no SAE was given (--sae), so features are not compared: one of the base model would name what changed inside it."
@@ -21,12 +28,9 @@ _NO_NULLS = "not known: how much of this any further training would change (--nu
 
 
 def diff(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="Hub id, folder, GGUF file, or bundled:<name>.")],
-    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="The same, or a PEFT adapter alone.")],
-    sae: Annotated[
-        str | None,
-        typer.Option(help="An SAE of BASE: folder, bundled:<name>, saelens:<release>/<id> or hf:org/name/folder."),
-    ] = None,
+    base: Base,
+    tuned: Tuned,
+    sae: Sae = None,
     text: Annotated[
         list[str] | None,
         typer.Option(help="Text to read, as path or name=path; several are told apart. By default the bundled text."),

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from saeffect.cli.console import show
+from saeffect.cli.run import RunFolder
 from saeffect.errors import ConfigError
 from saeffect.paths import user_path
 
@@ -15,7 +16,7 @@ __all__ = ["export"]
 
 
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/<name>.", parser=user_path)],
+    run: RunFolder,
     out: Annotated[
         Path,
         typer.Option(
@@ -31,7 +32,7 @@ def export(
 ) -> None:
     """Write features of a run for another program; several go into one vector or list."""
     from saeffect.study.export import FORMATS, export_features, group_of
-    from saeffect.study.run_folder import RunFolder
+    from saeffect.study.run_folder import RunFolder as Folder
     from saeffect.study.study import Study
 
     kinds = {found.suffix: name for name, found in FORMATS.items()}
@@ -41,7 +42,7 @@ def export(
         raise ConfigError(
             "give features or a group.", at="--feature", fix="for example --feature 12, or --group domain."
         )
-    folder = RunFolder(run, Study.open(run / "study.yaml"))
+    folder = Folder(run, Study.open(run / "study.yaml"))
     chosen = list(feature or ()) or group_of(folder, arm, str(group))
     kind = kinds[out.suffix]
     export_features(folder, arm, chosen, out, kind=kind, dose=dose)

@@ -11,14 +11,12 @@ import typer
 from saeffect.cli.console import ConsoleProgress, keys_option, show
 from saeffect.config_file import read_config_file
 from saeffect.errors import ConfigError, unknown_name
-from saeffect.paths import user_path
+from saeffect.paths import BUNDLED, BUNDLED_FOLDER, user_path
 
 if TYPE_CHECKING:
     from saeffect.lm.finetune import FinetuneConfig
 
 __all__ = ["finetune"]
-
-_BUNDLED = "bundled:"
 
 
 class _NullText(StrEnum):
@@ -52,7 +50,7 @@ def finetune(
 
     config = FinetuneConfig.read(_values(recipe), at=recipe)
     if null is not None:
-        place = out or Path("nulls") / Path(recipe.removeprefix(_BUNDLED)).stem
+        place = out or Path("nulls") / Path(recipe.removeprefix(BUNDLED)).stem
         _nulls(config, place, null, study, {"text": null_text.value, "keep_adapters": keep_adapters})
         return
     if out is None or study is not None or keep_adapters:
@@ -65,12 +63,9 @@ def finetune(
 
 def _values(recipe: str) -> Any:
     """The contents of a recipe file; paths in a bundled one are relative to the current folder."""
-    if not recipe.startswith(_BUNDLED):
+    if not recipe.startswith(BUNDLED):
         return read_config_file(user_path(recipe), "recipe")
-    from importlib.resources import files
-
-    folder = Path(str(files("saeffect"))) / "bundled" / "recipes"
-    names = {_BUNDLED + file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    names = {BUNDLED + file.stem: file for file in sorted((BUNDLED_FOLDER / "recipes").glob("*.yaml"))}
     if recipe not in names:
         raise unknown_name("bundled recipe", recipe, names, at="RECIPE")
     return read_config_file(names[recipe], "recipe", relative_to=Path())

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from saeffect.cli.console import ConsoleProgress, keys_option, show, show_error, show_table
+from saeffect.cli.diff import Base, Sae, Tuned
 from saeffect.errors import ConfigError
 from saeffect.paths import user_path
 
@@ -23,16 +24,13 @@ _STYLES = {"kept": "green", "broken": "bold red", "unjudged": "yellow", "reporte
 
 
 def guard(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="Hub id, folder, GGUF file, or bundled:<name>.")],
-    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="The same, or a PEFT adapter alone.")],
+    base: Base,
+    tuned: Tuned,
     budget: Annotated[Path, typer.Option(help="YAML file (see --keys).", parser=user_path)],
     nulls: Annotated[
         str | None, typer.Option(help="Null fine-tunes to judge groups against: folder of traces, or bundled:<name>.")
     ] = None,
-    sae: Annotated[
-        str | None,
-        typer.Option(help="An SAE of BASE: folder, bundled:<name>, saelens:<release>/<id> or hf:org/name/folder."),
-    ] = None,
+    sae: Sae = None,
     text: Annotated[
         list[str] | None, typer.Option(help="Text to read, as path or name=path; by default the bundled text.")
     ] = None,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from saeffect.cli.console import ConsoleProgress, show
+from saeffect.cli.run import RunFolder
 from saeffect.errors import ConfigError
-from saeffect.paths import user_path
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,7 +21,7 @@ _SHOWN = 50
 
 
 def label(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/<name>.", parser=user_path)],
+    run: RunFolder,
     arm: Annotated[str | None, typer.Option(help="Whose features; the treatment's by default.")] = None,
     features: Annotated[
         str, typer.Option(help="Numbers such as 12,55, or a group: domain, steered, or changed:N of what changed.")

@@ -11,10 +11,13 @@ import typer
 from saeffect.cli.console import process_log, show
 from saeffect.paths import user_path
 
-__all__ = ["Out", "STAGE_HELP", "StudyFile", "run", "stage_command"]
+__all__ = ["Out", "RunFolder", "STAGE_HELP", "StudyFile", "run", "stage_command"]
 
 StudyFile = Annotated[str, typer.Argument(metavar="STUDY", help="A study file, or bundled:smollm2-medical.")]
 Out = Annotated[Path | None, typer.Option(help="Run directory; by default runs/<name of the study>.", parser=user_path)]
+RunFolder = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/<name>.", parser=user_path)
+]
 _Redo = Annotated[bool, typer.Option("--redo", help="Do it even if it was done with the same inputs.")]
 
 STAGE_HELP = {

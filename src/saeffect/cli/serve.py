@@ -18,7 +18,7 @@ from saeffect.errors import ConfigError, InUse, NotFound
 from saeffect.paths import user_path
 
 if TYPE_CHECKING:
-    from saeffect.web.settings import Settings
+    from saeffect.web.site import Settings
 
 __all__ = ["serve"]
 
@@ -43,7 +43,7 @@ def serve(
     no_open: Annotated[bool, typer.Option("--no-open", help="Do not open a browser.")] = False,
 ) -> None:
     """Serve the web app over a run directory until Ctrl-C."""
-    from saeffect.web.settings import Settings
+    from saeffect.web.site import Settings
 
     if not run.is_dir():
         wrong = "this is a file, and a run directory was expected" if run.exists() else "there is no such run directory"

@@ -9,11 +9,11 @@ import typer
 
 from saeffect.cli.console import show
 from saeffect.cli.help import Command, CommandGroup
+from saeffect.cli.run import RunFolder
 from saeffect.paths import user_path
 
 __all__ = ["export_verdicts", "import_verdicts", "verdicts"]
 
-_Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/<name>.", parser=user_path)]
 _File = Annotated[
     Path, typer.Argument(metavar="FILE", help="CSV: feature, arm, rater, verdict, label, note.", parser=user_path)
 ]
@@ -22,11 +22,11 @@ verdicts = typer.Typer(cls=CommandGroup, no_args_is_help=True, rich_markup_mode=
 
 
 @verdicts.command("export", cls=Command, help="Write the verdicts that stand. Decoys without a feature are left out.")
-def export_verdicts(run: _Run, file: _File) -> None:
+def export_verdicts(run: RunFolder, file: _File) -> None:
     """Write the verdicts of a run's review to a CSV file."""
-    from saeffect.study.review import write_store_verdicts
+    from saeffect.study.stages.select import export_verdicts as write
 
-    written, gone = write_store_verdicts(run, file)
+    written, gone = write(run, file)
     show(f"{written} verdicts: {file.resolve()}")
     if gone:
         show(f"{gone} are on features that the run no longer has; they are not among them, but stay in the history.")
@@ -35,9 +35,9 @@ def export_verdicts(run: _Run, file: _File) -> None:
 @verdicts.command(
     "import", cls=Command, help="Add verdicts to the run's review. All or none; the history keeps those before them."
 )
-def import_verdicts(run: _Run, file: _File) -> None:
+def import_verdicts(run: RunFolder, file: _File) -> None:
     """Add the verdicts of a CSV file to a run's review."""
-    from saeffect.study.review import store_verdicts
+    from saeffect.study.stages.select import import_verdicts as add
 
-    added, before = store_verdicts(run, file)
+    added, before = add(run, file)
     show(f"{added} verdicts imported" + (f", {before} were there before." if before else "."))

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
 import typer
 
 from saeffect.cli.console import ConsoleProgress, show
-from saeffect.paths import user_path
+from saeffect.cli.run import RunFolder
 
 __all__ = ["verify"]
 
 _MOST = 30  # lines
 
 
-def verify(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/<name>.", parser=user_path)],
-) -> None:
+def verify(run: RunFolder) -> None:
     """Recompute a finished run's numbers from its stored tables."""
     from saeffect.study.verify import verify as check
 

@@ -139,7 +139,7 @@ def select(
         features: One row a feature: feature, top_tokens, top_tokens_dot, top_tokens_cosine.
         vocabulary: A bundled list's name, a path, or a loaded list.
         min_matches: How many top tokens must be in it, at least 1; 2 in the paper.
-        verdicts: As `saeffect.review.summarise_verdicts` gives. A domain feature then also needs a majority of yes.
+        verdicts: As `summarise_verdicts` gives. A domain feature then also needs a majority of yes.
         arm: For error messages.
 
     Returns:

@@ -26,7 +26,7 @@ from saeffect.report.figures.style import inline_svg
 from saeffect.report.sections import Evidence, SteeringSection, evidence, steering_section, traced_paragraph
 from saeffect.report.tables import TABLES, TableView
 from saeffect.report.tables.study import field_label, same_in_every_arm
-from saeffect.report.words.factorial import factorial_sentences
+from saeffect.report.words.causes import factorial_sentences
 from saeffect.report.words.learned import learned
 from saeffect.report.words.names import Explainer, Term, terms
 from saeffect.report.words.numbers import THIN_SPACE

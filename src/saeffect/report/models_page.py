@@ -1,7 +1,8 @@
-"""The page on two models without an SAE: findings, words, what both write after neutral openings, and layers."""
+"""Two models without an SAE: the first findings in lines, for the screen too, and the page on what both do."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 from markupsafe import Markup
 
 from saeffect.diffing.trace import OPENINGS, SAMPLES, Trace
 from saeffect.io import atomic_path
 from saeffect.report.html import page_environment, page_style
-from saeffect.report.words.first import more_expected
 
-__all__ = ["ModelsPage", "write_models_page"]
+__all__ = ["ModelsPage", "first_findings", "is_same", "more_expected", "word_tokens", "write_models_page"]
 
 _WORDS = 20
 
@@ -65,3 +66,125 @@ def write_models_page(
 def _word(trace: Trace, tokens: Sequence[str], i: int) -> tuple[str, str, str, str]:
     base, tuned = (100 * float(p) for p in trace.expected[:, i])
     return tokens[i].strip(), f"{base:.3f}", f"{tuned:.3f}", f"{tuned / base:.2g}"
+
+
+_SHOWN = 8  # words, features
+_LEAST = 20  # tokens on which a feature must fire, in one of the models, for its rise or fall to be told
+_TOP = 4  # tokens a feature
+
+
+def is_same(trace: Trace) -> bool:
+    """Whether the two models do the same: all predictions and activations equal to the last digit."""
+    return trace.numbers["kl"] == 0 and not trace.layers.any()
+
+
+def more_expected(trace: Trace, plain: npt.NDArray[np.bool_], *, less: bool = False) -> npt.NDArray[np.int64]:
+    """Ids of the `plain` tokens (bool [d_vocab]) that the tuned model expects more than the base model, most telling
+    first.
+
+    By p log(p / q), their share of the divergence of the mean predictions, where positive; `less` turns the two around.
+    """
+    base, tuned = trace.expected.astype(np.float64)[:: -1 if less else 1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = np.where((tuned > base) & (base > 0) & plain, tuned * np.log(tuned / base), 0.0)
+    order = np.argsort(-share, kind="stable")
+    return order[share[order] > 0]
+
+
+def word_tokens(tokens: Sequence[str], plain: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Bool [d_vocab]: the plain tokens with two letters or more."""
+    return plain & np.array([sum(map(str.isalpha, token)) > 1 for token in tokens])
+
+
+def first_findings(
+    trace: Trace,
+    tokens: Sequence[str],
+    plain: npt.NDArray[np.bool_],
+    *,
+    top_tokens: Sequence[Sequence[str]] = (),
+    groups: pd.DataFrame | None = None,
+    decode: Callable[[list[int]], str] | None = None,
+) -> list[str]:
+    """Lines, the plainest first, from what `more_expected` takes, and more.
+
+    `top_tokens` are those of each feature of the SAE, [d_sae], empty without one; `groups` the table `change_groups`,
+    if it was made; `decode` gives the text of a list of ids (None: the tokens joined).
+    """
+    words = word_tokens(tokens, plain)
+    lines = [_losses(trace), _distance(trace)]
+    for less, verb in ((False, "more"), (True, "less")):
+        ids = more_expected(trace, words, less=less)[:_SHOWN]
+        if len(ids):
+            lines.append(f"words expected {verb} often: " + ", ".join(_ratio(trace, tokens, int(i)) for i in ids))
+    if len(top_tokens):
+        lines += _named(groups) or _fired(trace, top_tokens)
+    lines += _after_openings(trace, tokens, decode)
+    return lines
+
+
+def _losses(trace: Trace) -> str:
+    numbers = trace.numbers
+    names = [key.removeprefix("loss_base_") for key in numbers if key.startswith("loss_base_")]
+    parts = []
+    for name in names:
+        base, tuned = (math.exp(numbers[f"loss_{which}_{name}"]) for which in ("base", "tuned"))
+        parts.append(f"{base:.4g} → {tuned:.4g} on {name}")
+    return f"perplexity: {', '.join(parts)}"
+
+
+def _distance(trace: Trace) -> str:
+    last, most = len(trace.layers) - 1, int(np.argmax(trace.layers))
+    where = "" if most == last else f", most after block {most} ({100 * trace.layers[most]:.0f} %)"
+    return (
+        f"predictions: KL {trace.numbers['kl']:.3g} nats a token; the residual stream moves by"
+        f" {100 * trace.layers[last]:.0f} % of its length after the last block{where}"
+    )
+
+
+def _ratio(trace: Trace, tokens: Sequence[str], i: int) -> str:
+    base, tuned = trace.expected[:, i]
+    return f"{tokens[i].strip()} (× {tuned / base:.2g})"
+
+
+def _named(groups: pd.DataFrame | None) -> list[str]:
+    """Groups that may be named, else nothing."""
+    if groups is None or groups.empty:
+        return []
+    claimed = groups[groups["claimed"].astype(bool)]
+    return [
+        f"{row.direction} than in any null fine-tune: {row.name} ({row.n_features} features; q {row.q:.2g})"
+        for row in claimed.head(_SHOWN).itertuples(index=False)
+    ]
+
+
+def _fired(trace: Trace, top_tokens: Sequence[Sequence[str]]) -> list[str]:
+    """Features whose mean activation on the text changed most, by ratio, among those that fire often enough."""
+    base, tuned, dense, denser = trace.read.astype(np.float64)
+    often = np.maximum(dense, denser) * trace.numbers["n_tokens"] >= _LEAST
+    floor = np.median(base[often]) / 10 if often.any() else 0.0  # or a feature of nearly 0 would lead every list
+    with np.errstate(divide="ignore", invalid="ignore"):
+        change = np.where(often, np.log((tuned + floor) / (base + floor)), 0.0)
+    lines = []
+    for order, verb in ((np.argsort(-change, kind="stable"), "more"), (np.argsort(change, kind="stable"), "less")):
+        shown = [int(f) for f in order[:_SHOWN] if (change[f] > 0) == (verb == "more") and change[f] != 0]
+        if shown:
+            times = [f"× {tuned[f] / base[f]:.2g}" if base[f] > 0 else "new" for f in shown]
+            first = [" ".join(token.strip() for token in top_tokens[f][:_TOP]) for f in shown]
+            words = [f"{f} ({tokens}: {size})" for f, tokens, size in zip(shown, first, times, strict=True)]
+            lines.append(f"features that fire {verb}: {', '.join(words)}")
+    return lines
+
+
+def _after_openings(trace: Trace, tokens: Sequence[str], decode: Callable[[list[int]], str] | None) -> list[str]:
+    """What both write after the opening at which they differ most."""
+    opening = int(np.argmax(trace.openings))
+
+    def text(rows: npt.NDArray[np.int32]) -> str:
+        ids = rows[opening * SAMPLES].tolist()
+        written = decode(ids) if decode is not None else "".join(tokens[i] for i in ids)
+        return repr(" ".join(written.split())[:90])
+
+    return [
+        f"after {OPENINGS[opening]!r} the base model writes {text(trace.base_texts)}",
+        f"{'':6}and the fine-tuned one {text(trace.texts)}",
+    ]

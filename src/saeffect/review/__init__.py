@@ -3,9 +3,3 @@
 `verdicts` reads, writes and sums up CSV files; `store` keeps what people say in the app, `queue` is what they are
 asked, `agreement` says how far they can be trusted.
 """
-
-from __future__ import annotations
-
-from saeffect.review.verdicts import read_verdicts, summarise_verdicts
-
-__all__ = ["read_verdicts", "summarise_verdicts"]

@@ -131,11 +131,11 @@ class VerdictStore:
 
         Verdicts with a `request` that is already there are not added again.
         """
-        return self.record_many([(rater, one) for one in given])
+        return self.record_many([(rater, verdict) for verdict in given])
 
     def record_many(self, given: Sequence[tuple[str, Given]]) -> list[int]:
         """`record` for verdicts of several raters, in one transaction."""
-        rows = [(_checked_name(rater), _checked(one)) for rater, one in given]
+        rows = [(_checked_name(rater), _checked(verdict)) for rater, verdict in given]
         with self._writing() as db:
             numbers = {name: _joined(db, name)[0] for name in dict.fromkeys(name for name, _ in rows)}
             return [_insert(db, numbers[name], row) for name, row in rows]

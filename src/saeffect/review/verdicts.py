@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from saeffect.errors import BadFile, ConfigError, unknown_name
-from saeffect.io import atomic_path
+from saeffect.io import FORMULA_STARTS, atomic_path
 from saeffect.paths import decode_utf8, read_bytes
 
 __all__ = ["ADJUDICATION", "BLIND", "COLUMNS", "VERDICTS", "read_verdicts", "summarise_verdicts", "write_verdicts"]
@@ -26,8 +26,6 @@ ADJUDICATION = "(adjudication)"
 """How the rater of a decision begins that settles what raters differ on; a name may follow."""
 
 _INT64_MAX = np.iinfo(np.int64).max
-# A spreadsheet takes these starts for a formula, so a written file has an apostrophe before them.
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
 _WHOLE_NUMBER = re.compile(r"[0-9]{1,19}")
 
 
@@ -78,7 +76,7 @@ def _as_typed(cell: str) -> str:
 
 
 def _is_formula(text: str) -> bool:
-    return text.lstrip("'").startswith(_FORMULA)
+    return text.lstrip("'").startswith(FORMULA_STARTS)
 
 
 def summarise_verdicts(verdicts: pd.DataFrame, arm: str) -> pd.DataFrame:

@@ -22,8 +22,9 @@ from saeffect.errors import ConfigError, NotFound
 from saeffect.features.activity import ExampleCollector
 from saeffect.features.projection import project
 from saeffect.io import fingerprint, sole_writer
-from saeffect.lm.activations import NormLimit, kept_positions
+from saeffect.lm.activations import kept_positions
 from saeffect.lm.gguf import cache_folder
+from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.tokens import special_tokens
 from saeffect.progress import SILENT, Log
 from saeffect.study.run_folder import RunFolder, read_manifest
@@ -34,10 +35,12 @@ __all__ = [
     "N_BINS",
     "ActivationHistograms",
     "both_models_files",
+    "features_made_of",
     "other_arm",
     "read_both_models",
     "refuse_changed",
     "refuse_own_code",
+    "special_mask",
 ]
 
 VERSION = 1
@@ -47,7 +50,7 @@ N_BINS = 40
 
 def other_arm(study: Study, arm: str) -> str:
     """The arm whose model an arm's features are also read in: the treatment, and for the treatment the control."""
-    control, treatment = study.by_role("control")[0], study.by_role("treatment")[0]
+    control, treatment = study.pair
     return control if arm == treatment else treatment
 
 
@@ -59,18 +62,29 @@ def both_models_files(folder: Path, arm: str, other: str) -> tuple[Path, Path]:
     """
     try:
         found = read_manifest(folder)
-        note = found["stages"][f"features {arm}"]["fingerprint"]
-        made_of = fingerprint([VERSION, note, found["arms"][other]["model"], found["text_sha256"]])[:16]
+        made_of = [features_made_of(found, folder, arm), found["arms"][other]["model"], found["text_sha256"]]
     except (NotFound, KeyError) as error:
-        fix = "let the study run on to this stage."
-        raise NotFound(f"the features of {arm} are not there yet.", at=str(folder), fix=fix) from error
-    names = (f"both-{arm}-{made_of}.parquet", f"both-{arm}-{made_of}-contexts.parquet")
+        raise _not_there_yet(folder, arm) from error
+    name = f"both-{arm}-{fingerprint([VERSION, *made_of])[:16]}"
+    names = (f"{name}.parquet", f"{name}-contexts.parquet")
     inside, outside = folder / "cache", cache_folder() / "both-models"
     for place in (inside, outside):
         if all((place / name).is_file() for name in names):
             return place / names[0], place / names[1]
     place = inside if os.access(inside if inside.is_dir() else folder, os.W_OK) else outside
     return place / names[0], place / names[1]
+
+
+def features_made_of(manifest: dict[str, Any], folder: Path, arm: str) -> str:
+    """The fingerprint of what an arm's features were made of; NotFound where the run has none yet."""
+    if (note := manifest["stages"].get(f"features {arm}")) is None:
+        raise _not_there_yet(folder, arm)
+    return str(note["fingerprint"])
+
+
+def _not_there_yet(folder: Path, arm: str) -> NotFound:
+    fix = "let the study run on to this stage."
+    return NotFound(f"the features of {arm} are not there yet.", at=str(folder), fix=fix)
 
 
 @torch.inference_mode()
@@ -141,8 +155,7 @@ def _read_arm(study: Study, name: str, other: str, log: Log) -> tuple[pd.DataFra
         for which in ((name,) if reason else (name, other))
     }
     bars = ActivationHistograms(len(arm.W_dec), 1 if reason else 2)
-    special = torch.zeros(arm.lm.d_vocab, dtype=torch.bool)
-    special[[token for token in special_tokens(arm.lm.tokenizer) if token < arm.lm.d_vocab]] = True
+    special = special_mask(arm.lm)
     for batch in _batches(study, arm, None if reason else other, log):
         sources = [rows.names[i] for i in rows.sources[batch.start : batch.start + len(batch.ids)]]
         for (which, collector), acts, kept in zip(collectors.items(), batch.acts, batch.kept, strict=True):
@@ -157,6 +170,13 @@ def _read_arm(study: Study, name: str, other: str, log: Log) -> tuple[pd.DataFra
             table = table.rename(columns={"activations": "activations_beside", "activations_beside": "activations"})
         contexts.append(table)
     return pd.concat([found, bars.result()], axis=1).assign(reason=reason), pd.concat(contexts, ignore_index=True)
+
+
+def special_mask(lm: LanguageModel) -> Tensor:
+    """Bool [d_vocab]: the special tokens of a model's tokenizer."""
+    special = torch.zeros(lm.d_vocab, dtype=torch.bool)
+    special[[token for token in special_tokens(lm.tokenizer) if token < lm.d_vocab]] = True
+    return special
 
 
 def _bottom_tokens(study: Study, arm: Arm) -> pd.DataFrame:
@@ -194,7 +214,7 @@ class _Batch:
 
 def _batches(study: Study, arm: Arm, other: str | None, log: Log) -> Iterator[_Batch]:
     rows = study.rows()
-    limit: NormLimit = arm.norm_limit(rows)
+    limit = arm.norm_limit(rows)
     models = [arm.lm, *([study.open_model(other, log)] if other else ())]
     texts = [study.residuals.batches(lm, arm.hook, rows) for lm in models]
     for parts in zip(*texts, strict=True):

@@ -38,12 +38,11 @@ from saeffect.steering.operators import steered_tokens
 from saeffect.study.check_text import chat_lines, check_text, duplicates_in_training, first_rows, template_words
 from saeffect.study.finished import html_of
 from saeffect.study.nulls import check_nulls
-from saeffect.study.review import store_digest
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.compare import arm_facts
 from saeffect.study.stages.dose_search import outcome_vectors
-from saeffect.study.stages.seeds import open_seeds
-from saeffect.study.stages.select import study_verdicts
+from saeffect.study.stages.features import open_seeds
+from saeffect.study.stages.select import store_digest, study_verdicts
 from saeffect.study.study import Study, require_width
 from saeffect.study.texts import beginning, study_rows
 from saeffect.study.training import arm_recipe, check_training
@@ -167,7 +166,7 @@ def _check_adapter(config: ModelConfig, model: Path | str, at: str) -> str | Non
 def _same_files(study: Study, name: str, model: Path | str) -> str | None:
     """A line if the treatment's weights are byte for byte the control's."""
     arms = study.config.arms
-    control = arms[study.by_role("control")[0]].model
+    control = arms[study.control].model
     if arms[name].role != "treatment" or control.adapter or arms[name].model.adapter:
         return None
     other = locate_model(control)

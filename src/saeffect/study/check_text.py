@@ -32,14 +32,14 @@ def check_text(study: Study) -> str:
         documents = read_corpus(source, chat=text.format == "chat")
         with placed(study.at("text", "sources", str(index))):
             next(documents)
-    called = f"bundled {text.bundled}" if text.bundled else ", ".join(source.name for source in text.sources)
+    called = f"bundled {text.bundled}" if text.bundled else text.called
     if not all(map(is_local, text.sources)):
         return f"{called}; not counted, since it is on the hub"
-    some = text.model_copy(update={"tokens": min(text.tokens, _COUNTED)})
+    start = text.model_copy(update={"tokens": min(text.tokens, _COUNTED)})
     lm = study.reader
     with placed(study.at("text")):
-        rows = study_rows(some, lambda: lm, prepend_bos=lm.prepend_bos)
-    short = shortage(text, rows) if len(rows) * rows.ids.shape[1] < some.tokens else ""
+        rows = study_rows(start, lambda: lm, prepend_bos=lm.prepend_bos)
+    short = shortage(text, rows) if len(rows) * rows.ids.shape[1] < start.tokens else ""
     return f"{called}; only {short}" if short else called
 
 
@@ -48,8 +48,8 @@ def first_rows(study: Study) -> list[str]:
     text = study.config.text
     if text.bundled is not None:
         lm = LanguageModel(None, study.tokens.tokenizer, "control", prepend_bos=False)
-        some = text.model_copy(update={"tokens": max(256, 16 * text.context_size)})
-        rows = study_rows(some, lambda: lm, prepend_bos=False)
+        start = text.model_copy(update={"tokens": max(256, 16 * text.context_size)})
+        rows = study_rows(start, lambda: lm, prepend_bos=False)
         lines = []
         for index, name in enumerate(rows.names):
             lines.append(f"{name}: bundled token ids")
@@ -70,7 +70,7 @@ def duplicates_in_training(study: Study) -> str:
     """A warning where held-out documents of the SAEs' training text stand in its training documents; "" for none."""
     if study.config.training is None:
         return ""
-    recipe = arm_recipe(study, study.by_role("control")[0])
+    recipe = arm_recipe(study, study.control)
     local = [source for source in recipe.text if is_local(source)]
     try:
         return find_duplicates(documents_of(local, recipe), recipe.held_out)

@@ -90,7 +90,7 @@ def diff_study(request: DiffRequest, source: Path, log: Log = SILENT) -> Study:
 
 def same_model(study: Study) -> bool:
     """Whether both models are the same files in the same number format."""
-    arms = [study.config.arms[study.by_role(role)[0]].model for role in ("control", "treatment")]
+    arms = [study.config.arms[name].model for name in study.pair]
     dtypes = {resolve_dtype(model.dtype, resolve_device(model.device)) for model in arms}
     return len(dtypes) == 1 and len({model_identity(model) for model in arms}) == 1
 

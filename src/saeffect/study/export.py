@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from saeffect.errors import ConfigError, EmptySelection, SaeffectError, unknown_name
-from saeffect.io import atomic_path, read_json, versions, write_json
+from saeffect.io import FORMULA_STARTS, atomic_path, read_json, versions, write_json
 from saeffect.lm.hooks import parse_hook
 from saeffect.lm.loading import load_config, locate_model
 from saeffect.sae.formats import load_sae
@@ -44,8 +44,7 @@ def group_of(run: RunFolder, arm: str, group: str) -> list[int]:
     elif kind == "steered":
         found = run.read_table(run.arm(arm, "effects.parquet"))["feature"].tolist()
     elif kind == "changed":
-        if arm not in run.study.by_role("control"):
-            control = run.study.by_role("control")[0]
+        if arm != (control := run.study.control):
             raise ConfigError("changed groups are features of the control's SAE.", at="group", fix=f"say {control}.")
         groups = run.read_table(run.path("comparison", "change_groups.parquet")).set_index("group")["features"]
         if number not in map(str, groups.index):
@@ -239,7 +238,8 @@ def _csv(run: RunFolder, arm: str, features: Sequence[int], _: float | None, pat
             json.dumps(pd.Series(values, dtype=object).tolist(), ensure_ascii=False) for values in table[name]
         ]
     if "label" in table:
-        table["label"] = table["label"].fillna("").str.replace(r"^(?=[=+\-@\t\r])", "'", regex=True)
+        labels = table["label"].fillna("")
+        table["label"] = labels.where(~labels.str.startswith(FORMULA_STARTS), "'" + labels)
     table.insert(0, "arm", arm)
     with atomic_path(path) as temporary:
         table.to_csv(temporary, index=False)

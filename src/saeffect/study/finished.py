@@ -121,7 +121,8 @@ class FinishedRun:
         run = RunFolder(self.folder, self.study)
         with drawn_into(ax):
             only = () if kind is None else (kind.name,)
-            drawn = {one.name: one for one in draw_figures(read_comparison(run), report_context(run), only=only)}
+            figures = draw_figures(read_comparison(run), report_context(run), only=only)
+        drawn = {figure.name: figure for figure in figures}
         if name not in drawn:
             raise unknown_name("figure", name, drawn or [kind.name for kind in FIGURES], at=str(self.folder))
         figure = drawn[name].figure

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from saeffect.errors import ConfigError, NotFound
+from saeffect.errors import ConfigError
 from saeffect.features.labels import LONGEST_LABEL, detect, detection_question, label_question, read_choices, read_label
 from saeffect.io import fingerprint, remove_leftovers, sole_writer
 from saeffect.lm.endpoint import Endpoint, Question, chat_endpoint
 from saeffect.progress import SILENT, Log
 from saeffect.review.queue import fingerprint_tokens
-from saeffect.study.both_models import refuse_changed
+from saeffect.study.both_models import features_made_of, refuse_changed
 from saeffect.study.export import feature_list, group_of
 from saeffect.study.label_contexts import LabelPlan, read_contexts
 from saeffect.study.run_folder import RunFolder, read_manifest
@@ -115,7 +115,7 @@ def label(
         if value < 1:
             raise ConfigError(f"{key} must be at least 1. Got {value} instead.", at=key)
     run = RunFolder(place, Study.open(place / "study.yaml"))
-    name = arm or run.study.by_role("treatment")[0]
+    name = arm or run.study.treatment
     run.study.arm(name)
     table = feature_list(run, name, group_of(run, name, features)[:limit] if isinstance(features, str) else features)
     answers = place / "labels" / "answers"
@@ -152,11 +152,7 @@ def read_labels(folder: Path, arm: str) -> pd.DataFrame:
 def _contexts(run: RunFolder, arm: str, features: list[int], plan: LabelPlan, log: Log) -> pd.DataFrame:
     """`read_contexts`, kept under a name made of what was read."""
     manifest = read_manifest(run.folder)
-    note = manifest["stages"].get(f"features {arm}")
-    if note is None:
-        fix = "let the study run on to this stage."
-        raise NotFound(f"the features of {arm} are not there yet.", at=str(run.folder), fix=fix)
-    made_of = [VERSION, note["fingerprint"], features, plan.contexts, plan.rows, plan.seed]
+    made_of = [VERSION, features_made_of(manifest, run.folder, arm), features, plan.contexts, plan.rows, plan.seed]
     file = run.path("labels", f"contexts-{arm}-{fingerprint(made_of)[:16]}.parquet")
     if not file.is_file():
         refuse_changed(run.study, arm, manifest)

@@ -11,10 +11,9 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
-from saeffect.lm.activations import TokenRows, kept_positions
-from saeffect.lm.tokens import special_tokens
+from saeffect.lm.activations import TokenRows
 from saeffect.progress import SILENT, Log
-from saeffect.study.both_models import refuse_own_code
+from saeffect.study.both_models import refuse_own_code, special_mask
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.study import Arm, Study
 
@@ -93,10 +92,8 @@ class _Reading:
         self._study, self._arm, self._rows, self._window = study, arm, rows, study.config.features.window
         self._order, self._draws = rng.permutation(len(rows)), rng.random(len(rows))
         self._n_bos, self._strings = arm.lm.n_bos(rows.ids[0]), arm.lm.token_strings()
-        special = [token for token in special_tokens(arm.lm.tokenizer) if token < arm.lm.d_vocab]
-        self._special = torch.zeros(arm.lm.d_vocab, dtype=torch.bool)
-        self._special[special] = True
-        self.hidden = {self._strings[token] for token in special}
+        self._special = special_mask(arm.lm)
+        self.hidden = {self._strings[token] for token in self._special.nonzero().flatten().tolist()}
         self.centres: npt.NDArray[np.int32] = np.full(len(rows), -1, dtype=np.int32)
         self._ends = np.zeros(len(rows), dtype=np.int32)
 
@@ -106,9 +103,8 @@ class _Reading:
         arm, rows = self._arm, self._rows
         self.peaks = np.full((len(features), len(rows)), -1, dtype=np.int32)
         self.silent = np.zeros(self.peaks.shape, dtype=bool)
-        limit = arm.norm_limit(rows)
-        for start, ids, x in self._study.residuals.batches(arm.lm, arm.hook, rows):
-            counts = kept_positions(x, limit, rows.counts_of(start, len(ids)))[:, self._n_bos :]
+        for start, ids, x, kept_rows, _ in arm.read(rows, self._study.residuals, log, f"contexts, {arm.name}"):
+            counts = kept_rows[:, self._n_bos :]
             kept = counts & ~self._special[ids[:, self._n_bos :]]
             acts = arm.sae.encode(x[:, self._n_bos :])[..., features].masked_fill(~kept[..., None], 0)
             for i in np.flatnonzero(kept.any(dim=1).numpy()):
@@ -119,7 +115,6 @@ class _Reading:
                 self.centres[row], self._ends[row] = centre, int(counts[i].nonzero().max()) + 1
                 window = acts[i, max(0, centre - self._window) : centre + self._window // 3 + 1]
                 self.silent[:, row] = (window.amax(dim=0) <= 0).numpy()
-            log.progress(f"contexts, {arm.name}", start + len(ids), len(rows), "rows")
 
     def draw(self, fits: npt.NDArray[np.bool_], seen: Sequence[str], n: int) -> list[int]:
         """Up to `n` random sequences of those that fit and hold none of the texts."""

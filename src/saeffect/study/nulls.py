@@ -141,7 +141,7 @@ def study_tracer(study: Study, log: Log = SILENT) -> Tracer:
 
     EmptySelection for a text of one row.
     """
-    control, rows = study.by_role("control")[0], study.rows()
+    control, rows = study.control, study.rows()
     if len(rows) < 2:
         raise EmptySelection(
             f"the text has one row of {rows.context_size} tokens; expected at least two.",
@@ -177,18 +177,18 @@ def check_nulls(study: Study) -> str:
     folder = nulls_folder(study)
     if folder is None:
         return "nulls: none, so nothing says which changes are usual"
-    control, text = study.by_role("control")[0], study.config.text
+    control, text = study.control, study.config.text
     config, changes = study.config.arms[control].model, study.config.changes
     made_by, measured, unsaid = None, None, "; the study's text is on the hub, so they are compared when it runs"
     if all(map(is_local, text.sources)):
         lm = dataclasses.replace(study.reader, identity=model_identity(config))
-        some = (
+        short = (
             text
             if text.bundled
             else text.model_copy(update={"tokens": min(text.tokens, changes.rows * text.context_size)})
         )
         with placed(study.at("text")):
-            rows = traced_rows(study_rows(some, lambda: lm, prepend_bos=study.prepend_bos), changes)
+            rows = traced_rows(study_rows(short, lambda: lm, prepend_bos=study.prepend_bos), changes)
         sae = load_sae(study.sae_folder(control)) if study.has_saes else None
         tracer = Tracer(lm, sae, study.hook(control), rows, NormLimit(1.0, 1.0))
         made_by, measured, unsaid = tracer.made_by, tracer.measured_on, ""
@@ -198,12 +198,12 @@ def check_nulls(study: Study) -> str:
 
 
 def _tracer(recipe: FinetuneConfig, study: Study, log: Log) -> Tracer:
-    control = study.config.arms[study.by_role("control")[0]].model
+    control = study.config.arms[study.control].model
     if recipe.model.adapter or model_identity(recipe.model) != model_identity(control):
         raise ConfigError(
             f"the recipe fine-tunes {recipe.model.path}, and the study's control is {control.path}: another model,"
             " or one with an adapter.",
-            at=study.at("arms", study.by_role("control")[0], "model"),
+            at=study.at("arms", study.control, "model"),
             fix="take the recipe of a fine-tune of the control; save a control with an adapter as a whole model first.",
         )
     tracer = study_tracer(study, log)
@@ -224,7 +224,8 @@ def _make(folder: _Folder, k: int, tracer: Tracer | None, keep_adapters: bool, l
                 return end
             log(f"null {k}: {_KINDS[folder.kind]}")
             started = time.monotonic()
-            result = _train(folder, k, log)
+            own = _own_texts(folder, log) if folder.kind == "own" else None
+            result = finetune(null_recipe(folder.recipe, k, own), folder.adapter(k), log=log.named(f"null {k}"))
             folder.note(k, result, time.monotonic() - started, tracer)
             if tracer is None:
                 return end
@@ -238,11 +239,6 @@ def _make(folder: _Folder, k: int, tracer: Tracer | None, keep_adapters: bool, l
         with contextlib.suppress(OSError):  # what others left there stays
             empty.rmdir()
     return "measured"
-
-
-def _train(folder: _Folder, k: int, log: Log) -> FinetuneResult:
-    own = _own_texts(folder, log) if folder.kind == "own" else None
-    return finetune(null_recipe(folder.recipe, k, own), folder.adapter(k), log=log.named(f"null {k}"))
 
 
 def _measure(folder: _Folder, k: int, tracer: Tracer) -> Trace:

@@ -147,7 +147,7 @@ def gate_pair(request: GateRequest, limits: GateConfig | None = None, log: Log =
     """
     typed = DiffRequest(request.model, request.tuned or request.model, request.sae, request.texts, name="gate")
     study = diff_study(typed, Path("the command"), log)
-    control, treatment = (study.by_role(role)[0] for role in ("control", "treatment"))
+    control, treatment = study.pair
     folder = study.sae_folder(control)
     sae = load_sae(folder, at="SAE")
     context = min(int(sae.cfg.metadata.get("context_size") or _CONTEXT), _CONTEXT)

@@ -92,7 +92,7 @@ def plan_study(study: Study, *, gpus: int = 1, out: Path | None = None, log: Log
     if gpus < 1:
         raise ConfigError(f"a study needs at least one device. Got {gpus}.", at="--gpus", fix="for example --gpus 8.")
     planner = _Planner(study, gpus, out or Path("runs") / study.config.name, log)
-    rows = [one.row() for one in planner.stages()]
+    rows = [stage.row() for stage in planner.stages()]
     return Plan(pd.DataFrame(rows), tuple(planner.lines()), gpus)
 
 
@@ -107,7 +107,7 @@ class _Planner:
         log("measuring this machine")
         self._disk, self._speed = DiskRates(there), table_speed()
         self._arms = study.ordered_arms()
-        self._control, self._treatment = (study.by_role(role)[0] for role in ("control", "treatment"))
+        self._control, self._treatment = study.pair
         self._models = {name: self._rates(name) for name in self._arms}
         self._saes = {name: self._sae(name) for name in self._arms} if study.has_saes else {}
         self._held: list[tuple[ModelConfig, int]] = []

@@ -75,7 +75,7 @@ class ModelRates:
                 for n in sorted({1, min(_BLOCKS, self.n_layers)})
             ]
             self.block = (total - _size(short[0])) // (self.n_layers - 1) if self.n_layers > 1 else total
-            self._lms = [LanguageModel(_filled(one, self.device), None, config.path) for one in short]
+            self._lms = [LanguageModel(_filled(model, self.device), None, config.path) for model in short]
         self.d_model, self.d_vocab = self._lms[0].d_model, self._lms[0].d_vocab
         self.head = self.d_model * self.d_vocab
         each = _QUANTISED[config.quantize] or self.dtype.itemsize

@@ -25,12 +25,18 @@ from saeffect.study.stages.changes import changes_inputs, run_changes
 from saeffect.study.stages.compare import compare_inputs, run_compare
 from saeffect.study.stages.cross import cross_inputs, help_cross, run_cross
 from saeffect.study.stages.dose_search import dose_inputs, help_dose_search, run_dose_search
-from saeffect.study.stages.features import coherence_inputs, features_inputs, run_coherence, run_features
+from saeffect.study.stages.features import (
+    coherence_inputs,
+    features_inputs,
+    run_coherence,
+    run_features,
+    run_seeds,
+    seeds_inputs,
+)
 from saeffect.study.stages.gate import gate_inputs, run_gate
 from saeffect.study.stages.match import match_inputs, run_match
 from saeffect.study.stages.put_back import put_back_inputs, run_put_back
 from saeffect.study.stages.report import models_report_inputs, report_inputs, run_models_report, run_report
-from saeffect.study.stages.seeds import run_seeds, seeds_inputs
 from saeffect.study.stages.select import run_select, select_inputs
 from saeffect.study.stages.steer import help_steer, run_steer, steer_inputs
 from saeffect.study.stages.trace import run_trace, trace_inputs

@@ -10,15 +10,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from torch import Tensor
-
 from saeffect.config import ArmConfig, ModelConfig, SteeringConfig, StudyConfig
 from saeffect.config_chat import prompt_text
 from saeffect.config_file import read_config_file
 from saeffect.errors import BadFile, ConfigError, IncompatibleSae, NotFound, placed, unknown_name
 from saeffect.io import fingerprint, hash_folder
-from saeffect.lm.activations import NormLimit, TokenRows, first_limit
-from saeffect.lm.architectures import heads_to_residual, hook_width
+from saeffect.lm.activations import TokenRows
+from saeffect.lm.architectures import hook_width
 from saeffect.lm.chat import ChatFormat
 from saeffect.lm.chat_rows import chat_prepends
 from saeffect.lm.corpora import source_identity
@@ -34,44 +32,18 @@ from saeffect.lm.loading import (
 )
 from saeffect.lm.residuals import Residuals, machine_memory
 from saeffect.lm.tokens import resolve_prepend_bos
-from saeffect.paths import resolve_paths, user_path
+from saeffect.paths import BUNDLED_FOLDER, resolve_paths, user_path
 from saeffect.progress import SILENT, Log
-from saeffect.sae.base import ARCHITECTURES, SaeConfig, SparseAutoencoder
+from saeffect.sae.base import ARCHITECTURES, SaeConfig
 from saeffect.sae.formats import load_sae, read_sae_config, sae_identity
 from saeffect.sae.hub import is_sae_name, locate_sae
 from saeffect.steering import check_names
-from saeffect.study.bundled import bundled_folder, bundled_studies, bundled_study
-from saeffect.study.texts import first_texts, study_rows
+from saeffect.study.texts import Arm, first_texts, study_rows
 from saeffect.study.tokens import StudyTokens, TokenizerDifference, study_tokens
 
 __all__ = ["Arm", "Study", "bundled_studies", "require_width"]
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Arm:
-    """One arm with its model and SAE (float32) in memory; `hook` is where the SAE reads."""
-
-    name: str
-    role: str
-    lm: LanguageModel
-    sae: SparseAutoencoder
-    hook: str
-
-    @property
-    def W_dec(self) -> Tensor:
-        """The SAE's decoder, `[d_sae, d_in]`."""
-        return self.sae.W_dec.detach()
-
-    def added(self, features: list[int] | None = None) -> Tensor:
-        """What features (default: all) add to the stream, `[n, d_model]`: decoder rows, unless those are of heads."""
-        return heads_to_residual(self.lm, self.hook, self.W_dec if features is None else self.W_dec[features])
-
-    def norm_limit(self, rows: TokenRows) -> NormLimit:
-        """Norm above which residuals are outliers: the SAE's recorded limit, else measured on `rows`."""
-        meta = self.sae.cfg.metadata
-        if meta.get("norm_limit") and meta.get("mean_norm"):
-            return NormLimit(float(meta["mean_norm"]), float(meta["norm_limit"]))
-        return first_limit(self.lm, self.hook, rows.ids[:8])
+_BUNDLED_STUDIES = BUNDLED_FOLDER / "studies"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,12 +65,13 @@ class Study:
             BadFile: Not YAML, or not a mapping.
             ConfigError: A value is out of range, a repeated key, or an impossible path.
         """
-        bundled = str(path).startswith(BUNDLED)
-        source = bundled_study(str(path)) if bundled else user_path(path)
-        names = ", ".join(BUNDLED + name for name in bundled_studies())
+        bundled, names = str(path).startswith(BUNDLED), [BUNDLED + name for name in bundled_studies()]
+        if bundled and path not in names:
+            raise unknown_name("bundled study", path, names)
+        source = _BUNDLED_STUDIES / f"{str(path).removeprefix(BUNDLED)}.yaml" if bundled else user_path(path)
         # Paths in a bundled study are the user's; nothing is written into the package.
         folder = Path() if bundled else None
-        raw = read_config_file(source, "study", relative_to=folder, fix=f"bundled studies: {names}.")
+        raw = read_config_file(source, "study", relative_to=folder, fix=f"bundled studies: {', '.join(names)}.")
         if not isinstance(raw, dict):
             raise BadFile("a study file is a mapping of keys to values.", at=str(source))
         return cls._checked(raw, source)
@@ -134,7 +107,7 @@ class Study:
     def tokens(self) -> StudyTokens:
         """The tokenizer that all models of the study use: the control's."""
         models = {name: arm.model for name, arm in self.config.arms.items()}
-        control, steering = self.by_role("control")[0], self.config.steering
+        control, steering = self.control, self.config.steering
         prompts = (*steering.prompts, *steering.search_prompts) if steering is not None else ()
         return study_tokens(
             models,
@@ -166,7 +139,7 @@ class Study:
     @property
     def called(self) -> str:
         """The argument for `open`: its path, or bundled:<name>."""
-        return BUNDLED + self.source.stem if self.source.parent == bundled_folder() else str(self.source)
+        return BUNDLED + self.source.stem if self.source.parent == _BUNDLED_STUDIES else str(self.source)
 
     def at(self, *keys: str) -> str:
         """A place in the study file, for error messages."""
@@ -192,7 +165,7 @@ class Study:
     @functools.cached_property
     def one_sae(self) -> bool:
         """Whether control and treatment are read through one SAE, so that features correspond and need no matching."""
-        return self.has_saes and len({self.sae_folder(self.by_role(role)[0]) for role in ("control", "treatment")}) == 1
+        return self.has_saes and len(set(map(self.sae_folder, self.pair))) == 1
 
     def sae_folder(self, name: str) -> Path:
         """Folder of an arm's SAE; errors as `resolve_sae`, ConfigError for a study without SAEs."""
@@ -259,9 +232,8 @@ class Study:
     @functools.cached_property
     def chat(self) -> ChatFormat | None:
         """How the study's conversations are written, see `StudyTokens.chat_format`; None if it has none."""
-        arms, at = (*self.by_role("control"), *self.by_role("treatment")), self.at("text", "chat_template")
-        template = self.config.text.chat_template
-        return self.tokens.chat_format(template, arms, at) if self.config.has_chats else None
+        template, at = self.config.text.chat_template, self.at("text", "chat_template")
+        return self.tokens.chat_format(template, self.pair, at) if self.config.has_chats else None
 
     @functools.cached_property
     def bos_words(self) -> Mapping[str, Any]:
@@ -275,17 +247,28 @@ class Study:
 
     @functools.cached_property
     def _rows(self) -> TokenRows:
-        control = self.by_role("control")[0]
         with placed(self.at("text")):
-            return study_rows(self.config.text, lambda: self.open_model(control), prepend_bos=self.prepend_bos)
+            return study_rows(self.config.text, lambda: self.open_model(self.control), prepend_bos=self.prepend_bos)
 
-    def by_role(self, role: str) -> list[str]:
-        """Names of the arms with this role, in the file's order."""
-        return [name for name, arm in self.config.arms.items() if arm.role == role]
+    @property
+    def control(self) -> str:
+        """Name of the control arm."""
+        return self.ordered_arms()[0]
+
+    @property
+    def treatment(self) -> str:
+        """Name of the treatment arm."""
+        return self.ordered_arms()[-1]
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        """Names of the two arms that are compared: control, treatment."""
+        return self.control, self.treatment
 
     def ordered_arms(self) -> list[str]:
         """Control, placebos, treatment: arms that share a model are neighbours, so it is loaded once."""
-        return self.by_role("control") + self.by_role("placebo") + self.by_role("treatment")
+        roles = ("control", "placebo", "treatment")
+        return sorted(self.config.arms, key=lambda name: roles.index(self.config.arms[name].role))
 
     @functools.cached_property
     def identities(self) -> Mapping[str, dict[str, str | None]]:
@@ -331,7 +314,8 @@ class Study:
         model = self.arm(name).model
         if model not in self._held:
             # One at a time where two may not fit into memory.
-            if len(self._held) > 1 or sum(map(_size, self._held.values())) > SHARE_OF_A_MODEL * machine_memory():
+            size = sum(p.nbytes for held in self._held.values() for p in held.model.parameters())
+            if len(self._held) > 1 or size > SHARE_OF_A_MODEL * machine_memory():
                 self._held.clear()
             lm = load_language_model(model, at=self.at("arms", name, "model"), log=log)
             lm = lm if self._one_tokenizer else self.tokens.used_by(lm)
@@ -347,13 +331,13 @@ class Study:
         return sae_identity(self.sae_folder(name)) if self.has_saes else ""
 
 
+def bundled_studies() -> list[str]:
+    """Names of the studies that come with the package."""
+    return sorted(path.stem for path in _BUNDLED_STUDIES.glob("*.yaml"))
+
+
 # Share of memory that one model may take for another to be kept beside it. It changes the time, not the numbers.
 SHARE_OF_A_MODEL = 1 / 6
-
-
-def _size(lm: LanguageModel) -> int:
-    """Bytes of a model's weights."""
-    return sum(parameter.nbytes for parameter in lm.model.parameters())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

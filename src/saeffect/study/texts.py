@@ -1,27 +1,33 @@
-"""The text of a study: token rows from bundled ids or files."""
+"""The text of a study: token rows from bundled ids or files, and an arm that reads them."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from saeffect.checksums import read_tensors
 from saeffect.config import TextConfig
 from saeffect.errors import EmptySelection, SaeffectError, placed
 from saeffect.io import read_json
-from saeffect.lm.activations import TokenRows
+from saeffect.lm.activations import NormLimit, TokenRows, first_limit, kept_positions
+from saeffect.lm.architectures import heads_to_residual
 from saeffect.lm.chat import ChatFormat
 from saeffect.lm.chat_rows import Row, cut_rows
 from saeffect.lm.corpora import interleave, read_corpus
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import bundled_path
+from saeffect.lm.residuals import Residuals
 from saeffect.lm.tokens import find_bos_id, tokens_added_before
+from saeffect.progress import SILENT, Log
+from saeffect.sae.base import SparseAutoencoder
 
-__all__ = ["beginning", "first_texts", "shortage", "study_rows"]
+__all__ = ["Arm", "ReadRows", "beginning", "first_texts", "shortage", "study_rows"]
 
 
 def study_rows(text: TextConfig, model: Callable[[], LanguageModel], *, prepend_bos: bool | None) -> TokenRows:
@@ -114,3 +120,51 @@ def _packed(text: TextConfig, lm: LanguageModel) -> TokenRows:
 def _named(name: str, rows: Iterator[Row]) -> Iterator[Row]:
     with placed(f"source {name!r}"):
         yield from rows
+
+
+class ReadRows(NamedTuple):
+    """A batch of rows from `start` on: ids int64 `[batch, sequence]`, activations `[batch, sequence, d_in]`, which
+    positions count (bool `[batch, sequence]`, see `kept_positions`), and the name of each row's source.
+    """
+
+    start: int
+    ids: Tensor
+    x: Tensor
+    kept: Tensor
+    sources: list[str]
+
+
+@dataclass(frozen=True, eq=False)
+class Arm:
+    """One arm with its model and SAE (float32) in memory; `hook` is where the SAE reads."""
+
+    name: str
+    role: str
+    lm: LanguageModel
+    sae: SparseAutoencoder
+    hook: str
+
+    @property
+    def W_dec(self) -> Tensor:
+        """The SAE's decoder, `[d_sae, d_in]`."""
+        return self.sae.W_dec.detach()
+
+    def added(self, features: list[int] | None = None) -> Tensor:
+        """What features (default: all) add to the stream, `[n, d_model]`: decoder rows, unless those are of heads."""
+        return heads_to_residual(self.lm, self.hook, self.W_dec if features is None else self.W_dec[features])
+
+    def norm_limit(self, rows: TokenRows) -> NormLimit:
+        """Norm above which residuals are outliers: the SAE's recorded limit, else measured on `rows`."""
+        meta = self.sae.cfg.metadata
+        if meta.get("norm_limit") and meta.get("mean_norm"):
+            return NormLimit(float(meta["mean_norm"]), float(meta["norm_limit"]))
+        return first_limit(self.lm, self.hook, rows.ids[:8])
+
+    def read(self, rows: TokenRows, residuals: Residuals, log: Log = SILENT, what: str = "") -> Iterator[ReadRows]:
+        """The text at the arm's hook, batch by batch, reporting rows as the progress of `what` ("": not)."""
+        limit = self.norm_limit(rows)
+        for start, ids, x in residuals.batches(self.lm, self.hook, rows):
+            sources = [rows.names[i] for i in rows.sources[start : start + len(ids)]]
+            yield ReadRows(start, ids, x, kept_positions(x, limit, rows.counts_of(start, len(ids))), sources)
+            if what:
+                log.progress(what, start + len(ids), len(rows), "rows")

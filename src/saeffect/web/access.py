@@ -19,10 +19,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from saeffect.errors import BadFile, ConfigError
 from saeffect.io import read_json, write_json
 from saeffect.lm.tokens import printable_text
-from saeffect.web.pages import page
-from saeffect.web.problems import refusal
+from saeffect.web.pages import page, refusal
 from saeffect.web.security import Rates
-from saeffect.web.settings import Settings
+from saeffect.web.site import Settings
 
 __all__ = ["Access", "Raters", "attempts", "own_path", "router"]
 

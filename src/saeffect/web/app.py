@@ -13,18 +13,15 @@ from starlette.exceptions import HTTPException
 
 from saeffect.web.access import Access, Raters, attempts
 from saeffect.web.access import router as access
-from saeffect.web.features import router as features
-from saeffect.web.features import warm as warm_features
-from saeffect.web.overview import router as overview
-from saeffect.web.overview import warm
-from saeffect.web.pages import static_files
-from saeffect.web.play.export import router as exports
+from saeffect.web.features.routes import router as features
+from saeffect.web.features.routes import warm as warm_features
+from saeffect.web.overview.routes import router as overview
+from saeffect.web.overview.routes import warm
+from saeffect.web.pages import add_error_pages, static_files
 from saeffect.web.play.routes import router as play
-from saeffect.web.problems import add_error_pages
-from saeffect.web.review import router as review
+from saeffect.web.review.routes import router as review
 from saeffect.web.security import Guard
-from saeffect.web.settings import Settings
-from saeffect.web.site import Site
+from saeffect.web.site import Settings, Site
 
 __all__ = ["AREAS", "Area", "create_app"]
 
@@ -65,7 +62,6 @@ def create_app(run: Path, settings: Settings | None = None) -> FastAPI:
     app.include_router(access)
     for area in AREAS:
         app.include_router(area.router)
-    app.include_router(exports)
     app.add_api_route("/static/{name}", _static, methods=["GET"])
     app.add_middleware(Access, settings=settings, raters=app.state.raters, attempts=app.state.attempts)
     app.add_middleware(Guard, settings=settings)

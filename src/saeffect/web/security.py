@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from saeffect.web.problems import refusal
-from saeffect.web.settings import Settings, is_loopback
+from saeffect.web.pages import refusal
+from saeffect.web.site import Settings, is_loopback
 
 __all__ = ["HEADERS", "Guard", "Rates"]
 

@@ -1,15 +1,16 @@
-"""What all pages read from: one run directory, read lazily and again when its files change."""
+"""What all pages read from: how the app is served, and one run directory, read again when its files change."""
 
 from __future__ import annotations
 
+import ipaddress
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from saeffect.errors import BadFile, NotFound, SaeffectError
+from saeffect.errors import NotFound, SaeffectError
 from saeffect.io import read_json
-from saeffect.web.settings import Settings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,10 +18,53 @@ if TYPE_CHECKING:
     from saeffect.study.run_folder import RunFolder
     from saeffect.study.study import Study
 
-__all__ = ["Site"]
+__all__ = ["Settings", "Site", "is_loopback"]
 
 _Value = TypeVar("_Value")
 _Stamp = tuple[int, int, int] | None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the app is served.
+
+    Attributes:
+        host: Address to listen on; any but a loopback address needs a token per rater.
+        port: Port to listen on; named in the session cookie, since browsers share cookies between ports.
+        names: Further host names that a browser may call the server by, such as that of a proxy, which lets others in.
+        max_body: Largest accepted request body, in bytes.
+        requests_per_second: Requests that one client may send, on average; 0 for no limit.
+        burst: Requests that one client may send at once before that limit applies.
+        attempts_per_minute: Wrong tokens that one address may send.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8321
+    names: tuple[str, ...] = ()
+    max_body: int = 1 << 20
+    requests_per_second: float = 0.0
+    burst: int = 200
+    attempts_per_minute: int = 10
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach the app, so that no token is asked for; not so behind a named proxy."""
+        return is_loopback(self.host) and all(is_loopback(name) for name in self.names)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address is this machine's own.
+
+    Example:
+        >>> is_loopback("127.0.0.1"), is_loopback("::1"), is_loopback("0.0.0.0")
+        (True, True, False)
+    """
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class Site:
@@ -137,20 +181,12 @@ class Site:
 
         Example: `site.table("arms", "control", "features.parquet")`.
         """
-        import pandas as pd
+        from saeffect.study.run_folder import read_table
 
         file = self.path(*parts)
         if not file.is_file():
             raise NotFound(f"there is no {'/'.join(parts)} yet.", at=str(self.folder), fix="let the run go on.")
-
-        def read() -> pd.DataFrame:
-            try:
-                return pd.read_parquet(file)
-            except Exception as error:  # pyarrow raises many kinds
-                fix = "delete it and run the study again."
-                raise BadFile(f"this table cannot be read: {error}.", at=str(file), fix=fix) from error
-
-        return self.cached("/".join(parts), [file], read)
+        return self.cached("/".join(parts), [file], lambda: read_table(file))
 
     def on_close(self, action: Callable[[], None]) -> None:
         """Call an action when the server stops, such as ending a worker."""

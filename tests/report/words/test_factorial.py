@@ -12,7 +12,7 @@ from saeffect.comparison.factorial import CROSSED, EFFECTS, FACTORIAL_COLUMNS, n
 from saeffect.errors import Undefined
 from saeffect.report import ReportContext
 from saeffect.report.figures.learned import crossed
-from saeffect.report.words.factorial import factorial_sentences
+from saeffect.report.words.causes import factorial_sentences
 from synthetic_where import with_tables
 
 

@@ -12,7 +12,7 @@ import pytest
 from saeffect.diffing.put_back_shares import COLUMNS, OWN_WRITING
 from saeffect.errors import Undefined
 from saeffect.report.figures.learned import draw_shares
-from saeffect.report.words.put_back import put_back_sentence, what_it_causes
+from saeffect.report.words.causes import put_back_sentence, what_it_causes
 
 _NAN = (math.nan, math.nan, math.nan)
 _Numbers = tuple[float, float, float]

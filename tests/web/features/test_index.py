@@ -11,8 +11,7 @@ import pytest
 
 from saeffect.errors import ConfigError, NotFound, UnknownName
 from saeffect.web.features.index import FeatureIndex, Verdicts
-from saeffect.web.features.query import Query
-from saeffect.web.features.search import StringSearch, TokenSearch
+from saeffect.web.features.query import Query, StringSearch, TokenSearch
 from saeffect.web.features.tables import ArmRoles, RunTables, read_index
 from saeffect.web.site import Site
 

@@ -12,7 +12,7 @@ import pytest
 
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.study import Study
-from saeffect.web.play.kept import keep
+from saeffect.web.play.ask import keep
 
 Client = Callable[..., Any]
 

@@ -32,7 +32,10 @@ def at_a_glance(comparison: Comparison, _context: ReportContext) -> TableView:
         cells += [
             _difference_cell(estimate, judged.unit) for estimate in (judged.headline, *judged.retraining.values())
         ]
-        cells += [_alarms_cell(comparison.calibration, quantity), _reading(judged)]
+        cells += [
+            _alarms_cell(comparison.calibration, quantity),
+            _READINGS.get(judged.status) or Cell.undefined(judged.change.reason),
+        ]
         label = str(contrasts.loc[contrasts["quantity"] == quantity, "label"].iloc[-1])
         rows.append(Row(label, tuple(cells), sub=_saes_behind(judged), strong=quantity in PRIMARY, key=quantity))
     return TableView(
@@ -88,10 +91,6 @@ _READINGS = {
     "unclear": Cell.words("Cannot tell: the interval includes zero"),
     "unseparated": Cell.words("Cannot be told from SAE noise"),
 }
-
-
-def _reading(judged: Judgement) -> Cell:
-    return _READINGS.get(judged.status) or Cell.undefined(judged.change.reason)
 
 
 class _Line(NamedTuple):

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from saeffect.comparison import ArmTables, Comparison, MatchTables
-from saeffect.io import atomic_path, write_json
+from saeffect.io import FORMULA_STARTS, atomic_path, write_json
 from saeffect.report.context import ReportContext, baseline_summary, dose_summary, outcome_summary
 from saeffect.report.tables.review import review_tables
 
@@ -113,5 +113,5 @@ def _field(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, float | int):
         return repr(value)
-    text = str(value)  # a spreadsheet takes these starts for a formula
-    return "'" + text if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+    text = str(value)
+    return "'" + text if text.startswith(FORMULA_STARTS) else text

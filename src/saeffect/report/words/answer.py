@@ -84,7 +84,7 @@ def _headline(declared: list[Judgement], table1: pd.DataFrame, roles: Roles, fou
         having.setdefault(judgement.status, []).append(judgement)
     if beyond := having.get("beyond"):
         return _headline_beyond(beyond, [judgement for judgement in declared if judgement not in beyond], found)
-    named = {status: joined([short_name(judgement.quantity) for judgement in some]) for status, some in having.items()}
+    named = {status: joined([short_name(each.quantity) for each in judged]) for status, judged in having.items()}
     if "unseparated" in named:
         why = "since the placebo shows no noise to compare with" if roles.placebos else "without a placebo arm"
         return (
@@ -97,8 +97,8 @@ def _headline(declared: list[Judgement], table1: pd.DataFrame, roles: Roles, fou
             "but not clearly by more than retraining the SAE gives."
         )
     if "unclear" in named:
-        one = len(having["unclear"]) == 1
-        verb = f"{LEVEL} of the change includes" if one else f"{LEVEL}s of the changes include"
+        is_single = len(having["unclear"]) == 1
+        verb = f"{LEVEL} of the change includes" if is_single else f"{LEVEL}s of the changes include"
         return f"We cannot tell whether fine-tuning changed the {named['unclear']}: the {verb} zero."
     return "Nothing can be said about fine-tuning: no quantity of the headline has an interval in both arms."
 

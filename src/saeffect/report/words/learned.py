@@ -13,9 +13,9 @@ import pandas as pd
 from saeffect.diffing.naming import ALL, SEEN
 from saeffect.diffing.standardised import prediction_limit
 from saeffect.lm.tokens import printable_token
+from saeffect.report.words.causes import what_it_causes
 from saeffect.report.words.names import capital
 from saeffect.report.words.numbers import count, fixed, is_defined, joined, p_value, percent, plural
-from saeffect.report.words.put_back import what_it_causes
 
 __all__ = ["Learned", "claimed_groups", "learned"]
 

@@ -22,8 +22,7 @@ from saeffect.stats.arguments import BoolArray
 from saeffect.stats.multiplicity import benjamini_hochberg
 from saeffect.study.nulls import nulls_folder, study_tracer
 from saeffect.study.run_folder import RunFolder
-from saeffect.study.stages.features import shared_unembedding
-from saeffect.study.stages.seeds import open_seeds, seed_identities
+from saeffect.study.stages.features import open_seeds, seed_identities, shared_unembedding
 from saeffect.study.stages.trace import (
     as_fine_tune,
     missing_nulls,
@@ -49,14 +48,14 @@ _RECIPE = ("steps", "batch_size", "context_size", "learning_rate", "warmup_steps
 
 def changes_inputs(run: RunFolder) -> dict[str, Any]:
     study = run.study
-    control, treatment = (study.identities[study.by_role(role)[0]] for role in ("control", "treatment"))
+    control, treatment = (study.identities[name] for name in study.pair)
     return {
         "version": VERSION,
         "control": control,
         "treatment": {name: treatment[name] for name in ("model", "dtype", "device", "tokens") if name in treatment},
         "tables": run.digest(
             trace_path(run),
-            run.arm(study.by_role("control")[0], "features.parquet"),
+            run.arm(study.control, "features.parquet"),
             *(run.arm(name, file) for name in study.config.arms for file in ("selection.parquet", "seeds.parquet")),
         ),
         "saes": [dict(study.identities), seed_identities(study) if study.has_saes else None],
@@ -79,7 +78,7 @@ def _identity(folder: Path | None) -> str | None:
 def run_changes(run: RunFolder, log: Log) -> Iterable[Path]:
     """Write the tables of what changed; without nulls p is NaN, with a reason. Nothing without a trace."""
     study = run.study
-    control, treatment = (study.by_role(role)[0] for role in ("control", "treatment"))
+    control, treatment = study.pair
     if not trace_path(run).is_file():
         return []
     trace, tracer = read_trace(run), study_tracer(study, log)
@@ -107,9 +106,9 @@ def _judged(run: RunFolder, control: str, tracer: Tracer, trace: Trace, nulls: l
         found["evidence"], list(_further_saes(run, control, declared)), trace, nulls, config.comparison.alpha
     )
     table = found["changes"].assign(p=math.nan, q=math.nan, n_nulls=len(nulls), smallest_p=math.nan)
-    raw = [raw_changes(one, basis.top_tokens, basis.directions) for one in (trace, *nulls)]
+    raw = [raw_changes(traced, basis.top_tokens, basis.directions) for traced in (trace, *nulls)]
     for name in (*BASES, "combined"):
-        own, *others = [one[name] for one in (raw if name in BASES else measured or ())] or [np.empty(0)]
+        own, *others = [changes[name] for changes in (raw if name in BASES else measured or ())] or [np.empty(0)]
         if len(others):
             p = pooled_p(own, np.array(others), trace.read[2])
             rows = table["basis"] == name
@@ -157,7 +156,8 @@ def _recipes(training: Mapping[str, Any], folder: Path) -> pd.DataFrame:
     tuned, nulls = (recipe if isinstance(recipe, Mapping) else {} for recipe in both)
     rows = []
     for setting in _RECIPE:
-        pair = [sorted(one) if isinstance(one, list) else one for one in (tuned.get(setting), nulls.get(setting))]
+        values = (tuned.get(setting), nulls.get(setting))
+        pair = [sorted(value) if isinstance(value, list) else value for value in values]
         known = None not in pair
         texts = ("" if value is None else str(value) for value in pair)
         rows.append((setting, *texts, pair[0] != pair[1] if known else None))

@@ -175,7 +175,7 @@ def arm_facts(study: Study, name: str, gate: dict[str, Any] | None = None) -> Ar
 
     return ArmFacts(
         role=arm.role,
-        model=arm.model.path + (f" + {arm.model.adapter}" if arm.model.adapter else ""),
+        model=arm.model.full_name,
         tokenizer=_tokenizer(study, name),
         chat_template=_chat_template(study, name),
         hook=study.hook(name),

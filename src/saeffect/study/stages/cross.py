@@ -21,7 +21,6 @@ from saeffect.features.embeddings import load_embeddings
 from saeffect.features.projection import project
 from saeffect.features.vocabulary import load_vocabulary
 from saeffect.io import read_json
-from saeffect.lm.activations import kept_positions
 from saeffect.lm.language_model import LanguageModel
 from saeffect.progress import SILENT, Log
 from saeffect.sae.formats import load_sae
@@ -53,7 +52,7 @@ _STEERED = {"direct_effect", "steering"}
 
 def cross_inputs(run: RunFolder) -> dict[str, Any]:
     study, config = run.study, run.study.config
-    arms = _arms(study)
+    arms = study.pair
     files = ("features.parquet", "selection.parquet", "gate.json")
     steered = _STEERED & set(config.comparison.crossed)
     known = ("interventions.parquet", "direct_effects.parquet") if steered else ()
@@ -79,7 +78,7 @@ def cross_inputs(run: RunFolder) -> dict[str, Any]:
 def run_cross(run: RunFolder, log: Log) -> Iterable[Path]:
     """Write `comparison/factorial.parquet` and `arms/*/crossed.parquet`, resuming cell by cell."""
     study, asked = run.study, run.study.config.comparison.crossed
-    control, treatment = _arms(study)
+    control, treatment = study.pair
     path = run.path("comparison", "factorial.parquet")
     if reason := _obstacle(study):
         log(f"  nothing is crossed: {reason}")
@@ -108,7 +107,7 @@ def null_effects(run: RunFolder, lm: LanguageModel, log: Log = SILENT) -> dict[s
 
     All but texts, as the cross stage measures it, which must have run.
     """
-    study, (control, _) = run.study, _arms(run.study)
+    study, (control, _) = run.study, run.study.pair
     sae = load_sae(study.sae_folder(control), at=study.at("arms", control, "sae"))
     cell = Arm(control, study.arm(control).role, lm, sae, study.hook(control))
     parts = list(_Crossing(run, log).without_texts(cell, lm.name))
@@ -117,13 +116,9 @@ def null_effects(run: RunFolder, lm: LanguageModel, log: Log = SILENT) -> dict[s
     return {str(part["quantity"][0]): float(part["value"].mean() - on_base[part["quantity"][0]]) for part in parts}
 
 
-def _arms(study: Study) -> tuple[str, str]:
-    return study.by_role("control")[0], study.by_role("treatment")[0]
-
-
 def _obstacle(study: Study) -> str:
     """Why the SAE of one arm cannot be put on the other's model; "" if it can."""
-    control, treatment = _arms(study)
+    control, treatment = study.pair
     widths = [study.sae_config(name).d_in for name in (control, treatment)]
     if widths[0] != widths[1]:
         return f"the models differ in width ({widths[0]} and {widths[1]}), so neither takes the other's SAE"
@@ -138,7 +133,7 @@ class _Crossing:
     def __init__(self, run: RunFolder, log: Log) -> None:
         self._run, self._log, self._study = run, log, run.study
         self._asked = set(run.study.config.comparison.crossed)
-        self._arms = _arms(run.study)
+        self._arms = run.study.pair
 
     def cells(self) -> Iterator[tuple[Arm, str]]:
         """SAE and model of each cell: an arm with the name and SAE of one, the model of the other; and whose it is."""
@@ -309,13 +304,11 @@ class _Crossing:
     def _on_text(self, cell: Arm, model: str, features: list[int]) -> Iterator[pd.DataFrame]:
         """Activity of features, and how well the SAE rebuilds, on the first rows of the study's text."""
         rows, asked = self._study.rows(), self._asked
-        limit = cell.norm_limit(rows)
         head = rows.head(max(1, self._study.config.gate.tokens // rows.context_size))
         n_rows = min(len(rows), max(1, _TOKENS // rows.context_size)) if "activity" in asked else len(head)
         activity: list[npt.NDArray[np.float64]] = []
         sums = _RowSums()
-        for start, ids, x in self._study.residuals.batches(cell.lm, cell.hook, rows):
-            kept = kept_positions(x, limit, rows.counts_of(start, len(ids)))
+        for start, ids, x, kept, _ in cell.read(rows, self._study.residuals):
             acts = cell.sae.encode(x)[..., features].clamp(min=0).double() * kept[..., None]
             both = torch.stack([(acts > 0).double().sum(dim=1), acts.sum(dim=1)]) / kept.sum(dim=1)[:, None]
             activity.append(both.numpy())
@@ -328,7 +321,9 @@ class _Crossing:
             for name, values in zip(("density", "activation"), np.concatenate(activity, axis=1), strict=True):
                 yield _rows(name, model, pd.DataFrame(values[:n_rows].T, index=features))
         if "reconstruction" in asked:
-            losses = spliced_losses(cell.lm, cell.sae, cell.hook, head.ids, limit, counts=head.counts).by_row
+            losses = spliced_losses(
+                cell.lm, cell.sae, cell.hook, head.ids, cell.norm_limit(rows), counts=head.counts
+            ).by_row
             saved = _by_row(losses["zero"] - losses["sae"], losses["zero"] - losses["clean"])
             for name, by_row in (("explained_variance", 1 - sums.unexplained()), ("ce_loss_score", saved)):
                 yield _rows(name, model, pd.DataFrame(by_row[None], index=[WHOLE_SAE]))

@@ -91,7 +91,7 @@ def run_dose_search(run: RunFolder, log: Log) -> Iterable[Path]:
     best: dict[str, float | None] = {}
     if len(config.doses) > 1:
         found = {name: _search_arm(run, name, log) for name in run.study.ordered_arms()}
-        searched = run.study.by_role("control") + run.study.by_role("treatment")
+        searched = run.study.pair
         scores = [found[name][0].assign(arm=name) for name in searched if len(found[name][0])]
         table = pd.concat(scores, ignore_index=True) if scores else table
         curves = [curve.assign(arm=name) for name, (_, curve) in found.items() if len(curve)]

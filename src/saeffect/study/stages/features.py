@@ -1,38 +1,54 @@
-"""Stages 2 and 3: the feature table (top tokens, moments, decoder norm, activity, contexts), and its coherence."""
+"""Stages 2 and 3: the feature table (top tokens, moments, decoder norm, activity, contexts), and its coherence;
+the same of further SAEs from other seeds, which are opened and checked here.
+"""
 
 from __future__ import annotations
 
-import importlib.resources
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
-from saeffect.errors import EmptySelection
+from saeffect.errors import EmptySelection, IncompatibleSae
+from saeffect.features.activity import ActivityAccumulator
 from saeffect.features.coherence import coherence
 from saeffect.features.embeddings import load_embeddings
-from saeffect.features.table import ActivationBatch, FeatureOptions, FeatureTables, extract_tables
-from saeffect.features.vocabulary import choosable_tokens
+from saeffect.features.table import ActivationBatch, FeatureOptions, FeatureTables, extract_tables, feature_table
+from saeffect.features.vocabulary import choosable_tokens, load_vocabulary, select
 from saeffect.io import fingerprint, hash_file
-from saeffect.lm.activations import TokenRows, kept_positions
+from saeffect.lm.activations import TokenRows
 from saeffect.lm.architectures import unembedding
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.residuals import Residuals
+from saeffect.paths import BUNDLED_FOLDER
 from saeffect.progress import SILENT, Log
+from saeffect.sae.base import SaeConfig, SparseAutoencoder
+from saeffect.sae.formats import is_compact, load_compact, load_sae, sae_identity
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.study import Arm, Study
 
 __all__ = [
+    "SeedSae",
     "coherence_inputs",
     "embeddings_identity",
     "extract_features",
     "features_inputs",
     "features_settings",
+    "open_seed",
+    "open_seeds",
     "ranked_tokens",
     "run_coherence",
     "run_features",
+    "run_seeds",
+    "seed_folders",
+    "seed_identities",
+    "seeds_inputs",
     "shared_unembedding",
 ]
 
@@ -119,13 +135,9 @@ def extract_features(
 
 
 def _batches(arm: Arm, rows: TokenRows, residuals: Residuals, log: Log) -> Iterator[ActivationBatch]:
-    limit = arm.norm_limit(rows)
-    for start, ids, x in residuals.batches(arm.lm, arm.hook, rows):
-        sources = [rows.names[i] for i in rows.sources[start : start + len(ids)]]
-        # BOS is no text, so it is left out of contexts too.
-        n_bos, kept = arm.lm.n_bos(rows.ids[start]), kept_positions(x, limit, rows.counts_of(start, len(ids)))
+    for start, ids, x, kept, sources in arm.read(rows, residuals, log, f"features {arm.name}"):
+        n_bos = arm.lm.n_bos(rows.ids[start])  # BOS is no text, so it is left out of contexts too
         yield ActivationBatch(ids[:, n_bos:], arm.sae.encode(x[:, n_bos:]), sources, kept[:, n_bos:])
-        log.progress(f"features {arm.name}", start + len(ids), len(rows), "rows")
 
 
 COHERENCE_VERSION = 1
@@ -151,5 +163,127 @@ def embeddings_identity(study: Study) -> str:
     name = study.config.coherence.embeddings
     if Path(name).is_file():
         return hash_file(name)
-    bundled = Path(str(importlib.resources.files("saeffect"))) / "bundled" / "embeddings"
-    return fingerprint([hash_file(file) for file in sorted(bundled.glob(f"{name}*"))])
+    return fingerprint([hash_file(file) for file in sorted((BUNDLED_FOLDER / "embeddings").glob(f"{name}*"))])
+
+
+SEEDS_VERSION = 3
+
+
+@dataclass(frozen=True, eq=False)
+class SeedSae:
+    """A further SAE of an arm's model: whole, or compact (decoder float32 [d_sae, d_in] and recorded feature
+    statistics: feature, density, mean_activation, max_activation); a whole one is run on the study's text.
+    """
+
+    name: str
+    cfg: SaeConfig
+    W_dec: Tensor
+    sae: SparseAutoencoder | None = None
+    statistics: pd.DataFrame | None = None
+
+
+def seed_folders(study: Study, arm: str) -> dict[str, Path]:
+    """Folders of an arm's further SAEs by their names in the tables, which differ from all arms' and other SAEs'."""
+    wanted = {
+        name: [
+            study.resolve_sae(name, sae, study.at("arms", name, "more_saes", str(index)))
+            for index, sae in enumerate(config.more_saes)
+        ]
+        for name, config in study.config.arms.items()
+    }
+    taken = Counter(folder.name for folders in wanted.values() for folder in folders) + Counter(list(wanted))
+    found: dict[str, Path] = {}
+    for index, folder in enumerate(wanted[arm]):
+        name = folder.name if taken[folder.name] == 1 else f"{arm}/{folder.name}"
+        found[f"{name} ({index + 1})" if name in found else name] = folder
+    return found
+
+
+def open_seed(name: str, folder: Path, *, at: str | None = None) -> SeedSae:
+    """Load a further SAE, whole or compact."""
+    if is_compact(folder):
+        compact = load_compact(folder, at=at)
+        return SeedSae(name, compact.cfg, compact.W_dec, statistics=compact.statistics)
+    sae = load_sae(folder, at=at)
+    return SeedSae(name, sae.cfg, sae.W_dec.detach(), sae)
+
+
+def open_seeds(study: Study, arm: str) -> list[SeedSae]:
+    """Load all further SAEs of an arm; IncompatibleSae if one differs from the arm's own in more than the seed."""
+    own = study.sae_config(arm)
+    found = []
+    for index, (name, folder) in enumerate(seed_folders(study, arm).items()):
+        at = study.at("arms", arm, "more_saes", str(index))
+        seed = open_seed(name, folder, at=at)
+        for key in ("architecture", "d_in", "d_sae", "k", "hook_name", "prepend_bos"):
+            mine, theirs = (getattr(cfg, key, cfg.metadata.get(key)) for cfg in (own, seed.cfg))
+            unsaid = theirs is None if key == "hook_name" else key == "prepend_bos" and None in (mine, theirs)
+            if mine != theirs and not unsaid:
+                raise IncompatibleSae(
+                    f"the SAE {name} has {key}={theirs}, but the arm's own has {mine}.",
+                    at=at,
+                    fix="further SAEs of an arm differ in their seed alone.",
+                )
+        found.append(seed)
+    return found
+
+
+def seed_identities(study: Study) -> dict[str, dict[str, str]]:
+    """Hashes of the files of every arm's further SAEs, by name."""
+    found = {}
+    for arm in study.config.arms:
+        found[arm] = {name: sae_identity(folder) for name, folder in seed_folders(study, arm).items()}
+    return found
+
+
+def seeds_inputs(run: RunFolder, arm: str) -> dict[str, Any]:
+    study = run.study
+    return {
+        "version": SEEDS_VERSION,
+        "arm": study.identities[arm],
+        "saes": seed_identities(study)[arm],
+        "text": study.text_identity,
+        "features": features_settings(study),
+        "embeddings": embeddings_identity(study),
+        "vocabulary": load_vocabulary(study.config.selection.vocabulary).sha256,
+        "min_matches": study.config.selection.min_matches,
+    }
+
+
+def run_seeds(run: RunFolder, arm: str, log: Log) -> Iterable[Path]:
+    """Write an arm's `seeds.parquet`: features, coherence and selection of its further SAEs."""
+    study = run.study
+    opened = study.open_arm(arm, log)
+    vectors = load_embeddings(study.config.coherence.embeddings)
+    vocabulary = load_vocabulary(study.config.selection.vocabulary)
+    frames = []
+    for seed in open_seeds(study, arm):
+        features = _seed_features(study, opened, seed, log)
+        chosen = select(
+            features, vocabulary=vocabulary, min_matches=study.config.selection.min_matches, verdicts=None, arm=arm
+        )
+        table = features.merge(coherence(features, embeddings=vectors), on="feature").merge(chosen, on="feature")
+        table.insert(0, "sae", pd.Series([seed.name] * len(table), dtype="str"))
+        frames.append(table.drop(columns=["top_token_ids", "top_tokens_dot", "top_tokens_cosine"]))
+    return [run.write_table(run.arm(arm, "seeds.parquet"), pd.concat(frames, ignore_index=True))]
+
+
+@torch.inference_mode()
+def _seed_features(study: Study, arm: Arm, seed: SeedSae, log: Log) -> pd.DataFrame:
+    rows = study.rows()
+    config = study.config.features
+    table = feature_table(
+        seed.W_dec,
+        shared_unembedding(arm.lm),
+        arm.lm.token_strings(),
+        options=FeatureOptions(config.top_k, config.projection, rows.names),
+        valid=ranked_tokens(study, arm.lm),
+    )
+    if seed.sae is None:
+        recorded = seed.statistics if seed.statistics is not None else pd.DataFrame({"feature": table["feature"]})
+        return table.merge(recorded, on="feature")
+    activity = ActivityAccumulator(len(table), rows.names)
+    for _, ids, x, kept, names in arm.read(rows, study.residuals, log, f"seeds {seed.name}"):
+        sources = np.repeat(names, ids.shape[1])
+        activity.update(seed.sae.encode(x[kept]), sources[kept.flatten().numpy()].tolist())
+    return table.merge(activity.result()[["feature", "density", "mean_activation", "max_activation"]], on="feature")

@@ -41,7 +41,7 @@ VERSION = 4
 
 def gate_inputs(run: RunFolder, arm: str) -> dict[str, Any]:
     study = run.study
-    control = study.by_role("control")[0]
+    control = study.control
     return {
         "version": VERSION,
         "arm": study.identities[arm],
@@ -100,7 +100,7 @@ def _refuse(study: Study, arm: str, of_model: str, of_sae: str, mismatch: Mismat
 def _of_model(run: RunFolder, arm: Arm) -> dict[str, Any]:
     """Outputs on fixed tokens, effect of merging the adapter, and whether the model equals the control's."""
     logprobs = probe_logits(arm.lm.model).log_softmax(-1).max(-1).values
-    control = run.arm(run.study.by_role("control")[0], "gate.json")
+    control = run.arm(run.study.control, "gate.json")
     same = None
     if arm.role == "treatment" and control.is_file():
         other = torch.tensor(read_json(control).get("probe_logprobs") or [])

@@ -22,7 +22,7 @@ from saeffect.sae.base import SparseAutoencoder
 from saeffect.stats.arguments import BoolArray
 from saeffect.study.run_folder import KeptRows, RunFolder
 from saeffect.study.stages.changes import CHANGE_TABLES
-from saeffect.study.stages.seeds import SeedSae, open_seeds, seed_identities
+from saeffect.study.stages.features import SeedSae, open_seeds, seed_identities
 from saeffect.study.study import Arm, Study
 
 __all__ = ["match_inputs", "matched_tables", "read_matches", "run_match"]
@@ -69,7 +69,7 @@ def read_matches(run: RunFolder) -> MatchTables:
 
 def _match(run: RunFolder, log: Log, keep: _KeptPairs) -> dict[str, pd.DataFrame]:
     study, config = run.study, run.study.config
-    control, treatment = study.by_role("control")[0], study.by_role("treatment")[0]
+    control, treatment = study.pair
     if study.sae_config(control).d_in != study.sae_config(treatment).d_in:
         log("  the arms' models differ in width, so no feature of one can be compared with one of the other")
         return {}
@@ -80,7 +80,7 @@ def _match(run: RunFolder, log: Log, keep: _KeptPairs) -> dict[str, pd.DataFrame
         whole = {seed.name: seed.sae for seed in seeds[name] if seed.sae is not None}
         kept[name] = logs.add(opened, {name: opened.sae, **whole})
     views = _views(run, logs.common({name: kept[name] for name in (control, treatment)}), seeds, saes)
-    others = [*views[control][1:], *(view for name in study.by_role("placebo") for view in views[name])]
+    others = [*views[control][1:], *(view for name in study.ordered_arms()[1:-1] for view in views[name])]
     width = views[control][0].W_dec.shape[1]
     selection = run.read_table(run.arm(control, "selection.parquet"))
     return measure_all(
@@ -145,14 +145,13 @@ class _Logs:
     def add(self, arm: Arm, saes: Mapping[str, SparseAutoencoder]) -> BoolArray:
         """Log SAEs of one arm's model; returns bool [n_tokens], the tokens that count."""
         rows = self._study.rows()
-        limit, kept = arm.norm_limit(rows), []
+        counted = []
         self.of |= {name: FiringLog(sae.cfg.d_sae) for name, sae in saes.items()}
-        for start, ids, x in self._study.residuals.batches(arm.lm, arm.hook, rows):
-            kept.append(kept_positions(x, limit, rows.counts_of(start, len(ids))).flatten().numpy())
+        for _, _, x, kept, _ in arm.read(rows, self._study.residuals, self._log, f"activations {arm.name}"):
+            counted.append(kept.flatten().numpy())
             for name, sae in saes.items():
                 self.of[name].update(sae.encode(x).flatten(0, 1))
-            self._log.progress(f"activations {arm.name}", start + len(ids), len(rows), "rows")
-        return np.concatenate(kept)
+        return np.concatenate(counted)
 
     def common(self, kept: Mapping[str, BoolArray]) -> dict[str, FiringLog]:
         """The logs of the tokens that count in all these arms."""
@@ -175,10 +174,8 @@ class _Logs:
 
     @torch.inference_mode()
     def residuals(self, arm: Arm) -> Iterator[ResidualBatch]:
-        rows = self._study.rows()
-        limit = arm.norm_limit(rows)
-        for start, ids, x in self._study.residuals.batches(arm.lm, arm.hook, rows):
-            yield ResidualBatch(ids, x, kept_positions(x, limit, rows.counts_of(start, len(ids))))
+        for _, ids, x, kept, _ in arm.read(self._study.rows(), self._study.residuals):
+            yield ResidualBatch(ids, x, kept)
 
 
 def _views(
@@ -190,7 +187,7 @@ def _views(
     """Each arm's SAEs, its own first."""
     views = {}
     columns = ["feature", "density", "decoder_norm"]
-    start = run.study.sae_folder(run.study.by_role("control")[0]).name
+    start = run.study.sae_folder(run.study.control).name
     for name, further in seeds.items():
         features = run.read_table(run.arm(name, "features.parquet"))[columns]
         warm = _started_from(run.study, name) == start

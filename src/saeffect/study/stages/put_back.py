@@ -35,7 +35,7 @@ def put_back_inputs(run: RunFolder) -> dict[str, Any]:
     study = run.study
     return {
         "version": VERSION,
-        "arms": {role: study.identities[study.by_role(role)[0]] for role in ("control", "treatment")},
+        "arms": {"control": study.identities[study.control], "treatment": study.identities[study.treatment]},
         "text": study.text_identity,
         "changes": run.digest(*(run.path("comparison", f"{name}.parquet") for name in ("changes", "change_groups"))),
         "read": study.config.changes.model_dump(),
@@ -47,7 +47,7 @@ def put_back_inputs(run: RunFolder) -> dict[str, Any]:
 def run_put_back(run: RunFolder, log: Log) -> Iterable[Path]:
     """Write `comparison/put_back.parquet`, resuming after the last finished batch of rows; nothing if it cannot be."""
     study = run.study
-    control, treatment = (study.by_role(role)[0] for role in ("control", "treatment"))
+    control, treatment = study.pair
     order, n_read = _order(run)
     rows, is_fresh = put_back_rows(study, n_read)
     if len(rows) < 2:
@@ -66,7 +66,7 @@ def run_put_back(run: RunFolder, log: Log) -> Iterable[Path]:
         _measured(tuned, "tuned", base, both, forward, kept, log),
         _measured(base.lm, "base", base, both, reverse, kept, log),
     ]
-    table = put_back_table(pd.concat(found), rows, [*forward, *(one for one in reverse if one not in forward)])
+    table = put_back_table(pd.concat(found), rows, [*forward, *(group for group in reverse if group not in forward)])
     table["chosen_on"] = "other text" if is_fresh else "the other half of the rows"
     return [run.write_table(run.path("comparison", "put_back.parquet"), table)]
 
@@ -79,7 +79,7 @@ def put_back_rows(study: Study, n_read: int) -> tuple[TokenRows, bool]:
     if n_read:
         wanted = (n_read + config.rows * len(text.names)) * text.context_size
         longer = study.config.text.model_copy(update={"tokens": max(wanted, study.config.text.tokens)})
-        control = study.by_role("control")[0]
+        control = study.control
         with placed(study.at("text")):
             text = study_rows(longer, lambda: study.open_model(control), prepend_bos=study.prepend_bos)
     later = np.arange(len(text)) >= n_read
@@ -146,9 +146,9 @@ def _sets(
         for name, features in _named(run).items():
             named += sets_of_group(both, sae, name, features, seed=seed)
     reverse = (*config.sizes_reversed, sae.cfg.d_sae)
-    forward = [one for one in changed if one.n in (*config.sizes, sae.cfg.d_sae)]
-    together = [one for one in named if one.name == _ALL]
-    return [*forward, *named], [*(one for one in changed if one.n in reverse), *(together or named)]
+    forward = [group for group in changed if group.n in (*config.sizes, sae.cfg.d_sae)]
+    together = [group for group in named if group.name == _ALL]
+    return [*forward, *named], [*(group for group in changed if group.n in reverse), *(together or named)]
 
 
 def _named(run: RunFolder) -> dict[str, list[int]]:

@@ -14,8 +14,8 @@ from saeffect.config_chat import prompt_text
 from saeffect.io import read_json
 from saeffect.progress import SILENT, Log
 from saeffect.report import ReportContext, SteeringResults, write_figures, write_report, write_tables
-from saeffect.report.models_page import ModelsPage, write_models_page
-from saeffect.report.words.first import first_findings, is_same, word_tokens
+from saeffect.report.models_page import ModelsPage, first_findings, is_same, word_tokens, write_models_page
+from saeffect.report.words.numbers import plural
 from saeffect.steering.outcomes import OUTCOMES
 from saeffect.steering.placebos import control_label
 from saeffect.study.run_folder import RunFolder
@@ -59,14 +59,8 @@ def run_report(run: RunFolder, _: Log = SILENT) -> Iterable[Path]:
     tables = write_tables(comparison, run.path("tables"), context=context)
     figures = write_figures(comparison, run.path("figures"), context=context)
     page = write_report(comparison, run.path("report.html"), context=context, figures=figures)
-    drawn = _drawn(run.path("figures"), {figure.name for figure in figures if figure.figure is not None})
-    return [*tables, *sorted(drawn), page]
-
-
-def _drawn(folder: Path, names: set[str]) -> list[Path]:
-    """The figures of this report; none if nothing could be drawn."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    return [path for path in found if path.suffix in {".svg", ".png"} and path.stem in names]
+    drawn = [figure.name for figure in figures if figure.figure is not None]
+    return [*tables, *sorted(run.path("figures", name + end) for name in drawn for end in (".svg", ".png")), page]
 
 
 def report_context(run: RunFolder, arms: Mapping[str, ArmTables] | None = None) -> ReportContext:
@@ -110,7 +104,7 @@ def gate_measures(run: RunFolder, dead_shares: Mapping[str, float | None]) -> pd
 
 def _facts(run: RunFolder, arms: Mapping[str, ArmTables]) -> tuple[tuple[str, str], ...]:
     config = run.study.config
-    control, treatment = run.study.by_role("control")[0], run.study.by_role("treatment")[0]
+    control, treatment = run.study.pair
     gate = read_json(run.arm(control, "gate.json"))
     facts = [
         ("Base model", str(arms[control].facts.model)),
@@ -132,7 +126,7 @@ def _facts(run: RunFolder, arms: Mapping[str, ArmTables]) -> tuple[tuple[str, st
 
 
 def _text(text: TextConfig, short: str) -> str:
-    called = text.bundled or ", ".join(source.name for source in text.sources)
+    called = text.called
     if text.format == "chat":
         called += f"; conversations, tokens at positions: {', '.join(text.positions)}"
     return f"{called} (only {short})" if short else called
@@ -141,11 +135,7 @@ def _text(text: TextConfig, short: str) -> str:
 def _steered(steering: SteeringConfig) -> str:
     kind = "chat" if all(isinstance(prompt, tuple) for prompt in steering.prompts) else "prompt"
     where = "" if steering.positions == "all" else f", at positions: {steering.positions}"
-    return f"{_number(len(steering.prompts), kind)} × {_number(steering.samples, 'text')}{where}"
-
-
-def _number(n: int, noun: str) -> str:
-    return f"{n} {noun}{'' if n == 1 else 's'}"
+    return f"{plural(len(steering.prompts), kind)} × {plural(steering.samples, 'text')}{where}"
 
 
 def _tested_against(steering: SteeringConfig) -> str:
@@ -210,12 +200,10 @@ def models_report_inputs(run: RunFolder) -> dict[str, Any]:
 
 def run_models_report(run: RunFolder, log: Log = SILENT) -> Iterable[Path]:
     """Write `report.html`."""
-    config, control = run.study.config, run.study.by_role("control")[0]
-    lm = run.study.open_model(control, log)
-    models = {role: config.arms[run.study.by_role(role)[0]].model for role in ("control", "treatment")}
-    names = {role: model.path + (f" + {model.adapter}" if model.adapter else "") for role, model in models.items()}
-    text = config.text.bundled or ", ".join(source.name for source in config.text.sources)
-    facts = (("Base model", names["control"]), ("Fine-tuned model", names["treatment"]), ("Text", text))
+    config, arms = run.study.config, run.study.config.arms
+    lm = run.study.open_model(run.study.control, log)
+    base, tuned = (arms[name].model.full_name for name in run.study.pair)
+    facts = (("Base model", base), ("Fine-tuned model", tuned), ("Text", config.text.called))
     lines = findings(run, log) or ("No difference: on this text, both models predict the same to the last digit.",)
     page = ModelsPage(config.title or config.name, facts, lines, run.config_yaml)
     trace, tokens = read_trace(run), lm.token_strings()
@@ -228,7 +216,7 @@ def findings(run: RunFolder, log: Log = SILENT) -> tuple[str, ...]:
     trace, study = read_trace(run), run.study
     if is_same(trace):
         return ()
-    control = study.by_role("control")[0]
+    control = study.control
     lm = study.open_model(control, log)
     features = run.read_table(run.arm(control, "features.parquet")) if study.has_saes else None
     lines = first_findings(

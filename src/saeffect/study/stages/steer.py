@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from saeffect.features.vocabulary import load_vocabulary
-from saeffect.lm.activations import kept_positions
 from saeffect.progress import SILENT, Log
 from saeffect.steering import (
     MeanDifferences,
@@ -217,12 +216,10 @@ class _SteeringTest:
     def _mean_differences(self, features: list[int]) -> dict[int, Tensor | str]:
         """By feature: mean residual where it fires minus that of source "general" (or all text), or why undefined."""
         arm, rows = self._arm, self._run.study.rows()
-        limit = arm.norm_limit(rows)
         sums = MeanDifferences(features, arm.W_dec.shape[1])
         place = rows.names.index("general") if "general" in rows.names else None
         seen = 0
-        for start, ids, x in self._run.study.residuals.batches(arm.lm, arm.hook, rows):
-            kept = kept_positions(x, limit, rows.counts_of(start, len(ids)))
+        for start, ids, x, kept, _ in arm.read(rows, self._run.study.residuals):
             acts = arm.sae.encode(x)[..., features]
             sources = torch.from_numpy(np.asarray(rows.sources[start : start + len(ids)]))
             general = torch.ones_like(sources, dtype=torch.bool) if place is None else sources == place

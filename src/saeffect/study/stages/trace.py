@@ -44,7 +44,7 @@ def trace_path(run: RunFolder) -> Path:
 
 def trace_inputs(run: RunFolder) -> dict[str, Any]:
     study = run.study
-    control, treatment = (study.identities[study.by_role(role)[0]] for role in ("control", "treatment"))
+    control, treatment = (study.identities[arm] for arm in study.pair)
     return {
         "version": VERSION,
         "control": control,
@@ -59,7 +59,7 @@ def run_trace(run: RunFolder, log: Log) -> Iterable[Path]:
 
     Nothing if the treatment's model is no fine-tune of the control's: another width, depth or number of tokens.
     """
-    study, treatment = run.study, run.study.by_role("treatment")[0]
+    study, treatment = run.study, run.study.treatment
     tracer = study_tracer(study, log)
     study_nulls(study, tracer)  # refused before the long work, not after it
     tuned = study.open_model(treatment, log)
@@ -127,7 +127,7 @@ def _recipe_tokens(study: Study) -> int | None:
 
 def training_note(study: Study) -> dict[str, Any]:
     """What `training.json` beside the treatment's adapter says of its fine-tuning; {} without one."""
-    place = locate_adapter(study.config.arms[study.by_role("treatment")[0]].model)
+    place = locate_adapter(study.config.arms[study.treatment].model)
     note = place / "training.json" if isinstance(place, Path) else None
     said = read_json(note) if note is not None and note.is_file() else {}
     return said if isinstance(said, dict) else {}

@@ -2,9 +2,3 @@
 
 The tables of a run directory enter; pages, and the same as JSON, leave. No model is needed.
 """
-
-from __future__ import annotations
-
-from saeffect.web.features.routes import router, warm
-
-__all__ = ["router", "warm"]

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from saeffect.errors import NotFound, unknown_name
-from saeffect.web.features.query import CHOICES, Query
-from saeffect.web.features.search import EXACT, INSIDE, PREFIX, StringSearch, TokenSearch, search_form
+from saeffect.web.features.query import CHOICES, EXACT, INSIDE, PREFIX, Query, StringSearch, TokenSearch, search_form
 
 __all__ = ["PAGE", "FeatureIndex", "Found", "Verdicts"]
 
@@ -80,28 +79,13 @@ class FeatureIndex:
     verdicts: Verdicts
     missing: Mapping[str, str] = field(default_factory=dict)
     model_labels: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
-    _token_search: TokenSearch = field(init=False, repr=False)
-    _label_search: StringSearch = field(init=False, repr=False)
-    _model_label_search: StringSearch = field(init=False, repr=False)
-    _digits: StringSearch = field(init=False, repr=False)
-    _verdict_codes: npt.NDArray[np.int8] = field(init=False, repr=False)
-    _answers: OrderedDict[Query, Found] = field(init=False, repr=False, default_factory=OrderedDict)
-    _judged: dict[str, bool] = field(init=False, repr=False, default_factory=dict)
-    _orders: dict[tuple[str, bool], IntArray] = field(init=False, repr=False, default_factory=dict)
-    _kept: dict[Hashable, Any] = field(init=False, repr=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
-        set_now = object.__setattr__
-        set_now(self, "_token_search", TokenSearch(self.tokens, self.token_table))
-        set_now(self, "_digits", StringSearch([str(number) for number in self.numbers.tolist()]))
-        self._take_verdicts()
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def with_verdicts(self, verdicts: Verdicts) -> FeatureIndex:
         """The same features with other people's answers."""
-        return self._changed(verdicts=verdicts)
+        return self._changed("_orders", verdicts=verdicts)
 
     def with_model_labels(self, rows: Mapping[int, Mapping[str, Any]]) -> FeatureIndex:
         """The same features with a language model's labels, which are searched and ordered by `accuracy`."""
@@ -109,38 +93,66 @@ class FeatureIndex:
             return self
         accuracy = np.full(len(self), np.nan)
         accuracy[list(rows)] = [row["accuracy"] for row in rows.values()]
-        return self._changed(columns={**self.columns, "accuracy": accuracy}, model_labels=rows, _orders={})
+        return self._changed("_label_search", columns={**self.columns, "accuracy": accuracy}, model_labels=rows)
 
-    def _changed(self, **values: Any) -> FeatureIndex:
-        """A copy that shares what does not depend on these values."""
-        new = object.__new__(FeatureIndex)
-        for name in (part.name for part in dataclasses.fields(self)):
-            object.__setattr__(new, name, values.get(name, getattr(self, name)))
-        object.__setattr__(new, "_answers", OrderedDict())
-        object.__setattr__(new, "_kept", {})
-        new._take_verdicts()
+    def _changed(self, *shared: str, **values: Any) -> FeatureIndex:
+        """A copy with other values, which shares what takes long and does not depend on them."""
+        new = dataclasses.replace(self, **values)
+        new.__dict__.update({name: getattr(self, name) for name in ("_token_search", "_digits", *shared)})
         return new
 
-    def kept(self, key: Hashable, make: Callable[[], _Value]) -> _Value:
-        """What `make` returns, kept with the index: for pieces of pages that many readers ask for."""
-        found: _Value | None = self._kept.get(key)
-        if found is None:
-            if len(self._kept) >= _PIECES:
-                self._kept.clear()
-            found = self._kept[key] = make()
-        return found
+    @cached_property
+    def _token_search(self) -> TokenSearch:
+        return TokenSearch(self.tokens, self.token_table)
 
-    def _take_verdicts(self) -> None:
+    @cached_property
+    def _digits(self) -> StringSearch:
+        return StringSearch([str(number) for number in self.numbers.tolist()])
+
+    @cached_property
+    def _label_search(self) -> StringSearch:
+        return StringSearch([search_form(label) for label in self.verdicts.labels])
+
+    @cached_property
+    def _model_label_search(self) -> StringSearch:
+        return StringSearch([search_form(row["label"]) for row in self.model_labels.values()])
+
+    @cached_property
+    def _verdict_codes(self) -> npt.NDArray[np.int8]:
         yes, no, unsure = self.verdicts.n_yes, self.verdicts.n_no, self.verdicts.n_unsure
         names = CHOICES["verdict"]
         codes = np.full(len(self), names.index("none"), dtype=np.int8)
         codes[unsure > 0] = names.index("unsure")
         codes[(yes > 0) & (yes == no)] = names.index("disputed")
         codes[yes > no], codes[no > yes] = names.index("yes"), names.index("no")
-        object.__setattr__(self, "_verdict_codes", codes)
-        object.__setattr__(self, "_label_search", StringSearch([search_form(label) for label in self.verdicts.labels]))
-        of_model = StringSearch([search_form(row["label"]) for row in self.model_labels.values()])
-        object.__setattr__(self, "_model_label_search", of_model)
+        return codes
+
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        """Columns in which any feature has a number."""
+        return frozenset(name for name, values in self.columns.items() if np.isfinite(values).any())
+
+    @cached_property
+    def _answers(self) -> Callable[[Query], Found]:
+        """`_ordered`, with the last few answers kept."""
+        return lru_cache(_KEPT)(self._ordered)
+
+    @cached_property
+    def _orders(self) -> dict[tuple[str, bool], IntArray]:
+        return {}
+
+    @cached_property
+    def _pieces(self) -> dict[Hashable, Any]:
+        return {}
+
+    def kept(self, key: Hashable, make: Callable[[], _Value]) -> _Value:
+        """What `make` returns, kept with the index: for pieces of pages that many readers ask for."""
+        found: _Value | None = self._pieces.get(key)
+        if found is None:
+            if len(self._pieces) >= _PIECES:
+                self._pieces.clear()
+            found = self._pieces[key] = make()
+        return found
 
     def arm_of(self, place: int) -> str:
         """Name of the arm of the feature at a place."""
@@ -183,26 +195,19 @@ class FeatureIndex:
         """The basis of changes that a query means: its own, else the first that this run judged or measured."""
         if query.basis:
             return query.basis
-        known = [name for name in CHOICES["basis"] if self._known(f"z_{name}")]
+        known = [name for name in CHOICES["basis"] if f"z_{name}" in self._known]
         return known[0] if known else "read"
-
-    def _known(self, column: str) -> bool:
-        """Whether any feature has this number."""
-        if column not in self._judged:
-            values = self.columns.get(column)
-            self._judged[column] = values is not None and bool(np.isfinite(values).any())
-        return self._judged[column]
 
     def find(self, query: Query) -> Found:
         """The features that fit a query, one page of them; UnknownName for an arm that does not exist."""
-        whole = self._ordered(dataclasses.replace(query, page=1))
+        whole = self._answers(dataclasses.replace(query, page=1))
         pages = max(1, -(-whole.total // PAGE))
         page = min(query.page, pages)
         return dataclasses.replace(whole, places=whole.places[(page - 1) * PAGE : page * PAGE], page=page, pages=pages)
 
     def around(self, query: Query, place: int) -> tuple[int | None, int | None, int]:
         """The features before and after one in the order of a query, and its rank from 1, 0 if it is not in it."""
-        places = self._ordered(dataclasses.replace(query, page=1)).places
+        places = self._answers(dataclasses.replace(query, page=1)).places
         at = np.flatnonzero(places == place)
         if not len(at):
             return None, None, 0
@@ -212,10 +217,7 @@ class FeatureIndex:
         return before, after, i + 1
 
     def _ordered(self, query: Query) -> Found:
-        """All features that fit, in order; the last few answers are kept."""
-        known = self._answers.get(query)
-        if known is not None:
-            return known
+        """All features that fit, in order."""
         scores = self._scores(query.q)
         masks = self._masks(query)
         base = scores > 0 if scores is not None else np.ones(len(self), dtype=bool)
@@ -224,14 +226,7 @@ class FeatureIndex:
                 base &= mask
         counts, fits = self._counts(query, base, {name: mask for name, mask in masks.items() if name in _COUNTED})
         places = self._order(query, fits, scores)
-        found = Found(places, len(places), 1, 1, counts)
-        self._answers[query] = found
-        while len(self._answers) > _KEPT:
-            try:
-                self._answers.popitem(last=False)
-            except KeyError:  # another thread was first
-                break
-        return found
+        return Found(places, len(places), 1, 1, counts)
 
     def _scores(self, words: str) -> FloatArray | None:
         """How well each feature fits all words, 0 where one is missing; None without words."""
@@ -266,13 +261,13 @@ class FeatureIndex:
             if wanted:
                 masks[name] = self._codes(name, query) == CHOICES[name].index(wanted)
         basis = self.basis(query)
-        for name, column in (("coherence", "coherence"), ("density", "density"), ("effect", "effect")):
+        for name in ("coherence", "density", "effect"):
             low, high = getattr(query, f"{name}_min"), getattr(query, f"{name}_max", None)
             if low is not None or high is not None:
-                values = self._column(column)
+                values = self._column(name)
                 fits = np.isfinite(values)
                 fits &= values >= low if low is not None else True
-                masks[column] = fits & (values <= high if high is not None else True)
+                masks[name] = fits & (values <= high if high is not None else True)
         if query.p_max is not None:
             masks["p"] = self._column(f"p_{basis}") <= query.p_max
         if query.direction:
@@ -313,7 +308,7 @@ class FeatureIndex:
 
     def _change(self, basis: str) -> FloatArray:
         """The change in units of what nulls show; where there are no nulls, as it is."""
-        return self._column(f"z_{basis}" if self._known(f"z_{basis}") else f"change_{basis}")
+        return self._column(f"z_{basis}" if f"z_{basis}" in self._known else f"change_{basis}")
 
     def lacking(self, query: Query, place: int) -> tuple[str, ...] | None:
         """None if a feature has a value of what the query sorts by; else the arms that have some."""

@@ -126,7 +126,7 @@ def _coherence(tables: RunTables, study: Study, record: Record, lacks: dict[str,
     top = record["top_tokens"]
     try:
         vectors = load_embeddings(study.config.coherence.embeddings)
-        pairs = token_pairs([one["token"] for one in top], [one["weight"] for one in top], vectors)
+        pairs = token_pairs([token["token"] for token in top], [token["weight"] for token in top], vectors)
     except (SaeffectError, OSError) as error:
         lacks["pairs"] = error.message if isinstance(error, SaeffectError) else str(error)
         pairs = []

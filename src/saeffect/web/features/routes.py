@@ -22,8 +22,7 @@ from saeffect.web.features.record import plain
 from saeffect.web.features.rows import feature_address, list_view, options
 from saeffect.web.features.view import feature_view
 from saeffect.web.pages import environment, page
-from saeffect.web.review.blind import signed_in, veil
-from saeffect.web.review.desk import desk_of
+from saeffect.web.review.desk import desk_of, signed_in, veil
 from saeffect.web.site import Site
 
 __all__ = ["router", "warm"]
@@ -52,6 +51,7 @@ def warm(site: Site) -> None:
         with contextlib.suppress(SaeffectError):
             found = catalogue(site)
             list_view(found.index, Query(), found.index.find(Query()))
+            found.index.find(Query(q="a"))
             for arm in found.index.arms:
                 for number in found.index.numbers[found.index.slice(arm)][:1].tolist():
                     feature_view(found.record(arm, number), found.study)
@@ -134,7 +134,7 @@ def _feature(request: Request, arm: str, feature: str) -> Response:
     return page(
         request,
         "feature.html.j2",
-        title=view.title,
+        title=view["title"],
         view=view,
         record=record,
         query=query,

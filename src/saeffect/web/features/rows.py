@@ -14,12 +14,11 @@ from markupsafe import Markup, escape
 from saeffect.report.texts import chips
 from saeffect.report.words.numbers import count, fixed, interval, p_value, plural, signed
 from saeffect.web.features.index import FeatureIndex, Found
-from saeffect.web.features.query import CHOICES, SORTS, Query
-from saeffect.web.features.search import search_form
+from saeffect.web.features.query import CHOICES, SORTS, Query, search_form, written
 from saeffect.web.features.view import BASES, share
 from saeffect.web.pages import environment
 
-__all__ = ["FILTERS", "ListView", "ListedFeature", "feature_address", "list_view", "options"]
+__all__ = ["FILTERS", "ListedFeature", "feature_address", "list_view", "options"]
 
 FILTERS = {
     "domain": "Domain",
@@ -70,28 +69,6 @@ class ListedFeature:
         return Markup("".join(shown[: _TOKENS + 2]))
 
 
-@dataclass(frozen=True)
-class ListView:
-    """What the template of the list shows; links are addresses of the same list, changed."""
-
-    query: Query
-    rows: tuple[ListedFeature, ...]
-    searched: tuple[str, ...]
-    behind: str
-    total: str
-    page: int
-    pages: int
-    before: str | None
-    after: str | None
-    arms: tuple[tuple[str, str, str, int, bool], ...]
-    heads: tuple[tuple[str, str, str, str, str], ...]
-    active: tuple[tuple[str, str], ...]
-    counts: Any
-    missing: Any
-    basis: str
-    unsorted: str
-
-
 def feature_address(arm: str, number: int, query: Query) -> str:
     """The address of a feature's page that knows the list it was opened from."""
     return f"/features/{quote(arm, safe='')}/{number}{_behind(query)}"
@@ -102,8 +79,8 @@ def _behind(query: Query) -> str:
     return f"?{asked}" if asked else ""
 
 
-def list_view(index: FeatureIndex, query: Query, found: Found) -> ListView:
-    """The page of the list that `found` holds."""
+def list_view(index: FeatureIndex, query: Query, found: Found) -> dict[str, Any]:
+    """What the template of the list shows of the page that `found` holds; links are addresses of the list, changed."""
     basis = index.basis(query)
     every = sum(found.counts["arm"].values())
     arms = [("", "All arms", query.address(arm=""), every, not query.arm)]
@@ -111,32 +88,31 @@ def list_view(index: FeatureIndex, query: Query, found: Found) -> ListView:
         (index.roles[arm], arm, query.address(arm=arm), found.counts["arm"].get(arm, 0), query.arm == arm)
         for arm in index.arms
     ]
-    return ListView(
-        query=query,
+    return {
+        "query": query,
         # Kept: most keystrokes show rows that others have shown.
-        rows=tuple(
+        "rows": tuple(
             index.kept(("row", place, basis, query.by), partial(_row, index, place, basis, query.by))
             for place in found.places.tolist()
         ),
-        searched=tuple(search_form(word) for word in query.q.replace('"', " ").split()),
-        behind=_behind(query),
-        total=plural(found.total, "feature"),
-        page=found.page,
-        pages=found.pages,
-        before=query.address(page=found.page - 1) if found.page > 1 else None,
-        after=query.address(page=found.page + 1) if found.page < found.pages else None,
-        arms=tuple(arms),
-        heads=tuple(_head(query, *head) for head in _HEADS),
-        active=tuple(
-            (f"{FILTERS[name]} {_shown(value)}", query.address(**{name: "" if isinstance(value, str) else None}))
+        "searched": tuple(search_form(word) for word in query.q.replace('"', " ").split()),
+        "behind": _behind(query),
+        "total": plural(found.total, "feature"),
+        "page": found.page,
+        "pages": found.pages,
+        "before": query.address(page=found.page - 1) if found.page > 1 else None,
+        "after": query.address(page=found.page + 1) if found.page < found.pages else None,
+        "arms": tuple(arms),
+        "heads": tuple(_head(query, *head) for head in _HEADS),
+        "active": tuple(
+            (f"{FILTERS[name]} {written(value)}", query.address(**{name: "" if isinstance(value, str) else None}))
             for name, value in query.filters.items()
             if name in FILTERS
         ),
-        counts=found.counts,
-        missing=index.missing,
-        basis=BASES[basis],
-        unsorted=_unsorted(index, query, found),
-    )
+        "counts": found.counts,
+        "missing": index.missing,
+        "unsorted": _unsorted(index, query, found),
+    }
 
 
 def _unsorted(index: FeatureIndex, query: Query, found: Found) -> str:
@@ -147,10 +123,6 @@ def _unsorted(index: FeatureIndex, query: Query, found: Found) -> str:
     name = SORTS[query.sort.removeprefix("-").replace("relevance", "") or "change"]
     who = f"features of {' and '.join(arms)} have one" if arms else "no feature of this run has one"
     return f"Nothing to sort by: these have no value of “{name}”; {who}."
-
-
-def _shown(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _head(query: Query, name: str, title: str, note: str) -> tuple[str, str, str, str, str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -159,126 +160,95 @@ class _Arm:
 def _arm(tables: RunTables, name: str, arms: ArmRoles) -> _Arm:
     features = tables.get(f"arms/{name}/features.parquet")
     assert features is not None  # the caller has looked
-    at = _Places(features.numbers)
+    numbers = features.numbers
     tokens, table = _token_lists(features.table["top_tokens"])
-    columns = {column: _floats(features.table, column) for column in _OF_FEATURES}
-    for file, wanted in (("coherence", ("coherence",)), ("selection", ("matches",)), ("effects", ("effect", "q"))):
-        found = _declared(tables.get(f"arms/{name}/{file}.parquet"))
-        columns |= {column: at.put(found, column) for column in wanted if found is not None and column in found[1]}
-    selection, effects = (_declared(tables.get(f"arms/{name}/{file}.parquet")) for file in ("selection", "effects"))
-    n = len(features.numbers)
-    codes = {code: np.zeros(n, dtype=np.int8) for code in _CODES}
-    domain = at.put(selection, "is_domain")
+    measured = _by_feature(features, numbers, _OF_FEATURES)
+    coherence, selection, effects = (
+        _by_feature(_declared(tables.get(f"arms/{name}/{file}.parquet")), numbers, wanted)
+        for file, wanted in (
+            ("coherence", ("coherence",)),
+            ("selection", ("matches", "is_domain", "label", *_VERDICTS)),
+            ("effects", ("effect", "q", "passed")),
+        )
+    )
+    columns = {column: _numeric(measured, column) for column in _OF_FEATURES}
+    for found, wanted in ((coherence, ("coherence",)), (selection, ("matches",)), (effects, ("effect", "q"))):
+        columns |= {column: _numeric(found, column) for column in wanted if column in found}
+    codes = {code: np.zeros(len(numbers), dtype=np.int8) for code in _CODES}
+    domain = _numeric(selection, "is_domain")
     codes["domain"][:] = np.where(domain == 1, CHOICES["domain"].index("yes"), CHOICES["domain"].index("no"))
-    passed = at.put(effects, "passed")
-    codes["tested"][:] = [CHOICES["tested"].index(_tested(value)) for value in passed]
+    codes["tested"][:] = [CHOICES["tested"].index(_tested(value)) for value in _numeric(effects, "passed")]
     if name == arms.control or (arms.one_sae and name == arms.treatment):
-        columns |= _changes(tables, at)
-    side = {arms.control: "control", arms.treatment: "treatment"}.get(name)
+        columns |= _changes(tables, numbers)
     for by in MEASURES:
         codes[f"fate_{by}"][:] = CHOICES["fate"].index("unknown")
-    if side:
-        _add_fates(tables, side, at, columns, codes)
-    labels = [""] * n
-    if selection is not None and "label" in selection[1]:
-        for place, label in zip(at.of(selection[0]), selection[1]["label"].to_pylist(), strict=True):
-            if label and place >= 0:
-                labels[place] = str(label)
-    verdicts = {column: np.nan_to_num(at.put(selection, column)).astype(np.int64) for column in _VERDICTS}
-    return _Arm(name, features.numbers, columns, codes, tokens, table, verdicts, labels)
+    if side := {arms.control: "control", arms.treatment: "treatment"}.get(name):
+        _add_fates(tables, side, numbers, columns, codes)
+    labels = [str(label) if isinstance(label, str) else "" for label in selection.get("label", [None] * len(numbers))]
+    verdicts = {column: np.nan_to_num(_numeric(selection, column)).astype(np.int64) for column in _VERDICTS}
+    return _Arm(name, numbers, columns, codes, tokens, table, verdicts, labels)
 
 
-_Rows = tuple[npt.NDArray[np.int64], dict[str, pa.ChunkedArray]]
-
-
-class _Places:
-    """Where features stand among the arm's numbers [n], which are sorted."""
-
-    def __init__(self, numbers: npt.NDArray[np.int64]) -> None:
-        self._numbers = numbers
-
-    def of(self, features: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The place of each, -1 for none."""
-        at = np.minimum(np.searchsorted(self._numbers, features), max(0, len(self._numbers) - 1))
-        return np.where(self._numbers[at] == features, at, -1) if len(self._numbers) else np.full(len(features), -1)
-
-    def put(self, rows: _Rows | None, column: str) -> FloatArray:
-        """A column of some rows as float64 [n], NaN where there is no row."""
-        values = np.full(len(self._numbers), np.nan)
-        if rows is not None and column in rows[1]:
-            at = self.of(rows[0])
-            values[at[at >= 0]] = _numeric(rows[1][column])[at >= 0]
-        return values
-
-
-def _numeric(column: pa.ChunkedArray) -> FloatArray:
-    return np.asarray(pc.cast(column, pa.float64()).to_numpy(), dtype=np.float64)
-
-
-def _floats(table: pa.Table, column: str) -> FloatArray:
-    if column not in table.column_names:
-        return np.full(table.num_rows, np.nan)
-    return _numeric(table[column])
-
-
-def _rows(table: SortedTable | None, **only: str) -> _Rows | None:
-    """The first row of each feature, of those with the wanted texts in some columns."""
+def _by_feature(
+    table: SortedTable | None, numbers: npt.NDArray[np.int64], wanted: Sequence[str], **only: str
+) -> pd.DataFrame:
+    """Of these columns those that a table has, a row for each number: the first of the feature's rows, of those with
+    these texts in further columns; missing values where there is none.
+    """
     if table is None or "feature" not in table.table.column_names:
-        return None
+        return pd.DataFrame(index=numbers)
     found = table.table
     for column, value in only.items():
         found = found.filter(pc.equal(found[column], value))
-    numbers = found["feature"].to_numpy()
-    first = np.concatenate([[True], np.diff(numbers) != 0]) if len(numbers) else np.empty(0, dtype=bool)
-    found = found.filter(pa.array(first))
-    return found["feature"].to_numpy(), {name: found[name] for name in found.column_names}
+    known = ["feature", *(name for name in wanted if name in found.column_names)]
+    return found.select(known).to_pandas().drop_duplicates("feature").set_index("feature").reindex(numbers)
 
 
-def _declared(table: SortedTable | None) -> _Rows | None:
-    """The first row of each feature, of the declared test where tests are."""
+def _declared(table: SortedTable | None) -> SortedTable | None:
+    """The declared test's rows where a table has some."""
     if table is not None and "declared" in table.table.column_names:
         declared = table.table.filter(table.table["declared"])
-        table = SortedTable(declared) if declared.num_rows else table
-    return _rows(table)
+        return SortedTable(declared) if declared.num_rows else table
+    return table
+
+
+def _numeric(table: pd.DataFrame, column: str) -> FloatArray:
+    """A column as float64, NaN where it is missing."""
+    return table[column].to_numpy(dtype=np.float64) if column in table else np.full(len(table), np.nan)
 
 
 def _tested(passed: float) -> str:
     return "untested" if np.isnan(passed) else "passed" if passed else "failed"
 
 
-def _changes(tables: RunTables, at: _Places) -> dict[str, FloatArray]:
+def _changes(tables: RunTables, numbers: npt.NDArray[np.int64]) -> dict[str, FloatArray]:
     table = tables.get("comparison/changes.parquet")
     found: dict[str, FloatArray] = {}
     for basis in CHOICES["basis"]:
-        rows = _rows(table, basis=basis)
-        if rows is not None and len(rows[0]):
-            found |= {f"{name}_{basis}": at.put(rows, name) for name in ("change", "z", "p")}
+        rows = _by_feature(table, numbers, ("change", "z", "p", "basis"), basis=basis)
+        if "basis" in rows and rows["basis"].notna().any():
+            found |= {f"{name}_{basis}": _numeric(rows, name) for name in ("change", "z", "p")}
     return found
 
 
 def _add_fates(
     tables: RunTables,
     side: str,
-    at: _Places,
+    numbers: npt.NDArray[np.int64],
     columns: dict[str, FloatArray],
     codes: Mapping[str, npt.NDArray[np.int8]],
 ) -> None:
     """Fates and matches of one of the two compared arms, by both measures."""
     table = tables.get(f"comparison/fates_{side}.parquet")
     known = {fate: code for code, fate in enumerate(CHOICES["fate"])}
+    absorbed = tables.get("comparison/absorption.parquet") if side == "control" else None
+    is_absorbed = _numeric(_by_feature(absorbed, numbers, ("absorbed",)), "absorbed") == 1
     for by, measure in MEASURES.items():
-        rows = _rows(table, measure=measure)
-        if rows is None or not len(rows[0]):
-            continue
-        columns |= {f"{name}_{by}": at.put(rows, name) for name in ("similarity", "match")}
-        places = at.of(rows[0])
-        fates = [known.get(fate or "unknown", known["unknown"]) for fate in rows[1]["fate"].to_pylist()]
-        codes[f"fate_{by}"][places[places >= 0]] = np.array(fates, dtype=np.int8)[places >= 0]
-    absorbed = _rows(tables.get("comparison/absorption.parquet")) if side == "control" else None
-    if absorbed is not None and len(absorbed[0]):
-        which = at.put(absorbed, "absorbed") == 1
-        for by in MEASURES:
-            codes[f"fate_{by}"][which] = known["absorbed"]
+        rows = _by_feature(table, numbers, ("similarity", "match", "fate", "measure"), measure=measure)
+        if "measure" in rows and rows["measure"].notna().any():
+            columns |= {f"{name}_{by}": _numeric(rows, name) for name in ("similarity", "match")}
+            codes[f"fate_{by}"][:] = rows["fate"].map(known).fillna(known["unknown"])
+        codes[f"fate_{by}"][is_absorbed] = known["absorbed"]
 
 
 def _token_lists(column: pa.ChunkedArray) -> tuple[list[str], npt.NDArray[np.int64]]:

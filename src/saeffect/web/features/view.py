@@ -27,7 +27,7 @@ from saeffect.study.study import Study
 from saeffect.web.features.pictures import Chart, histogram, line_chart
 from saeffect.web.features.record import Record
 
-__all__ = ["BASES", "Bar", "Fact", "FeatureView", "Pair", "ShownContext", "Side", "feature_view", "share"]
+__all__ = ["BASES", "Bar", "Fact", "Pair", "ShownContext", "Side", "feature_view", "share"]
 
 BASES = {
     "combined": "All four together",
@@ -97,50 +97,27 @@ class Pair:
     share: str
 
 
-@dataclass(frozen=True)
-class FeatureView:
-    """What the template of a feature's page shows."""
-
-    record: Record
-    title: str
-    facts: tuple[Fact, ...]
-    model_label: tuple[Fact, ...]
-    top: tuple[Bar, ...]
-    bottom: tuple[Bar, ...]
-    sides: tuple[Side, ...]
-    contexts: tuple[tuple[str, tuple[ShownContext, ...]], ...]
-    histogram: Chart | None
-    activity: tuple[tuple[str, tuple[str, ...]], ...]
-    pairs: tuple[Pair, ...]
-    changes: tuple[tuple[str, ...], ...]
-    matches: tuple[Mapping[str, Any], ...]
-    effects: tuple[tuple[str, ...], ...]
-    doses: tuple[Chart, ...]
-    trials: tuple[Trial, ...]
-
-
-def feature_view(record: Record, study: Study) -> FeatureView:
-    """The page of a feature from its record."""
+def feature_view(record: Record, study: Study) -> dict[str, Any]:
+    """What the template of a feature's page shows, from its record."""
     sides = _sides(record, study)
     label = record["label"]
-    return FeatureView(
-        record=record,
-        title=f"{record['arm']} {record['feature']}" + (f": {label}" if label else ""),
-        facts=_facts(record),
-        model_label=_model_label(record.get("model_label") or {}),
-        top=_bars(record["top_tokens"], record["matched"]),
-        bottom=_bars(record["bottom_tokens"] or [], record["matched"]),
-        sides=sides,
-        contexts=_contexts(record, sides),
-        histogram=_histogram(record, sides),
-        activity=_activity(record, sides),
-        pairs=_pairs(record),
-        changes=tuple(_change(row) for row in record["changes"]["bases"]),
-        matches=tuple(_match(row) for row in record["matches"]),
-        effects=_effects(record["steering"]),
-        doses=_doses(record["steering"]),
-        trials=_trials(record),
-    )
+    return {
+        "title": f"{record['arm']} {record['feature']}" + (f": {label}" if label else ""),
+        "facts": _facts(record),
+        "model_label": _model_label(record.get("model_label") or {}),
+        "top": _bars(record["top_tokens"], record["matched"]),
+        "bottom": _bars(record["bottom_tokens"] or [], record["matched"]),
+        "sides": sides,
+        "contexts": _contexts(record, sides),
+        "histogram": _histogram(record, sides),
+        "activity": _activity(record, sides),
+        "pairs": _pairs(record),
+        "changes": tuple(_change(row) for row in record["changes"]["bases"]),
+        "matches": tuple(_match(row) for row in record["matches"]),
+        "effects": _effects(record["steering"]),
+        "doses": _doses(record["steering"]),
+        "trials": _trials(record),
+    }
 
 
 def share(value: object) -> str:
@@ -154,7 +131,7 @@ def _sides(record: Record, study: Study) -> tuple[Side, ...]:
     known = [(models["own"], "")]
     if record["histogram"] is not None and record["histogram"]["counts_beside"] is not None:
         known.append((models["beside"], "_beside"))
-    control = study.by_role("control")[0]
+    control = study.control
     found = []
     for arm, suffix in known:
         role = study.config.arms[arm].role
@@ -199,7 +176,7 @@ def _model_label(row: Mapping[str, Any]) -> tuple[Fact, ...]:
 
 
 def _bars(tokens: Sequence[Mapping[str, Any]], matched: Sequence[str]) -> tuple[Bar, ...]:
-    names, weights = [one["token"] for one in tokens], [float(one["weight"]) for one in tokens]
+    names, weights = _columns(tokens)
     largest = max((abs(weight) for weight in weights if math.isfinite(weight)), default=0.0) or 1.0
     shown = chips(names, weights, matched)
     return tuple(
@@ -287,7 +264,7 @@ def _pairs(record: Record) -> tuple[Pair, ...]:
 
 
 def _columns(tokens: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[float]]:
-    return [one["token"] for one in tokens], [float(one["weight"]) for one in tokens]
+    return [token["token"] for token in tokens], [float(token["weight"]) for token in tokens]
 
 
 def _change(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -357,5 +334,5 @@ def _trials(record: Record) -> tuple[Trial, ...]:
     texts = record["steering"]["texts"]
     if not texts or "similarity" not in texts[0]:
         return ()
-    top = [one["token"] for one in record["top_tokens"]]
+    top = [token["token"] for token in record["top_tokens"]]
     return representative_trials(pd.DataFrame(texts), record["steering"]["prompts"], top)

@@ -1,21 +1,129 @@
-"""Routes of the overview, and the files of the report."""
+"""Routes of the overview, the report of a run directory put together from its tables, and the files of the report.
+
+Words, tables and figures are the report's own. What a run recorded of models and SAEs stands in for them, so a report
+can be read where they no longer are.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYet
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pandas as pd
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
+from markupsafe import Markup
 
-from saeffect.errors import NotFound, SaeffectError
-from saeffect.report.html import script_hash
-from saeffect.web.overview.content import Content, ContentMaker
-from saeffect.web.overview.state import headline, run_state
+from saeffect.comparison import ArmFacts, Comparison
+from saeffect.errors import BadFile, NotFound, SaeffectError
+from saeffect.report import ReportContext
+from saeffect.report.html import render_body, render_early, script_hash
+from saeffect.study.run_folder import RunFolder
+from saeffect.study.stages.compare import arm_facts, arm_tables, read_comparison
+from saeffect.study.stages.match import read_matches
+from saeffect.study.stages.report import gate_measures, report_context
+from saeffect.study.study import Study
+from saeffect.web.overview.state import headline, recorded_study, run_state
 from saeffect.web.pages import page
 from saeffect.web.site import Site
 
 __all__ = ["router", "warm"]
+
+_SHOWN = 60  # features per arm among which the report picks those whose texts it shows
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What a page shows of a report: facts below the title, the sections, and why there are none."""
+
+    facts: tuple[tuple[str, str], ...] = ()
+    body: Markup = field(default_factory=Markup)
+    problem: SaeffectError | None = None
+
+
+class _ContentMaker:
+    """Puts reports together in a thread, one at a time, anew when a stage has finished."""
+
+    def __init__(self, site: Site) -> None:
+        self._site, self._lock = site, threading.Lock()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="overview")
+        self._version, self._latest = "", Future[_Content]()
+        site.on_close(lambda: self._pool.shutdown(wait=False, cancel_futures=True))
+
+    def get(self, version: str, wait: float) -> _Content | None:
+        """The report of a version of the directory; None if it is not ready after `wait` seconds."""
+        with self._lock:
+            if version != self._version:
+                self._latest.cancel()
+                self._version, self._latest = version, self._pool.submit(_content_of, self._site)
+            latest = self._latest
+        try:
+            return latest.result(timeout=wait)
+        except NotYet:
+            return None
+
+
+def _content_of(site: Site) -> _Content:
+    """The report as far as the run has come; a problem of its files is part of the content."""
+    if not site.stages:
+        return _Content()
+    try:
+        run = RunFolder(site.folder, recorded_study(site))
+        if not run.study.has_saes:
+            return _Content()
+        return _whole(run) if "compare" in site.stages else _early(run)
+    except SaeffectError as error:
+        return _Content(problem=error)
+    except Exception as error:  # tables of another version: missing columns, other types
+        problem = BadFile(
+            f"the tables do not fit together ({type(error).__name__}: {error}).",
+            at=str(site.folder),
+            fix="the run may be of another version of saeffect, or damaged: run the study again.",
+        )
+        return _Content(problem=problem)
+
+
+def _facts(study: Study, name: str, measured: dict[str, Any]) -> ArmFacts:
+    """An arm's facts; those that the report shows, if its model or SAE is gone."""
+    try:
+        return arm_facts(study, name, measured)
+    except SaeffectError:
+        arm = study.config.arms[name]
+        known = dict.fromkeys(ArmFacts.__dataclass_fields__)
+        return ArmFacts(
+            **{**known, "role": arm.role, "model": arm.model.full_name, "dead_share": measured["dead_share"]}
+        )
+
+
+def _whole(run: RunFolder) -> _Content:
+    comparison = read_comparison(run)
+    context = replace(report_context(run, arm_tables(run, _facts)), max_features=_SHOWN)
+    return _Content(tuple(context.facts), render_body(comparison, context=context, features_at="/features"))
+
+
+def _early(run: RunFolder) -> _Content:
+    config, names = run.study.config, run.study.ordered_arms()
+    dead: dict[str, float | None] = {}
+    for name in names:
+        features = run.table_or_none(run.arm(name, "features.parquet"))
+        if features is None:  # the gate table compares all arms
+            return _Content()
+        dead[name] = float((features["n_active"] == 0).mean())
+    context = ReportContext(
+        study=config.name,
+        gate=gate_measures(run, dead),
+        domain=config.selection.subject,
+        alpha=config.comparison.alpha,
+    )
+    arms = pd.DataFrame({"arm": names, "role": [config.arms[name].role for name in names]})
+    nothing = {name: pd.DataFrame() for name in Comparison.table_names()}
+    comparison = Comparison(**{**nothing, "table1": arms}, matches=read_matches(run))
+    return _Content(body=render_early(comparison, context=context))
+
 
 router = APIRouter()
 
@@ -29,13 +137,13 @@ _KINDS = {".csv": "text/csv", ".json": "application/json", ".svg": "image/svg+xm
 def _overview(request: Request) -> Response:
     site: Site = request.app.state.site
     state = run_state(site)
-    content = Content() if state.condition == "empty" else _maker(site).get(state.version, _PATIENCE)
+    content = _Content() if state.condition == "empty" else _maker(site).get(state.version, _PATIENCE)
     return page(
         request,
         "overview/page.html.j2",
         title=state.title or "No study yet",
         state=state,
-        content=content or Content(),
+        content=content or _Content(),
         pending=content is None,
         headline=headline(site) if content is None or not content.body else "",
         files=_files(site),
@@ -92,5 +200,5 @@ def warm(site: Site) -> None:
             _maker(site).get(state.version, 0.0)
 
 
-def _maker(site: Site) -> ContentMaker:
-    return site.cached("overview", (), lambda: ContentMaker(site))
+def _maker(site: Site) -> _ContentMaker:
+    return site.cached("overview", (), lambda: _ContentMaker(site))

@@ -1,4 +1,6 @@
-"""How far a study is: each stage, what the running one is at, and whether anybody is running it."""
+"""How far a study is: each stage, what the running one is at, whether anybody is running it; and the study as its run
+recorded it, whose models and SAEs may be gone.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from saeffect.errors import SaeffectError
@@ -13,10 +16,10 @@ from saeffect.io import fingerprint, read_json
 from saeffect.progress import duration
 from saeffect.study.progress_file import RunProgress, read_progress
 from saeffect.study.run import stage_keys
-from saeffect.web.overview.recorded import recorded_study
+from saeffect.study.study import Study
 from saeffect.web.site import Site
 
-__all__ = ["RunState", "StageState", "headline", "run_state"]
+__all__ = ["RecordedStudy", "RunState", "StageState", "headline", "recorded_study", "run_state"]
 
 
 @dataclass(frozen=True)
@@ -122,3 +125,30 @@ def headline(site: Site) -> str:
         return str(answer.get("learned") or answer["headline"])
     except (SaeffectError, OSError, KeyError, AttributeError):
         return ""
+
+
+class RecordedStudy(Study):
+    """A study that takes hooks and hashes from the manifest, and asks for no SAE to name its folder."""
+
+    def hook(self, name: str) -> str:
+        """The recorded hook, else as in a study."""
+        recorded = self.identities.get(name, {}).get("hook")
+        return recorded or super().hook(name)
+
+    def sae_folder(self, name: str) -> Path:
+        """The folder that the study names, also if it is gone."""
+        try:
+            return super().sae_folder(name)
+        except SaeffectError:
+            return Path(self.arm(name).sae or "")
+
+
+def recorded_study(site: Site) -> RecordedStudy:
+    """The study of a run directory with what its manifest knows; errors as `Site.study`."""
+    study = RecordedStudy(site.study.config, site.study.source)
+    arms, text = site.manifest.get("arms"), site.manifest.get("text_sha256")
+    if isinstance(arms, dict) and all(isinstance(identity, dict) for identity in arms.values()):
+        study.__dict__["identities"] = arms  # where a cached_property keeps its value
+    if isinstance(text, str):
+        study.__dict__["text_identity"] = text
+    return study

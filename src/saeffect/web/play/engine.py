@@ -164,7 +164,7 @@ class _ReadOnce(RunFolder):
 
 def _sides_of(run: RunFolder) -> list[str]:
     """The arms whose models answer: control, then treatment."""
-    return [run.study.by_role("control")[0], run.study.by_role("treatment")[0]]
+    return [run.study.control, run.study.treatment]
 
 
 def features_to_steer(run: RunFolder, ask: Ask) -> pd.DataFrame | None:

@@ -1,32 +1,36 @@
-"""The playground's pages and its JSON: `/play`, kept results, and the stream of a run, a line of JSON an event."""
+"""The playground's pages and its JSON: `/play`, kept results, the stream of a run (a line of JSON an event), and files
+of features for other programs.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
+import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, Body, Request
+from fastapi import APIRouter, Body, Request, Response
+from fastapi import Query as Parameter
 from fastapi.responses import HTMLResponse, StreamingResponse
 
 from saeffect.config_chat import prompt_text
-from saeffect.errors import NotFound, SaeffectError
-from saeffect.study.export import FORMATS
+from saeffect.errors import ConfigError, NotFound, SaeffectError, unknown_name
+from saeffect.study.export import FORMATS, export_features, group_of
 from saeffect.study.stages.dose_search import chosen_dose
 from saeffect.web.features.catalogue import catalogue
 from saeffect.web.features.index import FeatureIndex
 from saeffect.web.features.query import Query
 from saeffect.web.pages import page
-from saeffect.web.play.ask import MOST_FEATURES, MOST_TOKENS, Ask
+from saeffect.web.play.ask import MOST_FEATURES, MOST_TOKENS, Ask, Result, Text, forget, keep, kept_list, read_kept
 from saeffect.web.play.engine import Engine
-from saeffect.web.play.kept import Result, Text, forget, keep, kept_list, read_kept
 from saeffect.web.play.worker import Event, Job, Worker, described
-from saeffect.web.review.blind import veil
+from saeffect.web.review.desk import veil
 from saeffect.web.site import Site
 
 __all__ = ["router"]
@@ -36,6 +40,8 @@ _RECENT = 64  # finished results that can still be kept
 _MOST_COMPARED = 4
 _MAKING = threading.Lock()
 _OFFERED, _TOKENS, _LONGEST = 12, 6, 100  # features of a search, their tokens, letters of its words
+_TYPES = {".json": "application/json", ".csv": "text/csv; charset=utf-8"}
+_MOST_EXPORTED = 5_000
 _STEPS = 5  # classes .a1 to .a5 of a tint
 
 
@@ -147,7 +153,7 @@ def _features(request: Request, arm: str, q: str = "") -> list[dict[str, Any]]:
     index, words = _index(request), q.strip()[:_LONGEST]
     suggested = (Query(arm=arm, tested="passed", sort="effect"), Query(arm=arm, domain="yes"), Query(arm=arm))
     answers = (index.find(query) for query in ((Query(arm=arm, q=words),) if words else suggested))
-    found: list[int] = next((one.places[:_OFFERED].tolist() for one in answers if one.total), [])
+    found: list[int] = next((answer.places[:_OFFERED].tolist() for answer in answers if answer.total), [])
     return _described(request, arm, [int(index.numbers[place]) for place in found])
 
 
@@ -206,6 +212,42 @@ def _forget_result(request: Request, asked: dict[str, str] = Body()) -> Mapping[
     return {"deleted": True}
 
 
+@router.get("/api/export")
+def _export(
+    request: Request,
+    arm: str,
+    format: str,
+    feature: list[int] = Parameter(default=[]),  # noqa: B008
+    group: str = "",
+    dose: float | None = None,
+) -> Response:
+    """A file of features of an arm: `?arm=…&feature=…&feature=…&format=safetensors&dose=…`, or `group=domain`."""
+    run = request.app.state.site.run
+    run.study.arm(arm)
+    if format not in FORMATS:
+        raise unknown_name("format", format, FORMATS, at="format")
+    if bool(feature) == bool(group):
+        raise ConfigError("give features or a group.", at="feature", fix="for example feature=12, or group=domain.")
+    chosen = feature or group_of(run, arm, group)
+    if len(chosen) > _MOST_EXPORTED:
+        raise ConfigError(
+            f"{len(chosen):,} features are too many for one file.", at="group", fix="use saeffect export."
+        )
+    found = FORMATS[format]
+    named = group.replace(":", "-") or "-".join(map(str, chosen[:4])) + ("-and-more" if len(chosen) > 4 else "")
+    with tempfile.TemporaryDirectory(prefix="saeffect-") as folder:
+        file = Path(folder) / f"file{found.suffix}"
+        export_features(run, arm, chosen, file, kind=format, dose=dose if found.has_dose else None)
+        data = file.read_bytes()
+    # Names of arms may hold anything; a header may not.
+    name = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in f"{arm}-{named}")
+    return Response(
+        data,
+        media_type=_TYPES.get(found.suffix, "application/octet-stream"),
+        headers={"Content-Disposition": f'attachment; filename="{name}{found.suffix}"'},
+    )
+
+
 def _index(request: Request) -> FeatureIndex:
     """The features of the browser, without what people said where that is hidden."""
     return catalogue(request.app.state.site, blind=veil(request) is not None).index
@@ -227,8 +269,7 @@ _PROMPT = "What topic is on your mind?"
 def _defaults(site: Site) -> dict[str, Any]:
     """What the study's own steering used."""
     steering = site.study.config.steering
-    roles = site.study.by_role("treatment")
-    found: dict[str, Any] = {"prompt": _PROMPT, "arm": roles[0] if roles else ""}
+    found: dict[str, Any] = {"prompt": _PROMPT, "arm": site.study.treatment}
     if steering is None:
         return found
     if steering.unit == "residual_norm":

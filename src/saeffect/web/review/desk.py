@@ -1,4 +1,9 @@
-"""What the review's pages read and write: the queue of the run, its contexts, and the store of verdicts."""
+"""What the review's pages read and write: the queue of the run, its contexts, the store of verdicts; who judges in a
+browser, and whether it may show what others said.
+
+That stays hidden, all over the app, until one has judged everything or says that one will not judge blind. This is
+written down, and the verdicts that follow are marked.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +12,10 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import unquote
 
 import pandas as pd
+from fastapi import Request
 
 from saeffect.errors import NotFound, SaeffectError
 from saeffect.report.texts import Chip, Run, chips, context_runs
@@ -17,10 +24,24 @@ from saeffect.review.queue import Item, Queue, fingerprint_tokens
 from saeffect.review.store import NOT_BLIND, STORE, Given, VerdictStore
 from saeffect.review.verdicts import ADJUDICATION, VERDICTS
 from saeffect.study.label import read_labels
-from saeffect.study.review import Standing, read_queue, standing_verdicts
+from saeffect.study.stages.select import Standing, read_queue, standing_verdicts
 from saeffect.web.site import Site
 
-__all__ = ["Desk", "Judged", "Progress", "Screen", "Split", "Splits", "desk_of"]
+__all__ = [
+    "Desk",
+    "Judged",
+    "Progress",
+    "Screen",
+    "Split",
+    "Splits",
+    "Veil",
+    "desk_of",
+    "has_looked",
+    "looked_cookie",
+    "rater_cookie",
+    "signed_in",
+    "veil",
+]
 
 _PAGE = 50  # disagreements
 _CONTEXTS = ["feature", "rank", "position", "tokens", "activations"]
@@ -163,10 +184,6 @@ class Desk:
         keys = self.queue.keys
         return Progress(rater, len(keys & self.store.judged(rater).keys()), len(keys))
 
-    def labels(self, rater: str) -> list[str]:
-        """The labels that this rater gave, the commonest first; nobody else's."""
-        return self.store.labels(rater)
-
     def standing(self) -> Standing:
         """What everybody said about the features as they are."""
         arms = {arm: self._site.table("arms", arm, "features.parquet") for arm in self._site.arms}
@@ -285,3 +302,53 @@ def _given(item: Item, said: Judged, role: Literal["rater", "adjudicator"], requ
 def desk_of(site: Site) -> Desk:
     """The one desk of a site."""
     return site.cached("review desk", [], lambda: Desk(site))
+
+
+@dataclass(frozen=True)
+class Veil:
+    """What others said is hidden: from whom (None: nobody is signed in), and on which page."""
+
+    own: Progress | None
+    here: str
+
+
+def rater_cookie(request: Request) -> str:
+    """Holds the name of who is judging; browsers share cookies between ports."""
+    return f"rater-{request.app.state.site.settings.port}"
+
+
+def looked_cookie(request: Request) -> str:
+    """Says that this browser has shown what others said to somebody who was not signed in."""
+    return f"looked-{request.app.state.site.settings.port}"
+
+
+def signed_in(request: Request, desk: Desk) -> str | None:
+    """Who is judging: the owner of the token, or else who the browser says."""
+    owner = getattr(request.state, "rater", None)
+    if owner:
+        return desk.store.find(owner) or str(owner)
+    said = unquote(request.cookies.get(rater_cookie(request), ""))
+    return desk.store.find(said) if said else None
+
+
+def has_looked(request: Request) -> bool:
+    """Whether somebody who was not signed in has looked in this browser."""
+    return looked_cookie(request) in request.cookies
+
+
+def veil(request: Request) -> Veil | None:
+    """None where verdicts may be shown: there are none, or one has judged everything or has looked before."""
+    site, hosted = request.app.state.site, getattr(request.state, "rater", None) is not None
+    if not hosted and not (site.folder / STORE).exists():
+        return None
+    here = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+    if not hosted and rater_cookie(request) not in request.cookies:
+        return None if has_looked(request) else Veil(None, here)
+    try:
+        desk = desk_of(site)
+        rater = signed_in(request, desk)
+        if rater is None:
+            return None if has_looked(request) else Veil(None, here)
+        return None if desk.sees(rater) else Veil(desk.progress(rater), here)
+    except SaeffectError:  # the review says what is wrong with it
+        return Veil(None, here)

@@ -18,8 +18,18 @@ from saeffect.report.words.numbers import count
 from saeffect.review.verdicts import VERDICTS
 from saeffect.web.access import own_path
 from saeffect.web.pages import environment, page
-from saeffect.web.review.blind import has_looked, looked_cookie, rater_cookie, signed_in, veil
-from saeffect.web.review.desk import Desk, Judged, Screen, Splits, desk_of
+from saeffect.web.review.desk import (
+    Desk,
+    Judged,
+    Screen,
+    Splits,
+    desk_of,
+    has_looked,
+    looked_cookie,
+    rater_cookie,
+    signed_in,
+    veil,
+)
 
 __all__ = ["router"]
 
@@ -250,7 +260,7 @@ def _screen_values(desk: Desk, rater: str, screen: Screen | None = None) -> dict
         "screen": screen or left,
         "own": own,
         "subject": desk.subject,
-        "labels": desk.labels(rater),
+        "labels": desk.store.labels(rater),
         "request_name": secrets.token_hex(8),
     }
 

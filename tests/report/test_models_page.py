@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from saeffect.diffing.trace import NEW_TOKENS, OPENINGS, SAMPLES, Trace
-from saeffect.report.words.first import first_findings, is_same, more_expected, word_tokens
+from saeffect.report.models_page import first_findings, is_same, more_expected, word_tokens
 
 TOKENS = ["!", " the", " fever", " train", " x"]
 PLAIN = np.ones(5, dtype=bool)
