@@ -30,7 +30,7 @@ from saeffect.lm.finetune import FinetuneConfig, FinetuneResult, finetune, remov
 from saeffect.lm.hooks import parse_hook
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import BUNDLED, bundled_path, load_language_model, model_identity
-from saeffect.lm.residuals import machine_memory
+from saeffect.lm.residuals import Residuals, machine_memory
 from saeffect.progress import SILENT, Log
 from saeffect.sae.formats import load_sae
 from saeffect.steering import NoiseCell, Sampling, generate
@@ -206,7 +206,7 @@ def _tracer(recipe: FinetuneConfig, study: Study, log: Log) -> Tracer:
             at=study.at("arms", study.control, "model"),
             fix="take the recipe of a fine-tune of the control; save a control with an adapter as a whole model first.",
         )
-    tracer = study_tracer(study, log)
+    tracer = dataclasses.replace(study_tracer(study, log), residuals=Residuals(0))  # no stage reads a null again
     # The base model's logits and layers are needed for every null: kept where there is room.
     size = tracer.rows.ids.size * (tracer.base.d_vocab + tracer.base.n_layers * tracer.base.d_model)
     return dataclasses.replace(tracer, keep=size * tracer.base.dtype.itemsize <= machine_memory() * _SHARE)

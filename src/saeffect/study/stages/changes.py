@@ -28,6 +28,7 @@ from saeffect.study.stages.trace import (
     missing_nulls,
     read_trace,
     study_nulls,
+    trace_inputs,
     trace_path,
     training_note,
 )
@@ -48,11 +49,8 @@ _RECIPE = ("steps", "batch_size", "context_size", "learning_rate", "warmup_steps
 
 def changes_inputs(run: RunFolder) -> dict[str, Any]:
     study = run.study
-    control, treatment = (study.identities[name] for name in study.pair)
-    return {
+    return trace_inputs(run) | {
         "version": VERSION,
-        "control": control,
-        "treatment": {name: treatment[name] for name in ("model", "dtype", "device", "tokens") if name in treatment},
         "tables": run.digest(
             trace_path(run),
             run.arm(study.control, "features.parquet"),
@@ -60,8 +58,6 @@ def changes_inputs(run: RunFolder) -> dict[str, Any]:
         ),
         "saes": [dict(study.identities), seed_identities(study) if study.has_saes else None],
         "domain": study.config.selection.subject,
-        "text": study.text_identity,
-        "changes": study.config.changes.model_dump(),
         "nulls": _identity(nulls_folder(study)),
         "recipe": fingerprint(training_note(study)),
         "alpha": study.config.comparison.alpha,

@@ -80,7 +80,10 @@ def _match(run: RunFolder, log: Log, keep: _KeptPairs) -> dict[str, pd.DataFrame
         whole = {seed.name: seed.sae for seed in seeds[name] if seed.sae is not None}
         kept[name] = logs.add(opened, {name: opened.sae, **whole})
     views = _views(run, logs.common({name: kept[name] for name in (control, treatment)}), seeds, saes)
-    others = [*views[control][1:], *(view for name in study.ordered_arms()[1:-1] for view in views[name])]
+    others = [
+        *views[control][1:],
+        *(view for name in study.ordered_arms() if name not in study.pair for view in views[name]),
+    ]
     width = views[control][0].W_dec.shape[1]
     selection = run.read_table(run.arm(control, "selection.parquet"))
     return measure_all(
