@@ -85,7 +85,7 @@ class ModelConfig(StrictModel):
         return {"path": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _one_place(self) -> ModelConfig:
+    def _check_placement(self) -> ModelConfig:
         if self.device_map is not None and self.device != "auto":
             raise ValueError("device and device_map are both given; expected one of them")
         if self.max_memory is not None and self.device_map is None:
@@ -148,7 +148,7 @@ class ArmConfig(StrictModel):
     )
 
     @model_validator(mode="after")
-    def _different_seeds(self) -> Self:
+    def _check_seeds(self) -> Self:
         if self.more_saes and self.sae is None:
             raise ValueError("more_saes are seeds beside sae, which is missing")
         all_different("SAE", (self.sae, *self.more_saes))
@@ -176,12 +176,12 @@ class TextConfig(ReadKeys):
 
     @model_validator(mode="before")
     @classmethod
-    def _fields(cls, value: Any) -> Any:
-        chat = isinstance(value, dict) and "sources" in value
-        return value | {"sources": with_field(value["sources"], value.get("format"))} if chat else value
+    def _fill_fields(cls, value: Any) -> Any:
+        has_sources = isinstance(value, dict) and "sources" in value
+        return value | {"sources": with_field(value["sources"], value.get("format"))} if has_sources else value
 
     @model_validator(mode="after")
-    def _one_kind(self) -> Self:
+    def _check_source(self) -> Self:
         if (self.bundled is None) == (not self.sources):
             raise ValueError("give either bundled or sources")
         if self.bundled is not None and self.format == "chat":
@@ -286,7 +286,7 @@ class PutBackConfig(StrictModel):
     )
 
     @model_validator(mode="after")
-    def _possible(self) -> Self:
+    def _check_sizes(self) -> Self:
         for name in ("sizes", "sizes_reversed"):
             sizes = getattr(self, name)
             if min(sizes, default=1) < 1:
@@ -333,7 +333,7 @@ class StudyConfig(StrictModel):
         return self.text.format == "chat" or (self.steering is not None and self.steering.has_chats)
 
     @model_validator(mode="after")
-    def _sound(self) -> Self:
+    def _check_arms(self) -> Self:
         # Names become folders, so they must not be paths.
         for name in (self.name, *self.arms):
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", name):
@@ -343,9 +343,9 @@ class StudyConfig(StrictModel):
             raise ValueError("a study has exactly one control and one treatment arm")
         for name in {"direct_effect", "steering"} & set(self.comparison.crossed) if self.steering is None else ():
             raise ValueError(f"comparison.crossed: {name} needs the section steering")
-        without = [name for name, arm in self.arms.items() if arm.sae is None]
-        if without and (len(without) < len(self.arms) or self.steering is not None or roles["placebo"]):
-            raise ValueError(f"arms.{without[0]}.sae is missing; without it, no arm has one, and steering is null")
+        without_sae = [name for name, arm in self.arms.items() if arm.sae is None]
+        if without_sae and (len(without_sae) < len(self.arms) or self.steering is not None or roles["placebo"]):
+            raise ValueError(f"arms.{without_sae[0]}.sae is missing; without it, no arm has one, and steering is null")
         for name in self.steering.together if self.steering else ():
             if name not in self.arms:
                 raise unknown_name("arm", name, self.arms, at="steering.together")

@@ -35,16 +35,16 @@ def export(
     from saeffect.study.run_folder import RunFolder as Folder
     from saeffect.study.study import Study
 
-    kinds = {found.suffix: name for name, found in FORMATS.items()}
-    if out.suffix not in kinds:
-        raise ConfigError(f"the ending {out.suffix!r} is no format.", at="--out", fix=f"use {', '.join(kinds)}.")
+    names = {file_format.suffix: name for name, file_format in FORMATS.items()}
+    if out.suffix not in names:
+        raise ConfigError(f"the ending {out.suffix!r} is no format.", at="--out", fix=f"use {', '.join(names)}.")
     if bool(feature) == bool(group):
         raise ConfigError(
             "give features or a group.", at="--feature", fix="for example --feature 12, or --group domain."
         )
     folder = Folder(run, Study.open(run / "study.yaml"))
     chosen = list(feature or ()) or group_of(folder, arm, str(group))
-    kind = kinds[out.suffix]
-    export_features(folder, arm, chosen, out, kind=kind, dose=dose)
-    n = len(set(chosen))
-    show(f"{out}: {FORMATS[kind].label}, {n} feature{'s' if n > 1 else ''} of {arm}")
+    format_name = names[out.suffix]
+    export_features(folder, arm, chosen, out, kind=format_name, dose=dose)
+    n_features = len(set(chosen))
+    show(f"{out}: {FORMATS[format_name].label}, {n_features} feature{'s' if n_features > 1 else ''} of {arm}")
