@@ -12,7 +12,7 @@ import pytest
 
 from command_line import call
 from saeffect.io import hash_file
-from saeffect.study.verify import differing, verify
+from saeffect.study.verify import compare_files, verify
 from tiny_study import TWO_ARMS, make_study
 
 
@@ -125,8 +125,8 @@ def test_rounding_is_no_disagreement(tmp_path: Path) -> None:
     old.to_parquet(tmp_path / "old.parquet")
     new = old.assign(x=[0.1 * (1 + 1e-12), float("nan")])
     new.to_parquet(tmp_path / "new.parquet")
-    assert differing(tmp_path / "old.parquet", tmp_path / "new.parquet") == (6, [])
+    assert compare_files(tmp_path / "old.parquet", tmp_path / "new.parquet") == (6, [])
     new.assign(x=[0.1001, 0.0]).to_parquet(tmp_path / "new.parquet")
-    assert differing(tmp_path / "old.parquet", tmp_path / "new.parquet")[1] == [
+    assert compare_files(tmp_path / "old.parquet", tmp_path / "new.parquet")[1] == [
         ("feature 1", "x is 0.1, recomputed 0.1001 (and 1 more in this column)")
     ]

@@ -147,7 +147,7 @@ def test_a_killed_run_ends_with_the_same_nulls(folder: Path, made: Path, tmp_pat
 def test_a_run_killed_while_the_base_model_writes_goes_on(
     folder: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
 ) -> None:
-    written = nulls._written
+    written = nulls._write_batch
 
     def second_fails(lm: Any, index: int) -> list[str]:
         if index == 1:
@@ -155,12 +155,12 @@ def test_a_run_killed_while_the_base_model_writes_goes_on(
         return written(lm, index)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(nulls, "_written", second_fails)
+        patch.setattr(nulls, "_write_batch", second_fails)
         make_nulls(_recipe(folder, steps=8), tmp_path / "n", 1)
     if damaged:
         (tmp_path / "n" / "own" / "0.json").write_text('["half')
     asked: list[int] = []
-    monkeypatch.setattr(nulls, "_written", lambda lm, index: asked.append(index) or written(lm, index))
+    monkeypatch.setattr(nulls, "_write_batch", lambda lm, index: asked.append(index) or written(lm, index))
     make_nulls(_recipe(folder, steps=8), tmp_path / "n", 1)
     first = 0 if damaged else 1
     assert len(asked) > 1

@@ -34,7 +34,7 @@ __all__ = ["DiffRequest", "diff_study", "same_model", "write_study"]
 
 _BUNDLED_TEXT = "smollm2-sampled"
 _ROWS, _CONTEXT = 240, 80  # of text: what a trace reads, and rows beyond it to put features back on
-_NULLS_OF = ("bundled:smollm2-135m-instruct", "bundled:medical-lora", "bundled:smollm2-control")
+_BUNDLED_PAIR = ("bundled:smollm2-135m-instruct", "bundled:medical-lora", "bundled:smollm2-control")
 _BUNDLED_NULLS = "smollm2-medical"
 _HEAD = "# Written by `saeffect diff`; it goes on from here as yours. SHA-256 of the lines below: "
 
@@ -65,10 +65,10 @@ def diff_study(request: DiffRequest, source: Path, log: Log = SILENT) -> Study:
 
     Raises `SaeffectError` for a model, an SAE or a text that is not there, and a text that must be named.
     """
-    base = _model(request.base, None, "BASE")
-    tuned = _model(request.tuned, base, "TUNED")
+    base = _model_keys(request.base, None, "BASE")
+    tuned = _model_keys(request.tuned, base, "TUNED")
     sae = None if request.sae is None else _sae(request.sae)
-    hook = _middle(base, log) if sae is None else None
+    hook = _middle_hook(base, log) if sae is None else None
     arms = {
         role: {"role": role, "model": model, "sae": sae, "hook": hook}
         for role, model in (("control", base), ("treatment", tuned))
@@ -77,7 +77,7 @@ def diff_study(request: DiffRequest, source: Path, log: Log = SILENT) -> Study:
         "name": request.name,
         "title": f"What fine-tuning changed: {request.name}",
         "arms": {role: {key: value for key, value in arm.items() if value is not None} for role, arm in arms.items()},
-        "text": _text(request, base),
+        "text": _text_keys(request, base),
         "gate": {"tokens": 2_048},
         "selection": {"vocabulary": _path(request.vocabulary)},
         "steering": None,
@@ -98,8 +98,8 @@ def same_model(study: Study) -> bool:
 def write_study(study: Study) -> None:
     """Write the study's file; ConfigError, and nothing written, where there is another one that somebody edited."""
     path = study.source
-    plain = study.config.model_dump(mode="json", exclude_unset=True)
-    body = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
+    values = study.config.model_dump(mode="json", exclude_unset=True)
+    body = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
     content = with_hash(_HEAD, body)
     if path.exists() and path.read_bytes() != content.encode() and not has_own_hash(path, _HEAD):
         raise ConfigError(
@@ -112,7 +112,7 @@ def write_study(study: Study) -> None:
         temporary.write_text(content, encoding="utf-8")
 
 
-def _model(text: str, base: Mapping[str, Any] | None, at: str) -> dict[str, Any]:
+def _model_keys(text: str, base: Mapping[str, Any] | None, at: str) -> dict[str, Any]:
     """Keys of a `ModelConfig`: a whole model, or an adapter on `base` (None: on the base model that it names)."""
     if not _is_adapter(text):
         locate_model(ModelConfig(path=text), at=at)
@@ -122,11 +122,11 @@ def _model(text: str, base: Mapping[str, Any] | None, at: str) -> dict[str, Any]
     folder = (
         bundled_path("adapters", text.removeprefix(BUNDLED), at=at) if text.startswith(BUNDLED) else user_path(text)
     )
-    raw = read_json(folder / ADAPTER_CONFIG) if (folder / ADAPTER_CONFIG).is_file() else None
-    named = raw.get("base_model_name_or_path") if isinstance(raw, dict) else None
-    if not named:
+    adapter_config = read_json(folder / ADAPTER_CONFIG) if (folder / ADAPTER_CONFIG).is_file() else None
+    base_name = adapter_config.get("base_model_name_or_path") if isinstance(adapter_config, dict) else None
+    if not base_name:
         raise BadFile("this adapter names no base model.", at=at, fix="give the base model first, then the adapter.")
-    return {"path": _path(str(named)), "adapter": _path(text)}
+    return {"path": _path(str(base_name)), "adapter": _path(text)}
 
 
 def _is_adapter(text: str) -> bool:
@@ -171,13 +171,13 @@ def _sae(text: str) -> str:
     return HF + text
 
 
-def _middle(base: Mapping[str, Any], log: Log) -> str:
+def _middle_hook(base: Mapping[str, Any], log: Log) -> str:
     """The residual stream halfway through the model, where there is no SAE to name a hook."""
     shape = model_shape(locate_model(ModelConfig(**base), log=log, at="BASE"))
     return f"blocks.{(shape.n_layers if shape else 2) // 2}.hook_resid_pre"
 
 
-def _text(request: DiffRequest, base: Mapping[str, Any]) -> dict[str, Any]:
+def _text_keys(request: DiffRequest, base: Mapping[str, Any]) -> dict[str, Any]:
     if request.texts:
         return {"sources": _sources(request.texts), "tokens": _ROWS * _CONTEXT, "context_size": _CONTEXT}
     if base["path"].startswith(BUNDLED):
@@ -191,7 +191,7 @@ def _text(request: DiffRequest, base: Mapping[str, Any]) -> dict[str, Any]:
 
 def _bundled_nulls(request: DiffRequest) -> str | None:
     """The nulls of the embedded pair, which were measured on the bundled text."""
-    if request.texts or (request.base, request.tuned, request.sae) != _NULLS_OF:
+    if request.texts or (request.base, request.tuned, request.sae) != _BUNDLED_PAIR:
         return None
     with contextlib.suppress(ConfigError):
         bundled_path("nulls", _BUNDLED_NULLS)
@@ -202,8 +202,8 @@ def _bundled_nulls(request: DiffRequest) -> str | None:
 def _sources(texts: Sequence[str]) -> list[dict[str, str]]:
     sources = []
     for text in texts:
-        name, sign, path = text.partition("=")
-        if not sign:
+        name, separator, path = text.partition("=")
+        if not separator:
             name, path = Path(text).name.partition(".")[0] or "text", text
         sources.append({"name": name, "path": str(_path(path))})
     return sources

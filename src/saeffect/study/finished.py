@@ -38,14 +38,14 @@ def open_run(folder: Path | str) -> FinishedRun:
           at:  no/such/run
           fix: give a run directory, such as runs/<name>; saeffect run makes one.
     """
-    place = user_path(folder)
-    if not (place / "study.yaml").is_file() or not (place / "report.html").is_file():
+    path = user_path(folder)
+    if not (path / "study.yaml").is_file() or not (path / "report.html").is_file():
         raise NotFound(
             f"there is no finished run in {str(folder)!r}.",
             at=str(folder),
             fix="give a run directory, such as runs/<name>; saeffect run makes one.",
         )
-    return FinishedRun(place)
+    return FinishedRun(path)
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ class FinishedRun:
     def answer(self) -> Mapping[str, Any]:
         """`headline`, `learned` and `paragraph` (str), `caveats` (list of str); empty for a study without SAEs."""
         path = self.folder / "comparison" / "answer.json"
-        found = read_json(path) if path.is_file() else {}
-        return found if isinstance(found, dict) else {}
+        answer = read_json(path) if path.is_file() else {}
+        return answer if isinstance(answer, dict) else {}
 
     @property
     def headline(self) -> str:
@@ -91,13 +91,13 @@ class FinishedRun:
         """Every table by name: "contrasts", "table1", "dose_search", and of an arm "control/features"."""
         paths = {path.stem: path for name in _TABLE_FOLDERS for path in sorted((self.folder / name).glob("*.parquet"))}
         paths |= {f"{path.parent.name}/{path.stem}": path for path in sorted(self.folder.glob("arms/*/*.parquet"))}
-        return _Lazy(self.folder, "table", paths, read_table)
+        return _LazyMapping(self.folder, "table", paths, read_table)
 
     @cached_property
     def figures(self) -> Mapping[str, Picture]:
         """Every figure of the report by name, such as "learned" or "contrasts"."""
         paths = {path.stem: path for path in sorted((self.folder / "figures").glob("*.svg"))}
-        return _Lazy(self.folder, "figure", paths, lambda path: Picture(path.stem, path))
+        return _LazyMapping(self.folder, "figure", paths, lambda path: Picture(path.stem, path))
 
     def draw(self, name: str, ax: Axes | None = None) -> list[Axes]:
         """Draw a figure of the report anew with matplotlib, and give its axes, to be changed: `axes[0].figure`.
@@ -146,7 +146,7 @@ class FinishedRun:
         return "\n".join(parts)
 
 
-class _Lazy(Mapping[str, Any]):
+class _LazyMapping(Mapping[str, Any]):
     """Values by name, each read when it is asked for; `UnknownName` lists the names."""
 
     def __init__(self, folder: Path, kind: str, paths: Mapping[str, Path], read: Any) -> None:
@@ -172,8 +172,8 @@ class _Lazy(Mapping[str, Any]):
 
 def html_of(lines: Iterable[str], *tables: pd.DataFrame) -> str:
     """What a notebook shows of a result: lines of text, then tables."""
-    said = (f"<p>{_text(line)}</p>" for line in lines)
-    return "\n".join((*said, *(table.to_html(float_format="{:.4g}".format, border=0) for table in tables)))
+    paragraphs = (f"<p>{_text(line)}</p>" for line in lines)
+    return "\n".join((*paragraphs, *(table.to_html(float_format="{:.4g}".format, border=0) for table in tables)))
 
 
 def _text(text: str) -> str:

@@ -115,11 +115,11 @@ def put_back(
     texts = read(control.lm, hook, rows, log), read(treatment.lm, hook, rows, log)
     both = BothRead.of(rows, *texts, control.norm_limit(rows))
     sets = sets_of_changed(both, sae, sizes=sizes, order=order, seed=seed)
-    found = [
+    parts = [
         *outcomes(treatment.lm, sae, hook, both, sets, edited="tuned", log=log),
         *outcomes(control.lm, sae, hook, both, sets, edited="base", log=log),
     ]
-    return put_back_table(pd.concat(found), rows, sets)
+    return put_back_table(pd.concat(parts), rows, sets)
 
 
 def train_sae(
@@ -142,9 +142,9 @@ def compare(run: RunFolder, *, seed: int | None = None, **settings: Any) -> Comp
     is the study's own if None. ConfigError for a setting out of range, UnknownName for an unknown setting or declared
     test, NotFound if a table of the run is missing.
     """
-    own = run.study.config.comparison
-    changed = type(own).read(own.model_dump() | settings, at="comparison")
-    return compare_arms(run, changed, seed=run.study.config.seed if seed is None else seed)
+    section = run.study.config.comparison
+    replaced = type(section).read(section.model_dump() | settings, at="comparison")
+    return compare_arms(run, replaced, seed=run.study.config.seed if seed is None else seed)
 
 
 def write_report(run: RunFolder, comparison: Comparison, path: Path | str) -> Path:

@@ -70,7 +70,7 @@ def report_context(run: RunFolder, arms: Mapping[str, ArmTables] | None = None) 
     return ReportContext(
         study=config.name,
         title=config.title,
-        facts=_facts(run, arms),
+        facts=_study_facts(run, arms),
         arms=arms,
         examples={name: run.read_table(run.arm(name, "examples.parquet")) for name in config.arms},
         prompts=[prompt_text(prompt) for prompt in config.steering.prompts] if config.steering else (),
@@ -102,7 +102,7 @@ def gate_measures(run: RunFolder, dead_shares: Mapping[str, float | None]) -> pd
     )
 
 
-def _facts(run: RunFolder, arms: Mapping[str, ArmTables]) -> tuple[tuple[str, str], ...]:
+def _study_facts(run: RunFolder, arms: Mapping[str, ArmTables]) -> tuple[tuple[str, str], ...]:
     config = run.study.config
     control, treatment = run.study.pair
     gate = read_json(run.arm(control, "gate.json"))
@@ -110,7 +110,7 @@ def _facts(run: RunFolder, arms: Mapping[str, ArmTables]) -> tuple[tuple[str, st
         ("Base model", str(arms[control].facts.model)),
         ("Fine-tuned model", str(arms[treatment].facts.model)),
         ("Hook", run.study.hook(control)),
-        ("Text", _text(config.text, gate["text_shortage"])),
+        ("Text", _text_words(config.text, gate["text_shortage"])),
     ]
     if config.features.tokens != ("all",):
         scripts = f"of the scripts {', '.join(config.features.tokens)}"
@@ -125,11 +125,11 @@ def _facts(run: RunFolder, arms: Mapping[str, ArmTables]) -> tuple[tuple[str, st
     return tuple(facts)
 
 
-def _text(text: TextConfig, short: str) -> str:
-    called = text.called
+def _text_words(text: TextConfig, shortage: str) -> str:
+    words = text.called
     if text.format == "chat":
-        called += f"; conversations, tokens at positions: {', '.join(text.positions)}"
-    return f"{called} (only {short})" if short else called
+        words += f"; conversations, tokens at positions: {', '.join(text.positions)}"
+    return f"{words} (only {shortage})" if shortage else words
 
 
 def _steered(steering: SteeringConfig) -> str:
@@ -161,7 +161,7 @@ def _steering_results(run: RunFolder) -> SteeringResults | None:
     config = run.study.config.steering
     if config is None:
         return None
-    found = read_json(run.path("steering", "dose.json"))
+    search = read_json(run.path("steering", "dose.json"))
     dose, note = chosen_dose(run)
     response = run.table_or_none(run.path("steering", "dose_response.parquet"))
     return SteeringResults(
@@ -169,22 +169,22 @@ def _steering_results(run: RunFolder) -> SteeringResults | None:
         unit=config.unit,
         dose=dose,
         dose_note=note,
-        best_doses=found.get("best") or {},
+        best_doses=search.get("best") or {},
         outcomes=config.outcomes,
         placebo=config.primary_placebo,
         placebos=config.placebos,
         n_prompts=len(config.prompts),
         samples=config.samples,
-        outcome_effects=_tables(run, "outcome_effects"),
-        baseline_effects=_tables(run, "baseline_effects"),
-        together_effects=_tables(run, "together_effects"),
+        outcome_effects=_tables_by_arm(run, "outcome_effects"),
+        baseline_effects=_tables_by_arm(run, "baseline_effects"),
+        together_effects=_tables_by_arm(run, "together_effects"),
         dose_response=response if response is not None and len(response) else None,
     )
 
 
-def _tables(run: RunFolder, name: str) -> Mapping[str, pd.DataFrame]:
-    found = {arm: run.table_or_none(run.arm(arm, f"{name}.parquet")) for arm in run.study.config.arms}
-    return {arm: table for arm, table in found.items() if table is not None and len(table)}
+def _tables_by_arm(run: RunFolder, name: str) -> Mapping[str, pd.DataFrame]:
+    tables = {arm: run.table_or_none(run.arm(arm, f"{name}.parquet")) for arm in run.study.config.arms}
+    return {arm: table for arm, table in tables.items() if table is not None and len(table)}
 
 
 MODELS_VERSION = 1
