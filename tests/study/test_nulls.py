@@ -23,7 +23,7 @@ from saeffect.study import nulls
 from saeffect.study.check import check_study
 from saeffect.study.nulls import make_nulls, null_recipe
 from saeffect.study.run import run_study
-from saeffect.study.stages.changes import _recipes, read_trace
+from saeffect.study.stages.changes import _recipe_table, read_trace
 from saeffect.study.study import Study
 from tiny_study import make_study
 
@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nulls, "_BATCH", 6)
-    monkeypatch.setattr(nulls, "_LENGTH", 48)
+    monkeypatch.setattr(nulls, "_TEXT_LENGTH", 48)
 
 
 def _recipe(folder: Path, **changes: Any) -> FinetuneConfig:
@@ -70,7 +70,7 @@ def made(folder: Path) -> Path:
     """Two nulls, made in one go."""
     patch = pytest.MonkeyPatch()
     patch.setattr(nulls, "_BATCH", 6)
-    patch.setattr(nulls, "_LENGTH", 48)
+    patch.setattr(nulls, "_TEXT_LENGTH", 48)
     result = make_nulls(_recipe(folder), folder / "nulls", 2, study=Study.open(folder / "study.yaml"))
     patch.undo()
     assert result.measured == (1, 2)
@@ -281,7 +281,7 @@ def test_a_study_with_nulls_judges_every_feature(folder: Path, made: Path, tiny_
 
 def test_settings_of_the_nulls_stand_beside_the_fine_tunes(made: Path) -> None:
     recipe = {"steps": 4, "batch_size": 8, "rank": 2, "learning_rate": 0.01}
-    found = _recipes({"recipe": recipe}, made).set_index("setting")
+    found = _recipe_table({"recipe": recipe}, made).set_index("setting")
     assert found.loc[["steps", "batch_size", "learning_rate"], "differs"].tolist() == [False, True, False]
     assert pd.isna(found.loc["alpha", "differs"])
-    assert _recipes({"recipe": "damaged"}, made)["differs"].isna().all()
+    assert _recipe_table({"recipe": "damaged"}, made)["differs"].isna().all()

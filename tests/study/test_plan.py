@@ -24,9 +24,9 @@ from tiny_study import HOOK, make_study
 def _short() -> Any:
     """Measurements that are only as long as they must be."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rates, "_LEAST", 0.0)
-        patch.setattr(rates, "_REPEATS", 1)
-        patch.setattr(rates, "_FILE", 1 << 20)
+        patch.setattr(rates, "_MIN_SECONDS", 0.0)
+        patch.setattr(rates, "_MIN_REPEATS", 1)
+        patch.setattr(rates, "_FILE_BYTES", 1 << 20)
         yield
 
 

@@ -18,7 +18,7 @@ from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.compare import compare_inputs
 from saeffect.study.stages.select import import_verdicts, read_queue
 from saeffect.study.study import Study
-from saeffect.study.verify import _recomputed
+from saeffect.study.verify import _recomputations
 from tiny_study import TWO_ARMS, make_study
 
 STAGES = ("gate", "features", "coherence", "select")
@@ -89,7 +89,7 @@ def test_verify_takes_the_verdicts_that_the_run_was_made_with(study: tuple[Study
     select(*study)
     before = domain(study[1])
     judge(study[1], "no")
-    work = dict(_recomputed(RunFolder(study[1], study[0]), Log()))["select"]
+    work = dict(_recomputations(RunFolder(study[1], study[0]), Log()))["select"]
     list(work())
     assert domain(study[1]) == before
 

@@ -58,8 +58,8 @@ class _Pace(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         counts = f"{task.completed:.0f}/{task.total:.0f} {task.fields['unit']}"
-        left = task.time_remaining
-        return Text(counts if left is None or not task.speed else f"{counts}, {_pace(task.speed, left)}")
+        seconds = task.time_remaining
+        return Text(counts if seconds is None or not task.speed else f"{counts}, {_pace(task.speed, seconds)}")
 
 
 def _pace(rate: float, left: float) -> str:

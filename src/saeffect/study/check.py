@@ -333,8 +333,8 @@ def _check_context(study: Study, shapes: dict[str, ModelShape]) -> None:
 
 def _check_embedded(study: Study, shapes: dict[str, ModelShape]) -> list[str]:
     """Refuse texts with a token that a model has no embedding for; report such tokens that no text has."""
-    known = known_tokens(study.tokens.tokenizer)
-    too_small = {arm: shape for arm, shape in shapes.items() if shape.d_vocab and max(known) >= shape.d_vocab}
+    strings = known_tokens(study.tokens.tokenizer)
+    too_small = {arm: shape for arm, shape in shapes.items() if shape.d_vocab and max(strings) >= shape.d_vocab}
     if not too_small:
         return []
     lm = study.reader
@@ -342,8 +342,12 @@ def _check_embedded(study: Study, shapes: dict[str, ModelShape]) -> list[str]:
     for arm, shape in too_small.items():
         _refuse_unembedded(study, arm, shape, rows.ids.flatten().tolist(), "the text", study.at("text"))
     arm, shape = next(iter(too_small.items()))
-    extra = [token for i, token in known.items() if i >= (shape.d_vocab or 0)]
-    return [f"{_list_tokens(extra)} without embedding in the model of {arm} ({shape.d_vocab:,} rows); no text has them"]
+    extra = [token for i, token in strings.items() if i >= (shape.d_vocab or 0)]
+    shown = ", ".join(extra[:3]) + (", ..." if len(extra) > 3 else "")
+    return [
+        f"{len(extra):,} tokens of the tokenizer ({shown}) are without embedding in the model of {arm}"
+        f" ({shape.d_vocab:,} rows); no text has them"
+    ]
 
 
 def _refuse_unembedded(study: Study, arm: str, shape: ModelShape, ids: Iterable[int], what: str, at: str) -> None:
@@ -356,7 +360,3 @@ def _refuse_unembedded(study: Study, arm: str, shape: ModelShape, ids: Iterable[
             at=at,
             fix="take the tokenizer that was saved with the model, or resize the model's embedding and save it.",
         )
-
-
-def _list_tokens(tokens: list[str]) -> str:
-    return f"{len(tokens):,} tokens of the tokenizer ({', '.join(tokens[:3])}{', ...' if len(tokens) > 3 else ''}) are"

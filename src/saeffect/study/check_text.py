@@ -61,8 +61,10 @@ def first_rows(study: Study) -> list[str]:
         lines.append(f"{source.name}: {_describe_source(source)}")
         with placed(study.at("text", "sources", str(index))):
             documents = islice(read_corpus(source, chat=text.format == "chat"), _N_SHOWN)
-            texts = map(_chat_line, documents) if text.format == "chat" else documents
-            lines += [_row_line(number, document) for number, document in enumerate(texts, start=1)]
+            for number, document in enumerate(documents, start=1):
+                turns = messages_of(document) if text.format == "chat" else []
+                chat = " | ".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+                lines.append(_row_line(number, chat or document))
     return lines
 
 
@@ -91,10 +93,6 @@ def _describe_source(source: TextSource) -> str:
         return f"the saved dataset {source.path}{field_words}"
     counts = ", ".join(f"{n:,} {kind}" for kind, n in sorted(kinds.items()))
     return f"{source.path} ({counts}){field_words}"
-
-
-def _chat_line(document: str) -> str:
-    return " | ".join(f"{message['role']}: {message['content']}" for message in messages_of(document))
 
 
 def _row_line(number: int, document: str) -> str:

@@ -125,10 +125,9 @@ def vector_of(run: RunFolder, arm: str, features: Sequence[int], dose: float | N
 
 def _default_dose(run: RunFolder) -> float:
     steering = run.study.config.steering
-    if steering is None or steering.operator != "add" or steering.unit != "residual_norm":
-        return _FALLBACK_DOSE
-    with contextlib.suppress(SaeffectError):
-        return chosen_dose(run)[0] or _FALLBACK_DOSE
+    if steering is not None and steering.operator == "add" and steering.unit == "residual_norm":
+        with contextlib.suppress(SaeffectError):
+            return chosen_dose(run)[0] or _FALLBACK_DOSE
     return _FALLBACK_DOSE
 
 
@@ -246,8 +245,8 @@ def _csv(run: RunFolder, arm: str, features: Sequence[int], _: float | None, pat
 
 
 FORMATS: Mapping[str, ExportFormat] = {
-    found.name: found
-    for found in (
+    file_format.name: file_format
+    for file_format in (
         ExportFormat("safetensors", ".safetensors", "steering vector", _safetensors, has_dose=True),
         ExportFormat("gguf", ".gguf", "control vector for llama.cpp", _gguf, has_dose=True),
         ExportFormat("neuronpedia", ".json", "Neuronpedia-style list", _neuronpedia),

@@ -60,7 +60,7 @@ def read_contexts(
     opened, rows = run.study.open_arm(arm, log), run.study.rows()
     reading = _Reading(run.study, opened, rows.head(plan.rows) if plan.rows else rows, plan.seed)
     reading.text(list(features), log)
-    contexts: list[dict[str, Any]] = []
+    contexts: list[tuple[Any, ...]] = []
     for i, feature in enumerate(features):
         top = by_feature.get(feature, examples.head(0)).sort_values("rank")
         peaks = [tokens[position] for tokens, position in zip(top["tokens"], top["position"], strict=True)]
@@ -75,10 +75,7 @@ def read_contexts(
         kinds = [("shown", *context) for context in zip(top["tokens"], top["activations"], strict=True)]
         kinds += [("active", reading.around(row, int(reading.peaks[i, row])), []) for row in active]
         kinds += [("silent", reading.around(row, int(reading.centres[row])), []) for row in silent]
-        contexts += [
-            {"feature": feature, "kind": kind, "tokens": list(tokens), "activations": [float(a) for a in acts]}
-            for kind, tokens, acts in kinds
-        ]
+        contexts += [(feature, kind, list(tokens), [float(a) for a in acts]) for kind, tokens, acts in kinds]
     return pd.DataFrame(contexts, columns=["feature", "kind", "tokens", "activations"])
 
 

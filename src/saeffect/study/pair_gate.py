@@ -288,8 +288,8 @@ def _other_tokenizers(sae: SparseAutoencoder, lm: LanguageModel) -> dict[str, An
         return {}
     config = ModelConfig(path=str(name))
     try:
-        place = locate_model(config)
-        return {str(name): load_tokenizer(place, config)} if isinstance(place, Path) else {}
+        source = locate_model(config)
+        return {str(name): load_tokenizer(source, config)} if isinstance(source, Path) else {}
     except SaeffectError:
         return {}
 

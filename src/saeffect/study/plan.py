@@ -101,7 +101,7 @@ class _Planner:
         self._study, self._config, self._gpus = study, study.config, gpus
         self._shapes: dict[object, ModelRates] = {}
         self._log = log
-        existing = next(place for place in (out.absolute(), *out.absolute().parents) if place.is_dir())
+        existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.is_dir())
         self._free = shutil.disk_usage(existing).free
         self._load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
         log("measuring this machine")
@@ -117,8 +117,8 @@ class _Planner:
 
     def _rates(self, arm: str) -> ModelRates:
         config, at = self._config.arms[arm].model, self._study.at("arms", arm, "model")
-        place = locate_model(config, log=self._log, at=at)
-        key = (model_shape(place) or str(place), config.dtype, config.device, config.quantize)
+        source = locate_model(config, log=self._log, at=at)
+        key = (model_shape(source) or str(source), config.dtype, config.device, config.quantize)
         if key not in self._shapes:
             self._log(f"measuring {config.path}, without its weights")
             self._shapes[key] = ModelRates(config, self._config.text.context_size, at=at)
@@ -241,8 +241,8 @@ class _Planner:
         stage.seconds /= self._gpus
         stage.memory += 4 * 8 * sae.d_in * sae.d_sae  # weights, gradients and both moments
         # The SAE, and the checkpoints: weights and both moments in float32, one more while the newest is written.
-        kept = getattr(torch, recipe.dtype).itemsize + 3 * 4 * (config.keep_checkpoints + 1)
-        stage.disk += kept * 2 * sae.d_in * sae.d_sae
+        parameter_bytes = getattr(torch, recipe.dtype).itemsize + 3 * 4 * (config.keep_checkpoints + 1)
+        stage.disk += parameter_bytes * 2 * sae.d_in * sae.d_sae
         return stage
 
     def _start(self) -> StageCost:
@@ -252,12 +252,12 @@ class _Planner:
 
     def _read_text(self, stage: StageCost, arm: str) -> None:
         """Read the study's text up to an arm's hook, unless its activations are kept."""
-        hook, before = self._hook(arm)
+        hook, n_blocks = self._hook(arm)
         key, m = (self._config.arms[arm].model, hook), self._models[arm]
         size = self._config.text.tokens * m.d_model * m.dtype.itemsize
         if key not in self._kept:
             self._open(stage, arm)
-            stage.read(m, self._config.text.tokens - self._traced.get(key, 0), before)
+            stage.read(m, self._config.text.tokens - self._traced.get(key, 0), n_blocks)
             stage.seconds += self._table(_VOCABULARY * m.d_vocab / _MEASURED_TOKENS)
             if size <= self._most_bytes:  # see `Residuals`
                 while sum(self._kept.values()) + size > self._most_bytes:
@@ -330,13 +330,13 @@ class _Planner:
     def _put_back(self) -> StageCost:
         config, m, text = self._config.put_back, self._models[self._control], self._config.text
         assert config is not None
-        stage, before = StageCost("put back"), self._hook(self._control)[1]
+        stage, n_blocks = StageCost("put back"), self._hook(self._control)[1]
         self._open(stage, self._control, self._treatment)
         bundled = text.bundled and read_json(bundled_path("texts", text.bundled) / "sources.json")["names"]
         tokens = config.rows * len(bundled or text.sources) * min(config.tokens_per_row, text.context_size)
         sets = sum(2 * (len(sizes) + _GROUPS) + 3 for sizes in (config.sizes, config.sizes_reversed))
-        stage.read(m, 2 * tokens, before)
-        stage.read(m, sets * tokens, m.n_layers - before, logits=1)
+        stage.read(m, 2 * tokens, n_blocks)
+        stage.read(m, sets * tokens, m.n_layers - n_blocks, logits=1)
         stage.encode(tokens, self._saes[self._control], self._encode, sets + 8)
         stage.seconds += self._wide(_PUT_BACK, self._control)
         return stage

@@ -65,9 +65,9 @@ class ModelRates:
     def __init__(self, config: ModelConfig, context_size: int, *, at: str | None = None) -> None:
         self.device = usable_device(config, at=at)
         self.dtype = resolve_dtype(config.dtype, self.device)
-        place = locate_model(config, at=at)
-        with quiet_transformers(), loading_errors(config, at, place):
-            hf_config = load_config(place, config, at)
+        source = locate_model(config, at=at)
+        with quiet_transformers(), loading_errors(config, at, source):
+            hf_config = load_config(source, config, at)
             self.n_layers = int(hf_config.get_text_config().num_hidden_layers)
             total = _size(_without_weights(hf_config, config, self.dtype))
             short = [

@@ -145,7 +145,7 @@ class RunFolder:
         """The folders that a run writes to, outer ones first."""
         outer = [self.path(name) for name in _FOLDERS]
         nested = [self.path(name) for name in ("arms", "partial")]
-        return outer + [place for folder in nested if folder.is_dir() for place in folder.iterdir() if place.is_dir()]
+        return outer + [inner for folder in nested if folder.is_dir() for inner in folder.iterdir() if inner.is_dir()]
 
     def _kept_folder(self, key: str) -> Path:
         return self.path("partial", key.replace(" ", "-"))
@@ -206,7 +206,7 @@ class RunFolder:
     def _versions(self) -> dict[str, Any]:
         """Versions behind the numbers: one set, or one per stage if they differ."""
         by_stage = {key: entry["versions"] for key, entry in self._manifest["stages"].items() if key != "report"}
-        distinct = {fingerprint(found): found for found in by_stage.values()} or {"": versions()}
+        distinct = {fingerprint(versions_): versions_ for versions_ in by_stage.values()} or {"": versions()}
         return next(iter(distinct.values())) if len(distinct) == 1 else by_stage
 
     def _save(self) -> None:

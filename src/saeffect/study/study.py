@@ -284,7 +284,7 @@ class Study:
                 "dtype": str(resolve_dtype(arm.model.dtype, device)),
                 "device": device.type,
                 **_placement_identity(arm.model),
-                "sae": self._sae_identity(name),
+                "sae": sae_identity(self.sae_folder(name)) if self.has_saes else "",
                 "hook": self.hook(name),
             }
             if not self._one_tokenizer:
@@ -326,9 +326,6 @@ class Study:
     def _loaded_models(self) -> dict[ModelConfig, LanguageModel]:
         """The models in memory."""
         return {}
-
-    def _sae_identity(self, name: str) -> str:
-        return sae_identity(self.sae_folder(name)) if self.has_saes else ""
 
 
 def bundled_studies() -> list[str]:

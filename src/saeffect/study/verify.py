@@ -84,7 +84,8 @@ def verify(folder: Path | str, log: Log = SILENT) -> Verified:
         shutil.copytree(
             run_folder,
             copy,
-            copy_function=_symlink,
+            # Writing replaces a link, never the file that it points to.
+            copy_function=lambda source, target: Path(target).symlink_to(Path(source).absolute()),
             ignore=shutil.ignore_patterns(".saeffect-*", "partial", "verdicts.sqlite*"),
         )
         run = RunFolder(copy, study)
@@ -106,11 +107,6 @@ def verify(folder: Path | str, log: Log = SILENT) -> Verified:
                 disagreements += [Disagreement(str(path.relative_to(copy)), *line) for line in lines]
     files = sum(len(note["outputs"]) for note in manifest["stages"].values())
     return Verified(tuple(disagreements), files, counts["recomputed"], counts["values"], _other_versions(manifest))
-
-
-def _symlink(source: str, target: str) -> None:
-    """A file of the scratch copy; writing replaces the link, never what it points to."""
-    Path(target).symlink_to(Path(source).absolute())
 
 
 def _changed_files(run: RunFolder, manifest: dict[str, Any]) -> Iterator[Disagreement]:
@@ -235,11 +231,13 @@ def _format_value(value: Any, other: Any = None) -> str:
 
 def _compare_pages(stored: str, fresh: str) -> tuple[int, list[tuple[str, str]]]:
     """Compare the words and numbers of two pages; pictures are drawn from tables that are compared themselves."""
-    ours, theirs = (re.split(r"\n|(?<=>)", _PICTURE.sub("", page)) for page in (stored, fresh))
-    for line, (a, b) in enumerate(zip(ours, theirs, strict=False), start=1):
+    stored_lines, fresh_lines = (re.split(r"\n|(?<=>)", _PICTURE.sub("", page)) for page in (stored, fresh))
+    for line, (a, b) in enumerate(zip(stored_lines, fresh_lines, strict=False), start=1):
         if a != b:
-            return len(theirs), [(f"piece {line}", f"is {_format_value(a, b)}, recomputed {_format_value(b, a)}")]
-    return len(theirs), [] if len(ours) == len(theirs) else [("", "is longer or shorter than recomputed")]
+            return len(fresh_lines), [(f"piece {line}", f"is {_format_value(a, b)}, recomputed {_format_value(b, a)}")]
+    return len(fresh_lines), [] if len(stored_lines) == len(fresh_lines) else [
+        ("", "is longer or shorter than recomputed")
+    ]
 
 
 def _other_versions(manifest: dict[str, Any]) -> str:

@@ -82,7 +82,10 @@ def run_changes(run: RunFolder, log: Log) -> Iterable[Path]:
     tables = _judge_features(run, control, tracer, trace, nulls) if tracer.sae is not None else {}
     tables |= where_changed(trace, nulls, tracer.rows, tuned, tracer.hook, alpha=study.config.comparison.alpha)
     if (folder := nulls_folder(study)) is None:
-        tables = {name: _with_reason(table, missing_nulls(study)) for name, table in tables.items()}
+        reason = missing_nulls(study)
+        for name, table in tables.items():
+            if len(table) and "reason" in table:
+                tables[name] = table.assign(reason=reason)
     else:
         tables["null_recipe"] = _recipe_table(training_note(study), folder)
     return [run.write_table(run.path("comparison", f"{name}.parquet"), table) for name, table in tables.items()]
@@ -143,10 +146,6 @@ def _basis(run: RunFolder, control: str, tracer: Tracer) -> Basis:
     top = np.stack([np.asarray(ids, dtype=np.int64) for ids in features["top_token_ids"]])
     base, rows = tracer.base, tracer.sae.W_dec.detach().float().cpu().numpy() if tracer.sae else None
     return Basis(W_dec, shared_unembedding(base).numpy(), top, base.token_strings(), tracer.firing(), rows)
-
-
-def _with_reason(table: pd.DataFrame, missing: str) -> pd.DataFrame:
-    return table.assign(reason=missing) if len(table) and "reason" in table else table
 
 
 def _recipe_table(training: Mapping[str, Any], folder: Path) -> pd.DataFrame:

@@ -244,15 +244,14 @@ class _Crossing:
         if "direct_effect" in self._quantities and len(chosen) and self._dose is not None:
             direct = self._from_steer_stage(cell, model, "direct_effects")
             if direct is None:
-                direct = direct_effects(self._site(cell), chosen, self._plan, progress=self._progress(cell, model))
+                what = f"direct effects, {cell.name}'s SAE on {model}"
+                progress = partial(self._log.progress, what, unit="pushes")
+                direct = direct_effects(self._site(cell), chosen, self._plan, progress=progress)
             yield _rows("direct_effect", model, self._beyond_placebo(direct, "delta_logprob"))
         if self._quantities & {"activity", "reconstruction"}:
             yield from self._on_text(cell, model, chosen["feature"].tolist())
         if "coherence" in self._quantities and len(chosen):
             yield self._coherence(cell, model, chosen["feature"].tolist())
-
-    def _progress(self, cell: Arm, model: str) -> Any:
-        return partial(self._log.progress, f"direct effects, {cell.name}'s SAE on {model}", unit="pushes")
 
     def _beyond_placebo(self, trials: pd.DataFrame, column: str) -> pd.DataFrame:
         """Steered minus placebo, mean over samples: one row a feature, one column a prompt."""
@@ -303,24 +302,24 @@ class _Crossing:
     @torch.inference_mode()
     def _on_text(self, cell: Arm, model: str, features: list[int]) -> Iterator[pd.DataFrame]:
         """Activity of features, and how well the SAE rebuilds, on the first rows of the study's text."""
-        rows, asked = self._study.rows(), self._quantities
+        rows, quantities = self._study.rows(), self._quantities
         head = rows.head(max(1, self._study.config.gate.tokens // rows.context_size))
-        n_rows = min(len(rows), max(1, _TOKENS // rows.context_size)) if "activity" in asked else len(head)
+        n_rows = min(len(rows), max(1, _TOKENS // rows.context_size)) if "activity" in quantities else len(head)
         activity: list[npt.NDArray[np.float64]] = []
         sums = _RowSums()
         for start, ids, x, kept, _ in cell.read(rows, self._study.residuals):
             acts = cell.sae.encode(x)[..., features].clamp(min=0).double() * kept[..., None]
             per_token = torch.stack([(acts > 0).double().sum(dim=1), acts.sum(dim=1)]) / kept.sum(dim=1)[:, None]
             activity.append(per_token.numpy())
-            if "reconstruction" in asked and start < len(head):
+            if "reconstruction" in quantities and start < len(head):
                 sums.add(x[: len(head) - start].float(), cell.sae(x[: len(head) - start].float()), kept)
             self._log.progress(f"{cell.name}'s SAE on {model}", start + len(ids), n_rows, "rows")
             if start + len(ids) >= n_rows:
                 break
-        if "activity" in asked and features:
+        if "activity" in quantities and features:
             for name, values in zip(("density", "activation"), np.concatenate(activity, axis=1), strict=True):
                 yield _rows(name, model, pd.DataFrame(values[:n_rows].T, index=features))
-        if "reconstruction" in asked:
+        if "reconstruction" in quantities:
             losses = spliced_losses(
                 cell.lm, cell.sae, cell.hook, head.ids, cell.norm_limit(rows), counts=head.counts
             ).by_row

@@ -210,13 +210,13 @@ def open_seed(name: str, folder: Path, *, at: str | None = None) -> SeedSae:
 
 def open_seeds(study: Study, arm: str) -> list[SeedSae]:
     """Load all further SAEs of an arm; IncompatibleSae if one differs from the arm's SAE in more than the seed."""
-    own = study.sae_config(arm)
+    arm_config = study.sae_config(arm)
     seeds = []
     for index, (name, folder) in enumerate(seed_folders(study, arm).items()):
         at = study.at("arms", arm, "more_saes", str(index))
         seed = open_seed(name, folder, at=at)
         for key in ("architecture", "d_in", "d_sae", "k", "hook_name", "prepend_bos"):
-            expected, actual = (getattr(cfg, key, cfg.metadata.get(key)) for cfg in (own, seed.cfg))
+            expected, actual = (getattr(cfg, key, cfg.metadata.get(key)) for cfg in (arm_config, seed.cfg))
             unknown = actual is None if key == "hook_name" else key == "prepend_bos" and None in (expected, actual)
             if expected != actual and not unknown:
                 raise IncompatibleSae(
