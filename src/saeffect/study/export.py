@@ -26,15 +26,15 @@ __all__ = ["FORMATS", "ExportFormat", "export_features", "feature_list", "group_
 
 _FALLBACK_DOSE = 0.4
 _LIST_COLUMNS = ("top_tokens", "top_token_ids", "top_weights", "matched")
-# Model types of transformers whose name in GGUF is another one.
+# Model types of transformers that have another name in GGUF.
 _GGUF_ARCHITECTURES = {"mistral": "llama", "gpt_neox": "gptneox", "gemma3_text": "gemma3", "qwen2_moe": "qwen2moe"}
 
 
 def group_of(run: RunFolder, arm: str, group: str) -> list[int]:
     """Numbers of an arm's features in a group: "domain", "steered", or "changed:N" (group N of what changed).
 
-    ConfigError: no such kind of group, or the arm's features are not those that changed. EmptySelection: it has no
-    features. NotFound: the stage behind it has not run. BadFile: what it wrote was changed.
+    ConfigError: no such kind of group, or changed groups of another arm than the control. EmptySelection: the group has
+    no features. NotFound: the stage that makes the group has not run. BadFile: a file of that stage was changed.
     """
     run.refuse_changed(*_stage_keys(arm))
     kind, _, number = group.partition(":")
@@ -58,15 +58,15 @@ def group_of(run: RunFolder, arm: str, group: str) -> list[int]:
 
 
 def _stage_keys(arm: str) -> tuple[str, ...]:
-    """Keys of the stages whose files are read here."""
+    """Keys of the stages whose files this module reads."""
     arm_stages = tuple(f"{stage} {arm}" for stage in ("gate", "features", "coherence", "steer"))
     return (*arm_stages, "select", "changes", "dose search")
 
 
 def feature_list(run: RunFolder, arm: str, features: Sequence[int]) -> pd.DataFrame:
-    """One row a feature, in the given order, with what the run knows of it: `features.parquet`, then coherence, the
-    selection, and effects where it was steered (NaN elsewhere). UnknownName for an arm, ConfigError for a feature, that
-    is not there; EmptySelection without features.
+    """One row a feature, in the given order: the columns of `features.parquet`, then coherence, the selection, and
+    effects (NaN for features that were not steered). UnknownName for an unknown arm, ConfigError for an unknown
+    feature, EmptySelection without features.
     """
     run.study.arm(arm)
     table = run.read_table(run.arm(arm, "features.parquet")).set_index("feature")
@@ -96,9 +96,9 @@ _FURTHER_COLUMNS: Mapping[str, tuple[str, ...]] = {
 
 
 def vector_of(run: RunFolder, arm: str, features: Sequence[int], dose: float | None = None) -> SteeringVector:
-    """The steering vector of features of an arm, together, as the operator "add" adds it. No model is loaded.
+    """The joint steering vector of some features of an arm, as the operator "add" adds it. No model is loaded.
 
-    `dose` is in units of the hook's mean residual norm; None takes that of the run's test (0.4 if it had none).
+    `dose` is in units of the hook's mean residual norm; None takes the dose of the run's test (0.4 if it has none).
     ConfigError if the dose is 0 or not finite; other errors as `feature_list` and `joint_vector`.
     """
     table = feature_list(run, arm, features)
@@ -132,8 +132,8 @@ def _default_dose(run: RunFolder) -> float:
 
 
 def neuronpedia_list(run: RunFolder, arm: str, features: Sequence[int]) -> dict[str, Any]:
-    """Features with the keys of Neuronpedia's JSON. With the SAE's `neuronpedia_id`, `features` cut to modelId, layer
-    and index is a list that Neuronpedia opens; otherwise modelId and layer follow from the model's name and hook.
+    """Features with the keys of Neuronpedia's JSON. modelId and layer come from the SAE's `neuronpedia_id` (Neuronpedia
+    then opens the list, cut to modelId, layer and index), otherwise from the model's name and the hook.
     """
     table = feature_list(run, arm, features)
     examples = run.table_or_none(run.arm(arm, "examples.parquet"))
@@ -160,7 +160,7 @@ def neuronpedia_list(run: RunFolder, arm: str, features: Sequence[int]) -> dict[
 
 
 def _source_of(run: RunFolder, arm: str) -> tuple[str, str, bool]:
-    """Model and source in Neuronpedia's sense, and whether the SAE itself names them."""
+    """Neuronpedia's modelId and layer, and whether the SAE itself names them."""
     neuronpedia_id = run.study.sae_config(arm).metadata.get("neuronpedia_id")
     if isinstance(neuronpedia_id, str) and neuronpedia_id.count("/") == 1:
         return (*neuronpedia_id.split("/"), True)  # type: ignore[return-value]
@@ -181,7 +181,7 @@ def _activations(examples: pd.DataFrame) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class ExportFormat:
-    """A kind of file: its name, suffix, what it is, and whether a dose belongs to it."""
+    """A file format: name, suffix, description, writer, and whether it takes a dose."""
 
     name: str
     suffix: str
@@ -193,9 +193,8 @@ class ExportFormat:
 def export_features(
     run: RunFolder, arm: str, features: Sequence[int], path: Path, *, kind: str, dose: float | None = None
 ) -> Path:
-    """Write features of an arm as one file of that kind, atomically; returns its path. `UnknownName` for a kind that is
-    not in `FORMATS`, `ConfigError` for a dose where none belongs, others as `feature_list`, `vector_of` and
-    `control_layer`.
+    """Write features of an arm as one file, atomically; returns its path. `kind` is a name in `FORMATS`, else
+    `UnknownName`; `ConfigError` for a dose in a format without one; other errors as `feature_list` and `vector_of`.
     """
     if kind not in FORMATS:
         raise unknown_name("format", kind, FORMATS, at="format")
@@ -216,7 +215,7 @@ def _gguf(run: RunFolder, arm: str, features: Sequence[int], dose: float | None,
 
 
 def _gguf_architecture(run: RunFolder, arm: str) -> str:
-    """The model's architecture in GGUF's words; "unknown" where the model is not at hand."""
+    """GGUF's name of the model's architecture; "unknown" if the model's configuration cannot be read."""
     model = run.study.arm(arm).model
     try:
         model_type = str(load_config(locate_model(model), model).model_type)
@@ -230,7 +229,7 @@ def _neuronpedia(run: RunFolder, arm: str, features: Sequence[int], _: float | N
 
 
 def _csv(run: RunFolder, arm: str, features: Sequence[int], _: float | None, path: Path) -> None:
-    """Lists become JSON; a label that a spreadsheet would run as a formula gets an apostrophe in front."""
+    """Lists become JSON; a label that a spreadsheet would take for a formula gets an apostrophe in front."""
     table = feature_list(run, arm, features)
     for name in set(_LIST_COLUMNS) & set(table):
         table[name] = [

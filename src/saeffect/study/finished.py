@@ -1,4 +1,4 @@
-"""A finished run for Python and notebooks: its answer, tables and figures, read when they are asked for."""
+"""A finished run for Python and notebooks: its answer, tables and figures, read on first use."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def open_run(folder: Path | str) -> FinishedRun:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of the report. A notebook shows it; `svg` is its text, `path` the file."""
+    """A figure of the report, which a notebook displays; `svg` is its source, `path` its file."""
 
     name: str
     path: Path
@@ -65,13 +65,13 @@ class Picture:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What a run found, in its run directory `folder`. Made by `open_run`."""
+    """The results in the run directory `folder`. Made by `open_run`."""
 
     folder: Path
 
     @cached_property
     def study(self) -> Study:
-        """The study as it was run; its arms can be opened where their models still are."""
+        """The study as it was run; its arms can be opened while their models exist."""
         return Study.open(self.folder / "study.yaml")
 
     @cached_property
@@ -88,7 +88,7 @@ class FinishedRun:
 
     @cached_property
     def tables(self) -> Mapping[str, pd.DataFrame]:
-        """Every table by name: "contrasts", "table1", "dose_search", and of an arm "control/features"."""
+        """Every table by name, such as "contrasts", "table1", "dose_search"; those of an arm as "control/features"."""
         paths = {path.stem: path for name in _TABLE_FOLDERS for path in sorted((self.folder / name).glob("*.parquet"))}
         paths |= {f"{path.parent.name}/{path.stem}": path for path in sorted(self.folder.glob("arms/*/*.parquet"))}
         return _LazyMapping(self.folder, "table", paths, read_table)
@@ -100,14 +100,14 @@ class FinishedRun:
         return _LazyMapping(self.folder, "figure", paths, lambda path: Picture(path.stem, path))
 
     def draw(self, name: str, ax: Axes | None = None) -> list[Axes]:
-        """Draw a figure of the report anew with matplotlib, and give its axes, to be changed: `axes[0].figure`.
+        """Redraw a figure of the report with matplotlib and return its axes, to be changed: `axes[0].figure`.
 
-        With `ax`, which must stand in a grid, it is drawn in that place (a figure of several panels takes it all).
+        With `ax`, which must belong to a subplot grid, it is drawn there (several panels share the place of `ax`).
 
         Raises:
             UnknownName: No such figure.
             Undefined: There is nothing to draw; the message says why.
-            ConfigError: The figure of single arms, with `ax`.
+            ConfigError: `ax` for a figure that consists of one per arm, or without a grid.
         """
         from saeffect.report.figures import FIGURES, draw_figures, drawn_into
         from saeffect.study.stages.compare import read_comparison
@@ -147,7 +147,7 @@ class FinishedRun:
 
 
 class _LazyMapping(Mapping[str, Any]):
-    """Values by name, each read when it is asked for; `UnknownName` lists the names."""
+    """Values by name, each read on access; `UnknownName` lists the names."""
 
     def __init__(self, folder: Path, kind: str, paths: Mapping[str, Path], read: Any) -> None:
         self._folder, self._kind, self._paths, self._read = folder, kind, paths, read
@@ -171,7 +171,7 @@ class _LazyMapping(Mapping[str, Any]):
 
 
 def html_of(lines: Iterable[str], *tables: pd.DataFrame) -> str:
-    """What a notebook shows of a result: lines of text, then tables."""
+    """A result as HTML for notebooks: lines of text, then tables."""
     paragraphs = (f"<p>{_text(line)}</p>" for line in lines)
     return "\n".join((*paragraphs, *(table.to_html(float_format="{:.4g}".format, border=0) for table in tables)))
 

@@ -38,12 +38,12 @@ def guard(
     text: Sequence[str] = (),
     log: Log = SILENT,
 ) -> list[Verdict]:
-    """Judge a fine-tune of a base model by a budget; writes nothing. Arguments as in `DiffRequest`; without an SAE
+    """Judge a fine-tune of a base model by a budget; writes nothing. Arguments as in `DiffRequest`; without an SAE,
     groups are judged by the expected words alone.
 
     ConfigError: base and fine-tune are the same model or give the same predictions; a text of one row; a group of
-    features without an SAE. EmptySelection: a group without a feature or a word of the tokenizer. SaeffectError: a
-    model, SAE, text or null that cannot be read, or belongs to something else.
+    features without an SAE. EmptySelection: a group with no feature, or no word that is a token. SaeffectError: a
+    model, SAE, text or null that cannot be read, or nulls measured on something else.
     """
     nulls_name = None if nulls is None else str(nulls)
     request = DiffRequest(base, tuned, sae, tuple(text), nulls=nulls_name, name="guard")
@@ -76,7 +76,7 @@ def read_budget(path: Path | str) -> Budget:
 def resolve_groups(
     budget: Budget, lm: LanguageModel, sae: SparseAutoencoder | None
 ) -> tuple[dict[str, Group], IntArray | None]:
-    """The features and tokens behind each group of a budget, and the top tokens of all features, int64 [d_sae, k]."""
+    """The features and tokens of each group of a budget, and the top tokens of all features, int64 [d_sae, k]."""
     top_tokens = _top_tokens(lm, sae) if sae is not None and budget.groups else None
     strings, plain = lm.token_strings(), lm.plain_tokens().numpy()
     tops = None if top_tokens is None else [[strings[i] for i in row] for row in top_tokens]

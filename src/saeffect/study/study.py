@@ -78,9 +78,9 @@ class Study:
 
     @classmethod
     def of(cls, config: StudyConfig | Mapping[str, Any], *, name: str = "study.yaml") -> Self:
-        """A study made in Python: what a study file would hold. Paths are relative to the current folder.
+        """A study from Python values, with the keys of a study file. Paths are relative to the current folder.
 
-        `name` stands for the file in messages. Errors as `open`.
+        `name` replaces the file name in messages. Errors as `open`.
         """
         values = config.model_dump(mode="json") if isinstance(config, StudyConfig) else dict(config)
         return cls._validate(resolve_paths(values, Path(), at=name), Path(name))
@@ -95,7 +95,7 @@ class Study:
 
     @functools.cached_property
     def arms(self) -> Mapping[str, Arm]:
-        """The arms by name, opened on first use; only the latest model stays in memory, or two small ones."""
+        """The arms by name, opened on first use; only the last opened model stays in memory, or two small ones."""
         return _Arms(self)
 
     @functools.cached_property
@@ -164,7 +164,7 @@ class Study:
 
     @functools.cached_property
     def one_sae(self) -> bool:
-        """Whether control and treatment are read through one SAE, so that features correspond and need no matching."""
+        """Whether control and treatment have the same SAE, so that features correspond and need no matching."""
         return self.has_saes and len(set(map(self.sae_folder, self.pair))) == 1
 
     def sae_folder(self, name: str) -> Path:
@@ -231,13 +231,13 @@ class Study:
 
     @functools.cached_property
     def chat(self) -> ChatFormat | None:
-        """How the study's conversations are written, see `StudyTokens.chat_format`; None if it has none."""
+        """The format of the study's conversations, see `StudyTokens.chat_format`; None if it has none."""
         template, at = self.config.text.chat_template, self.at("text", "chat_template")
         return self.tokens.chat_format(template, self.pair, at) if self.config.has_chats else None
 
     @functools.cached_property
     def bos_words(self) -> Mapping[str, Any]:
-        """`prepend_bos` of the cfg.json of each arm's SAE."""
+        """`prepend_bos` in the cfg.json of each arm's SAE."""
         arms = self.config.arms if self.has_saes else ()
         return {name: self.sae_config(name).metadata.get("prepend_bos") for name in arms}
 
@@ -313,7 +313,7 @@ class Study:
         """One arm's model alone; errors as `open_arm`."""
         model = self.arm(name).model
         if model not in self._loaded_models:
-            # One at a time where two may not fit into memory.
+            # Drop the others if memory may not suffice.
             size = sum(p.nbytes for loaded in self._loaded_models.values() for p in loaded.model.parameters())
             if len(self._loaded_models) > 1 or size > SHARE_OF_A_MODEL * machine_memory():
                 self._loaded_models.clear()
@@ -333,7 +333,7 @@ def bundled_studies() -> list[str]:
     return sorted(path.stem for path in _BUNDLED_STUDIES.glob("*.yaml"))
 
 
-# Share of memory that one model may take for another to be kept beside it. It changes the time, not the numbers.
+# A second model is kept in memory if the first takes at most this share. Changes the time, not the numbers.
 SHARE_OF_A_MODEL = 1 / 6
 
 
@@ -352,7 +352,7 @@ class _Arms(Mapping[str, Arm]):
 
 
 def _placement_identity(model: ModelConfig) -> dict[str, str | None]:
-    """What else decides a model's numbers; nothing for one that is loaded whole."""
+    """Settings that change a model's numbers: quantisation, an unmerged adapter; empty by default."""
     unmerged = model.adapter is not None and (model.merge_adapter is False or model.device_map or model.quantize)
     return {
         **({} if model.quantize is None else {"quantize": model.quantize}),

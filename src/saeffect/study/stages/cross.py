@@ -46,7 +46,7 @@ from saeffect.study.study import Arm, Study
 __all__ = ["cross_inputs", "help_cross", "null_effects", "run_cross"]
 
 VERSION = 1
-_TOKENS = 32_768  # of the study's text, on which activity is measured: features vary more than rows of text
+_TOKENS = 32_768  # of the study's text, to measure activity on: enough, since features vary more than rows of text
 _STEERED = {"direct_effect", "steering"}
 
 
@@ -97,15 +97,15 @@ def run_cross(run: RunFolder, log: Log) -> Iterable[Path]:
 
 
 def help_cross(run: RunFolder) -> None:
-    """The share of the other processes: generate the texts of their features, cell by cell."""
+    """The other processes' share of the stage: generate the texts of their features, cell by cell."""
     if not _obstacle(run.study):
         _Crossing(run, SILENT).all_texts()
 
 
 def null_effects(run: RunFolder, lm: LanguageModel, log: Log = SILENT) -> dict[str, float]:
-    """By quantity, (c,n) − (c,c) of a further fine-tune n of the control's model: what `factorial` takes as `nulls`.
+    """(c,n) − (c,c) by quantity, for a further fine-tune n of the control's model: `nulls` of `factorial`.
 
-    All but texts, as the cross stage measures it, which must have run.
+    Measured as by the cross stage, which must have run, without the quantities of steered texts.
     """
     study, (control, _) = run.study, run.study.pair
     sae = load_sae(study.sae_folder(control), at=study.at("arms", control, "sae"))
@@ -128,7 +128,7 @@ def _obstacle(study: Study) -> str:
 
 
 class _Crossing:
-    """Measures the cells; the control's model first, each with the control's SAE first."""
+    """Measures the cells: first those of the control's model, of each model first that of the control's SAE."""
 
     def __init__(self, run: RunFolder, log: Log) -> None:
         self._run, self._log, self._study = run, log, run.study
@@ -136,7 +136,7 @@ class _Crossing:
         self._arms = run.study.pair
 
     def cells(self) -> Iterator[tuple[Arm, str]]:
-        """SAE and model of each cell: an arm with the name and SAE of one, the model of the other; and whose it is."""
+        """Each cell: an arm with the name and SAE of one arm and the model of another, and that other arm's name."""
         for model in self._arms:
             lm = self._study.open_arm(model, self._log).lm
             for name in self._arms:
@@ -144,7 +144,7 @@ class _Crossing:
                 yield Arm(name, self._study.arm(name).role, lm, sae, self._study.hook(name)), model
 
     def cell_rows(self) -> Iterator[tuple[str, pd.DataFrame]]:
-        """The rows of each cell, with the arm whose SAE it is; all but texts are kept by cell for a resumed run."""
+        """The rows of each cell, with the name of its SAE's arm; all but steered texts are kept for a resumed run."""
         texts = self.all_texts()
         kept = self._run.kept("cross", cross_inputs(self._run))
         done = {tuple(piece.loc[0, ["sae", "model"]]): piece for piece in kept.pieces(self._log)}
@@ -161,14 +161,16 @@ class _Crossing:
             yield cell.name, pd.concat(parts, ignore_index=True)[list(CROSSED_COLUMNS)]
 
     def all_texts(self) -> dict[tuple[str, str], pd.DataFrame]:
-        """Trials by SAE and model, shared over processes: each makes this call and gets all; none if not asked for."""
+        """Trials by SAE and model; empty unless steering is crossed. Every process makes this call, which shares the
+        work between them, and gets all trials.
+        """
         if "steering" not in self._quantities or self._dose is None:
             return {}
         cells = ((cell, model) for cell, model in self.cells() if len(self._chosen[cell.name]))
         return {(cell.name, model): self._texts(cell, model) for cell, model in cells}
 
     def _texts(self, cell: Arm, model: str) -> pd.DataFrame:
-        """Trials of a cell; those of the steer stage where dose and noise are the same."""
+        """Trials of a cell: those of the steer stage if dose and noise are the same, else generated here."""
         trials = self._from_steer_stage(cell, model, "interventions")
         if trials is not None:
             return trials[list(TRIAL_COLUMNS)]
@@ -217,11 +219,11 @@ class _Crossing:
         return float(read_json(self._run.arm(arm, "gate.json"))["mean_norm"])
 
     def _site(self, cell: Arm) -> Site:
-        """Where a cell is steered: one unit of dose for all, the mean norm of the control's model."""
+        """The steering site of a cell; every cell's unit of dose is the mean norm of the control's model."""
         return replace(site_of(self._run, cell), mean_norm=self._norm(self._arms[0]))
 
     def _from_steer_stage(self, cell: Arm, model: str, table: str) -> pd.DataFrame | None:
-        """What the steer stage measured of a cell, if it pushed as far."""
+        """The steer stage's table of a cell, if its doses had the same unit; else None."""
         config = self._study.steering
         in_norms = config.operator == "add" and config.unit == "residual_norm"
         same = cell.name == model and config.primary_placebo in config.placebos
@@ -230,7 +232,7 @@ class _Crossing:
         return self._run.table_or_none(self._run.arm(model, f"{table}.parquet"))
 
     def unmeasured(self) -> str:
-        """Why quantities of features were not measured; "" where they were."""
+        """Why quantities of features were not measured; "" if they were."""
         empty = [name for name, chosen in self._chosen.items() if chosen.empty]
         if empty:
             return f"{' and '.join(empty)}: no domain feature"
@@ -238,7 +240,7 @@ class _Crossing:
         return chosen_dose(self._run)[1] if steered and self._dose is None else ""
 
     def without_texts(self, cell: Arm, model: str) -> Iterator[pd.DataFrame]:
-        """The rows of a cell, all but those of texts."""
+        """The rows of a cell, without those of steered texts."""
         chosen = self._chosen[cell.name]
         self._log(f"  {cell.name}'s SAE on the model of {model}")
         if "direct_effect" in self._quantities and len(chosen) and self._dose is not None:
@@ -254,7 +256,7 @@ class _Crossing:
             yield self._coherence(cell, model, chosen["feature"].tolist())
 
     def _beyond_placebo(self, trials: pd.DataFrame, column: str) -> pd.DataFrame:
-        """Steered minus placebo, mean over samples: one row a feature, one column a prompt."""
+        """Steered minus placebo, averaged over samples: a row a feature, a column a prompt."""
         placebo, prompts = self._study.steering.primary_placebo, range(len(self._plan.prompts))
         at_dose = trials[trials["dose"] == self._dose]
         features = np.unique(at_dose["feature"].to_numpy(dtype=np.int64))
@@ -301,7 +303,7 @@ class _Crossing:
 
     @torch.inference_mode()
     def _on_text(self, cell: Arm, model: str, features: list[int]) -> Iterator[pd.DataFrame]:
-        """Activity of features, and how well the SAE rebuilds, on the first rows of the study's text."""
+        """Activity of features and reconstruction by the SAE, on the first rows of the study's text."""
         rows, quantities = self._study.rows(), self._quantities
         head = rows.head(max(1, self._study.config.gate.tokens // rows.context_size))
         n_rows = min(len(rows), max(1, _TOKENS // rows.context_size)) if "activity" in quantities else len(head)
@@ -346,7 +348,7 @@ class _RowSums:
             self._counts.append(len(original))
 
     def unexplained(self) -> npt.NDArray[np.float64]:
-        """Share of variance that is not explained, by row as `_by_row` gives it."""
+        """Unexplained share of the variance, by row as in `_by_row`."""
         totals, counts = torch.stack(self._totals), torch.tensor(self._counts, dtype=torch.float64)
         mean = totals.sum(dim=0) / counts.sum()
         variation = torch.tensor(self._squares, dtype=torch.float64) - 2 * totals @ mean + counts * mean.square().sum()
@@ -354,7 +356,7 @@ class _RowSums:
 
 
 def _by_row(above: npt.NDArray[np.float64], below: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Values by row whose mean is the ratio of sums, and whose spread is that of the ratio (its linearisation)."""
+    """Values by row whose mean is the ratio of sums, and whose variance is that of the ratio (linearised)."""
     if not below.sum():
         return np.full(len(above), math.nan)
     ratio = above.sum() / below.sum()
@@ -364,7 +366,7 @@ def _by_row(above: npt.NDArray[np.float64], below: npt.NDArray[np.float64]) -> n
 def _rows(
     quantity: str, model: str, values: pd.DataFrame | pd.Series[Any], reasons: Sequence[str] = ()
 ) -> pd.DataFrame:
-    """Rows of `CROSSED_COLUMNS`, from one number a feature or one row of numbers a feature."""
+    """A table of `CROSSED_COLUMNS`, from one number or one row of numbers for each feature."""
     lists: list[list[float]]
     if isinstance(values, pd.Series):
         numbers, lists = values.to_numpy(dtype=np.float64), [[] for _ in range(len(values))]
@@ -380,6 +382,6 @@ def _rows(
 
 
 def _marker_row(model: str) -> pd.DataFrame:
-    """A row that says which model an otherwise empty cell is of."""
+    """A row without a quantity, so that also an empty cell has a row that names its model."""
     empty = {"feature": [WHOLE_SAE], "model": [model], "quantity": [""], "value": [math.nan], "values": [[]]}
     return pd.DataFrame(empty | {"unit": [""], "reason": [""]})

@@ -55,12 +55,12 @@ def run_match(run: RunFolder, log: Log) -> Iterable[Path]:
 
 
 def matched_tables() -> tuple[str, ...]:
-    """Names of all tables that tell how the models differ, of this stage, "changes", "put back" and "cross"."""
+    """Names of all tables about differences between the models: of this stage, "changes", "put back" and "cross"."""
     return (*table_names(), *CHANGE_TABLES, "put_back", "factorial")
 
 
 def read_matches(run: RunFolder) -> MatchTables:
-    """Read the tables of this stage and of "changes"; a missing one has no columns."""
+    """Read `matched_tables`; a missing one has no columns."""
     read = {name: run.table_or_none(run.path("comparison", f"{name}.parquet")) for name in matched_tables()}
     tables = {name: table for name, table in read.items() if table is not None}
     declared = {name: tables.pop(name) for name in MatchTables.names() if name in tables}
@@ -104,7 +104,7 @@ def _match(run: RunFolder, log: Log, keep: _KeptPairs) -> dict[str, pd.DataFrame
 
 
 class _KeptPairs:
-    """Matchings of pairs of SAEs, one piece each, kept until the manifest lists the tables."""
+    """Matchings of pairs of SAEs, one piece each, kept for resuming until the stage is done."""
 
     def __init__(self, kept: KeptRows, log: Log) -> None:
         self._kept = kept
@@ -138,7 +138,7 @@ def _read_matching(piece: pd.DataFrame) -> Matching:
 
 
 class _FiringLogs:
-    """Activations of SAEs on the study's text, token by token, stored sparse."""
+    """Sparse activations of SAEs on every token of the study's text."""
 
     def __init__(self, study: Study, log: Log) -> None:
         self._study, self._log = study, log
@@ -157,7 +157,7 @@ class _FiringLogs:
         return np.concatenate(counted)
 
     def common(self, kept: Mapping[str, BoolArray]) -> dict[str, FiringLog]:
-        """The logs of the tokens that count in all these arms."""
+        """The logs, cut to tokens that count in all these arms."""
         counted = np.logical_and.reduce(list(kept.values()))
         return {name: log.only(counted) for name, log in self.of.items()}
 

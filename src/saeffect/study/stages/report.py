@@ -1,4 +1,4 @@
-"""The report: tables, figures and one page; of a study without SAEs, what the trace of the fine-tune says."""
+"""The report: tables, figures and one page; for a study without SAEs, a page of the trace."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def run_report(run: RunFolder, _: Log = SILENT) -> Iterable[Path]:
 
 
 def report_context(run: RunFolder, arms: Mapping[str, ArmTables] | None = None) -> ReportContext:
-    """What the report shows of a run besides its comparison; `arms` are its `arm_tables` (None: read them)."""
+    """What the report shows besides the comparison; `arms` are the run's `arm_tables` (None: read them)."""
     config, arms = run.study.config, arms or arm_tables(run)
     doses = run.table_or_none(run.path("steering", "dose_search.parquet")) if config.steering else None
     return ReportContext(
@@ -90,7 +90,7 @@ def report_context(run: RunFolder, arms: Mapping[str, ArmTables] | None = None) 
 
 
 def gate_measures(run: RunFolder, dead_shares: Mapping[str, float | None]) -> pd.DataFrame:
-    """What the gate measured, a row an arm, beside the share of dead features."""
+    """The gate's measurements and the share of dead features, a row an arm."""
     gates = {name: read_json(run.arm(name, "gate.json")) for name in dead_shares}
     measures = ("explained_variance", "ce_loss_score", "l0", "l2_ratio")
     return pd.DataFrame(
@@ -208,7 +208,7 @@ def run_models_report(run: RunFolder, log: Log = SILENT) -> Iterable[Path]:
 
 
 def findings(run: RunFolder, log: Log = SILENT) -> tuple[str, ...]:
-    """What the stage "changes" found, in lines; none if the models do the same."""
+    """The findings of the stage "changes", as lines of text; none if the models predict the same."""
     trace, study = read_trace(run), run.study
     if is_same(trace):
         return ()
