@@ -57,7 +57,7 @@ def test_a_finished_run_agrees_and_is_left_alone(finished: Path, capsys: Any) ->
     assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
 
 
-def test_every_changed_number_of_a_recomputed_table_is_named_where_it_stands(run: Path) -> None:
+def test_changed_numbers_are_named_by_table_and_row(run: Path) -> None:
     tables = ["table1", "table2", "contrasts", "judgements", "match_counts", "weights", "activity", "power"]
     files = [f"comparison/{name}.parquet" for name in tables]
     files += [f"arms/treatment/{name}.parquet" for name in ("effects", "outcome_effects", "coherence")]
@@ -88,7 +88,7 @@ def test_every_changed_number_of_a_recomputed_table_is_named_where_it_stands(run
         assert any(what.startswith(f"{column} is") and "recomputed" in what for what in found[name]), found[name]
 
 
-def test_a_changed_measurement_is_named_and_what_follows_from_it_too(run: Path) -> None:
+def test_changed_measurement_and_its_consequences_are_named(run: Path) -> None:
     name = "arms/treatment/direct_effects.parquet"
     change(run / name, "delta_logprob")
     found = verify(run).disagreements
@@ -96,7 +96,7 @@ def test_a_changed_measurement_is_named_and_what_follows_from_it_too(run: Path) 
     assert any(one.file == "arms/treatment/effects.parquet" for one in found)
 
 
-def test_a_change_that_the_manifest_was_made_to_agree_with_is_found(run: Path, capsys: Any) -> None:
+def test_a_change_with_forged_hashes_is_found(run: Path, capsys: Any) -> None:
     name = "comparison/contrasts.parquet"
     change(run / name, "estimate")
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))

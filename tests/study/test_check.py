@@ -78,7 +78,7 @@ def test_token_ids_far_beyond_the_embedding_cost_nothing(folder: Path) -> None:
     assert any("1 tokens of the tokenizer (far) are without embedding" in line for line in lines)
 
 
-def test_facts_of_an_sae_that_are_none_are_unknown(folder: Path) -> None:
+def test_null_facts_of_an_sae_are_unknown(folder: Path) -> None:
     path = folder / "saes" / "treatment" / "cfg.json"
     raw = json.loads(path.read_text())
     raw["metadata"] |= {"training_tokens": math.nan, "seed": math.inf, "held_out": [{"l0": 1}]}

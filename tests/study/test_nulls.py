@@ -104,7 +104,7 @@ def test_the_card_says_what_each_null_is(made: Path, folder: Path) -> None:
     assert card["recipe"]["rank"] == 2
 
 
-def test_nulls_differ_from_each_other_and_from_the_base(made: Path) -> None:
+def test_nulls_differ_from_each_other_and_base(made: Path) -> None:
     one, two = read_nulls(made)
     assert one.numbers["kl"] > 0
     assert not np.array_equal(one.read[1], two.read[1])
@@ -144,7 +144,7 @@ def test_a_killed_run_ends_with_the_same_nulls(folder: Path, made: Path, tmp_pat
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_a_run_killed_while_the_base_model_writes_goes_on(
+def test_resumes_after_a_kill_while_writing_texts(
     folder: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
 ) -> None:
     written = nulls._write_batch
@@ -248,7 +248,7 @@ def test_check_refuses_missing_empty_and_damaged_folders(folder: Path, complains
         check_study(_study(folder, nulls="bundled:nobody"))
 
 
-def test_a_study_without_nulls_says_what_they_would_cost(folder: Path, tiny_run: Path, tmp_path: Path) -> None:
+def test_a_study_without_nulls_gives_their_cost(folder: Path, tiny_run: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_run / "before", tmp_path / "run")
     run = run_study(_study(folder), tmp_path / "run", stages=STAGES)
     table = pd.read_parquet(run.path("comparison", "changes.parquet"))
@@ -279,7 +279,7 @@ def test_a_study_with_nulls_judges_every_feature(folder: Path, made: Path, tiny_
     assert recipe["differs"].isna().all()  # a whole model, which does not say how it was trained
 
 
-def test_settings_of_the_nulls_stand_beside_the_fine_tunes(made: Path) -> None:
+def test_recipes_of_nulls_and_fine_tune_are_compared(made: Path) -> None:
     recipe = {"steps": 4, "batch_size": 8, "rank": 2, "learning_rate": 0.01}
     found = _recipe_table({"recipe": recipe}, made).set_index("setting")
     assert found.loc[["steps", "batch_size", "learning_rate"], "differs"].tolist() == [False, True, False]
