@@ -79,7 +79,7 @@ def _make_nulls(config: FinetuneConfig, out: Path, n: int, study: str | None, op
     with ConsoleProgress() as log:
         result = make_nulls(config, out, n, study=opened, log=log, **options)
     if result.elsewhere:
-        show(f"{len(result.elsewhere)} more are in the hands of other processes")
+        show(f"{len(result.elsewhere)} more are being made by other processes")
     if result.trained:
         show(f"{len(result.trained)} adapters of nulls: {out.resolve()}")
         show("to measure them: the same command with --study STUDY")

@@ -82,9 +82,9 @@ def gate(
         return
     if bos not in _BOS:
         raise unknown_name("choice of BOS", bos, _BOS, at="--bos")
-    for option, path in (("--save", save), ("--mend", mend)):
-        if path is not None and path.exists() and (option == "--mend") != path.is_dir():
-            raise ConfigError(f"{str(path)!r} is something else.", at=option, fix="choose another place.")
+    for option, path, expected in (("--save", save, "a file"), ("--mend", mend, "a folder")):
+        if path is not None and path.exists() and path.is_dir() != (expected == "a folder"):
+            raise ConfigError(f"{str(path)!r} is not {expected}.", at=option, fix="choose another place.")
     from saeffect.io import write_json
     from saeffect.study.pair_gate import GateRequest, gate_pair
 

@@ -117,7 +117,7 @@ class FinishedRun:
         if kind is not None and ax is not None and name != kind.name:
             raise ConfigError(f"{name} is one of several figures.", at="ax", fix="draw it without ax.")
         if ax is not None and ax.get_subplotspec() is None:
-            raise ConfigError("these axes stand in no grid.", at="ax", fix="take axes that subplots gave.")
+            raise ConfigError("these axes belong to no grid.", at="ax", fix="make them by plt.subplots.")
         run = RunFolder(self.folder, self.study)
         with drawn_into(ax):
             only = () if kind is None else (kind.name,)

@@ -234,7 +234,7 @@ def _make_null(folder: _NullFolder, k: int, tracer: Tracer | None, keep_adapters
             if not keep_adapters:
                 remove_adapter(folder.adapter(k))
     except InUse:
-        log(f"null {k} is in the hands of another process")
+        log(f"null {k} is being made by another process")
         return "elsewhere"
     for empty in (adapter_folder, adapter_folder.parent):
         with contextlib.suppress(OSError):  # what others left there stays
@@ -255,7 +255,7 @@ def _own_texts(folder: _NullFolder, log: Log) -> Path:
     if path.is_file():
         return path
     n_batches = max(1, math.ceil(_POOL_FACTOR * training_tokens(recipe) / (_TEXT_LENGTH * _BATCH)))
-    with sole_writer(folder.path / "own", wait=lambda: log("another process lets the base model write; waiting")):
+    with sole_writer(folder.path / "own", wait=lambda: log("waiting for another process to write texts")):
         if path.is_file():
             return path
         parts = [folder.path / "own" / f"{index}.json" for index in range(n_batches)]

@@ -169,12 +169,12 @@ class _Planner:
                 f" {str(m.dtype).removeprefix('torch.')}: reads {1 / seconds:,.0f} tokens/s ({flop / 1e12:.3g} TFLOP/s)"
             )
         if self._gpus > 1 and any(m.device.type == "cpu" for m in self._shapes.values()):
-            yield "measured on the CPU, and shared by as many machines like this one; on one with GPUs, measure there"
+            yield f"measured on this CPU, for {self._gpus} such machines; to plan for GPUs, run this where they are"
         if self._load > (os.cpu_count() or 1) / 2:
             yield f"other programs keep this machine busy (load {self._load:.1f}): times are too long"
         yield f"disk: {self._disk.write / 1e6:,.0f} MB/s written, {self._free / 1e9:,.0f} GB free"
         if self._config.steering is not None and self._config.steering.max_features is None:
-            yield f"taken for granted: {_DOMAIN:.0%} of the features are of the domain, and all of them are steered"
+            yield f"assumed: {_DOMAIN:.0%} of the features are of the domain, and all of them are steered"
 
     def stages(self) -> Iterator[StageCost]:
         """In the order of `run_study`."""

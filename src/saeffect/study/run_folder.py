@@ -229,7 +229,7 @@ class RunFolder:
             return {"stages": {}}
         usable = {key: entry for key, entry in manifest["stages"].items() if _is_stage_entry(entry)}
         damaged = [key for key in manifest["stages"] if key not in usable]
-        self.damage = tuple(f"manifest.json is damaged where it tells of {key!r}: it is done again" for key in damaged)
+        self.damage = tuple(f"manifest.json is damaged at {key!r}: this stage is done again" for key in damaged)
         return {"study": manifest["study"], "stages": usable}
 
 
