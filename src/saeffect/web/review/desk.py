@@ -24,7 +24,7 @@ from saeffect.review.queue import Item, Queue, fingerprint_tokens
 from saeffect.review.store import NOT_BLIND, STORE, Given, VerdictStore
 from saeffect.review.verdicts import ADJUDICATION, VERDICTS
 from saeffect.study.label import read_labels
-from saeffect.study.stages.select import Standing, read_queue, standing_verdicts
+from saeffect.study.review import Standing, read_queue, standing_verdicts
 from saeffect.web.site import Site
 
 __all__ = [
