@@ -158,8 +158,8 @@ def against_nulls(value: float, nulls: Sequence[float]) -> Estimate:
         (-0.8, 0.2, True)
     """
     numbers = np.array([*nulls, value], dtype=np.float64)
-    if not nulls or not np.isfinite(numbers).all():
-        return undefined("no null fine-tune was measured" if not nulls else "a value is not finite", len(nulls))
+    if not len(nulls) or not np.isfinite(numbers).all():
+        return undefined("no null fine-tune was measured" if not len(nulls) else "a value is not finite", len(nulls))
     distance = np.abs(numbers - numbers.mean())
     p = float((distance >= distance[-1] * (1 - 1e-12)).mean())
     excess = cautious_difference(numbers[:-1], numbers[-1:])
