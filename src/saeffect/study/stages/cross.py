@@ -77,12 +77,12 @@ def cross_inputs(run: RunFolder) -> dict[str, Any]:
 
 def run_cross(run: RunFolder, log: Log) -> Iterable[Path]:
     """Write `comparison/factorial.parquet` and `arms/*/crossed.parquet`, resuming cell by cell."""
-    study, quantities = run.study, run.study.config.comparison.crossed
+    study, groups = run.study, run.study.config.comparison.crossed
     control, treatment = study.pair
     path = run.path("comparison", "factorial.parquet")
     if reason := _obstacle(study):
         log(f"  nothing is crossed: {reason}")
-        return [run.write_table(path, no_factorial(quantities, reason))]
+        return [run.write_table(path, no_factorial(groups, reason))]
     tables_by_sae: dict[str, list[pd.DataFrame]] = {control: [], treatment: []}
     crossing = _Crossing(run, log)
     for sae, table in crossing.cell_rows():
@@ -91,7 +91,7 @@ def run_cross(run: RunFolder, log: Log) -> Iterable[Path]:
     config = study.config.comparison
     resampling = Resampling(study.config.seed, config.n_boot, config.n_permutations)
     roles, unmeasured = Roles(control, treatment, ()), crossing.unmeasured()
-    table = factorial(tables, roles, asked=quantities, unmeasured=unmeasured, resampling=resampling)
+    table = factorial(tables, roles, groups=groups, unmeasured=unmeasured, resampling=resampling)
     written = [run.write_table(run.arm(sae, "crossed.parquet"), table) for sae, table in tables.items()]
     return [*written, run.write_table(path, table)]
 
@@ -132,7 +132,7 @@ class _Crossing:
 
     def __init__(self, run: RunFolder, log: Log) -> None:
         self._run, self._log, self._study = run, log, run.study
-        self._quantities = set(run.study.config.comparison.crossed)
+        self._groups = set(run.study.config.comparison.crossed)
         self._arms = run.study.pair
 
     def cells(self) -> Iterator[tuple[Arm, str]]:
@@ -164,7 +164,7 @@ class _Crossing:
         """Trials by SAE and model; empty unless steering is crossed. Every process makes this call, which shares the
         work between them, and gets all trials.
         """
-        if "steering" not in self._quantities or self._dose is None:
+        if "steering" not in self._groups or self._dose is None:
             return {}
         cells = ((cell, model) for cell, model in self.cells() if len(self._chosen[cell.name]))
         return {(cell.name, model): self._texts(cell, model) for cell, model in cells}
@@ -236,23 +236,23 @@ class _Crossing:
         empty = [name for name, chosen in self._chosen.items() if chosen.empty]
         if empty:
             return f"{' and '.join(empty)}: no domain feature"
-        steered = _STEERED & self._quantities
+        steered = _STEERED & self._groups
         return chosen_dose(self._run)[1] if steered and self._dose is None else ""
 
     def without_texts(self, cell: Arm, model: str) -> Iterator[pd.DataFrame]:
         """The rows of a cell, without those of steered texts."""
         chosen = self._chosen[cell.name]
         self._log(f"  {cell.name}'s SAE on the model of {model}")
-        if "direct_effect" in self._quantities and len(chosen) and self._dose is not None:
+        if "direct_effect" in self._groups and len(chosen) and self._dose is not None:
             direct = self._from_steer_stage(cell, model, "direct_effects")
             if direct is None:
                 what = f"direct effects, {cell.name}'s SAE on {model}"
                 progress = partial(self._log.progress, what, unit="pushes")
                 direct = direct_effects(self._site(cell), chosen, self._plan, progress=progress)
             yield _rows("direct_effect", model, self._beyond_placebo(direct, "delta_logprob"))
-        if self._quantities & {"activity", "reconstruction"}:
+        if self._groups & {"activity", "reconstruction"}:
             yield from self._on_text(cell, model, chosen["feature"].tolist())
-        if "coherence" in self._quantities and len(chosen):
+        if "coherence" in self._groups and len(chosen):
             yield self._coherence(cell, model, chosen["feature"].tolist())
 
     def _beyond_placebo(self, trials: pd.DataFrame, column: str) -> pd.DataFrame:
@@ -304,24 +304,24 @@ class _Crossing:
     @torch.inference_mode()
     def _on_text(self, cell: Arm, model: str, features: list[int]) -> Iterator[pd.DataFrame]:
         """Activity of features and reconstruction by the SAE, on the first rows of the study's text."""
-        rows, quantities = self._study.rows(), self._quantities
+        rows, groups = self._study.rows(), self._groups
         head = rows.head(max(1, self._study.config.gate.tokens // rows.context_size))
-        n_rows = min(len(rows), max(1, _TOKENS // rows.context_size)) if "activity" in quantities else len(head)
+        n_rows = min(len(rows), max(1, _TOKENS // rows.context_size)) if "activity" in groups else len(head)
         activity: list[npt.NDArray[np.float64]] = []
         sums = _RowSums()
         for start, ids, x, kept, _ in cell.read(rows, self._study.residuals):
             acts = cell.sae.encode(x)[..., features].clamp(min=0).double() * kept[..., None]
             per_token = torch.stack([(acts > 0).double().sum(dim=1), acts.sum(dim=1)]) / kept.sum(dim=1)[:, None]
             activity.append(per_token.numpy())
-            if "reconstruction" in quantities and start < len(head):
+            if "reconstruction" in groups and start < len(head):
                 sums.add(x[: len(head) - start].float(), cell.sae(x[: len(head) - start].float()), kept)
             self._log.progress(f"{cell.name}'s SAE on {model}", start + len(ids), n_rows, "rows")
             if start + len(ids) >= n_rows:
                 break
-        if "activity" in quantities and features:
+        if "activity" in groups and features:
             for name, values in zip(("density", "activation"), np.concatenate(activity, axis=1), strict=True):
                 yield _rows(name, model, pd.DataFrame(values[:n_rows].T, index=features))
-        if "reconstruction" in quantities:
+        if "reconstruction" in groups:
             losses = spliced_losses(
                 cell.lm, cell.sae, cell.hook, head.ids, cell.norm_limit(rows), counts=head.counts
             ).by_row

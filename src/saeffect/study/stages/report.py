@@ -119,9 +119,7 @@ def _study_facts(run: RunFolder, arms: Mapping[str, ArmTables]) -> tuple[tuple[s
         steering, (dose, _) = config.steering, chosen_dose(run)
         facts.append(("Steering", _steered(steering)))
         facts.append(("Dose", _dose_words(steering, dose, gate["mean_norm"])))
-        # The placebo of the primary test comes first.
-        placebos = sorted(steering.placebos, key=lambda name: name != steering.primary_placebo)
-        facts.append(("Tested against", ", ".join(map(control_label, placebos)) or "nothing: no placebo"))
+        facts.append(("Tested against", _placebo_words(steering)))
         facts.append(("Declared outcomes", ", ".join(OUTCOMES[name].label for name in steering.outcomes)))
     facts.append(("Seed", str(config.seed)))
     return tuple(facts)
@@ -138,6 +136,12 @@ def _steered(steering: SteeringConfig) -> str:
     kind = "chat" if all(isinstance(prompt, tuple) for prompt in steering.prompts) else "prompt"
     where = "" if steering.positions == "all" else f", at positions: {steering.positions}"
     return f"{plural(len(steering.prompts), kind)} × {plural(steering.samples, 'text')}{where}"
+
+
+def _placebo_words(steering: SteeringConfig) -> str:
+    """The placebos in words, that of the primary test first."""
+    names = sorted(steering.placebos, key=lambda name: name != steering.primary_placebo)
+    return ", ".join(map(control_label, names)) or "nothing: no placebo"
 
 
 def _dose_words(steering: SteeringConfig, dose: float | None, mean_norm: float) -> str:
