@@ -35,16 +35,16 @@ def export(
     from saeffect.study.run_folder import RunFolder as Folder
     from saeffect.study.study import Study
 
-    names = {file_format.suffix: name for name, file_format in FORMATS.items()}
-    if out.suffix not in names:
-        raise ConfigError(f"the ending {out.suffix!r} is no format.", at="--out", fix=f"use {', '.join(names)}.")
+    formats = {item.suffix: item for item in FORMATS.values()}
+    if out.suffix not in formats:
+        raise ConfigError(f"the ending {out.suffix!r} is no format.", at="--out", fix=f"use {', '.join(formats)}.")
     if bool(feature) == bool(group):
         raise ConfigError(
             "give features or a group.", at="--feature", fix="for example --feature 12, or --group domain."
         )
     folder = Folder(run, Study.open(run / "study.yaml"))
     chosen = list(feature or ()) or group_of(folder, arm, str(group))
-    format_name = names[out.suffix]
-    export_features(folder, arm, chosen, out, kind=format_name, dose=dose)
+    file_format = formats[out.suffix]
+    export_features(folder, arm, chosen, out, kind=file_format.name, dose=dose)
     n_features = len(set(chosen))
-    show(f"{out}: {FORMATS[format_name].label}, {n_features} feature{'s' if n_features > 1 else ''} of {arm}")
+    show(f"{out}: {file_format.label}, {n_features} feature{'s' if n_features > 1 else ''} of {arm}")

@@ -35,7 +35,7 @@ __all__ = ["DiffRequest", "diff_study", "same_model", "write_study"]
 _BUNDLED_TEXT = "smollm2-sampled"
 _ROWS, _CONTEXT = 240, 80  # of text: those of the trace, and further rows to put features back on
 _BUNDLED_PAIR = ("bundled:smollm2-135m-instruct", "bundled:medical-lora", "bundled:smollm2-control")
-_BUNDLED_NULLS = "smollm2-medical"
+_BUNDLED_NULLS = "bundled:smollm2-medical"
 _HEAD = "# Written by `saeffect diff`; it goes on from here as yours. SHA-256 of the lines below: "
 
 
@@ -82,7 +82,9 @@ def diff_study(request: DiffRequest, source: Path, log: Log = SILENT) -> Study:
         "selection": {"vocabulary": _path(request.vocabulary)},
         "steering": None,
     }
-    nulls = request.nulls or _bundled_nulls(request)
+    # Those of the bundled pair were measured on the bundled text.
+    is_bundled = not request.texts and (request.base, request.tuned, request.sae) == _BUNDLED_PAIR
+    nulls = request.nulls or (_BUNDLED_NULLS if is_bundled else None)
     if nulls is not None:
         values["nulls"] = _path(nulls)
     return Study(StudyConfig.read(values, at="the command"), source)
@@ -107,7 +109,6 @@ def write_study(study: Study) -> None:
             at=str(path),
             fix=f"run it: saeffect run {path}; or choose another --out.",
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         temporary.write_text(content, encoding="utf-8")
 
@@ -189,16 +190,6 @@ def _text_keys(request: DiffRequest, base: Mapping[str, Any]) -> dict[str, Any]:
         at="--text",
         fix="give one or more: --text general=web.jsonl --text domain=notes.txt (or a dataset id on the hub).",
     )
-
-
-def _bundled_nulls(request: DiffRequest) -> str | None:
-    """The nulls of the embedded pair, which were measured on the bundled text."""
-    if request.texts or (request.base, request.tuned, request.sae) != _BUNDLED_PAIR:
-        return None
-    with contextlib.suppress(ConfigError):
-        bundled_path("nulls", _BUNDLED_NULLS)
-        return BUNDLED + _BUNDLED_NULLS
-    return None
 
 
 def _sources(texts: Sequence[str]) -> list[dict[str, str]]:

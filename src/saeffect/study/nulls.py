@@ -183,11 +183,8 @@ def check_nulls(study: Study) -> str:
     not_compared = "; the study's text is on the hub, so they are compared when it runs"
     if all(map(is_local, text.sources)):
         lm = dataclasses.replace(study.reader, identity=model_identity(config))
-        sample = (
-            text
-            if text.bundled
-            else text.model_copy(update={"tokens": min(text.tokens, changes.rows * text.context_size)})
-        )
+        n_tokens = min(text.tokens, changes.rows * text.context_size)
+        sample = text if text.bundled else text.model_copy(update={"tokens": n_tokens})
         with placed(study.at("text")):
             rows = traced_rows(study_rows(sample, lambda: lm, prepend_bos=study.prepend_bos), changes)
         sae = load_sae(study.sae_folder(control)) if study.has_saes else None

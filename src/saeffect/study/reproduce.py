@@ -180,10 +180,6 @@ def _number(values: dict[str, Any], arm: str, number: Callable[[Any], float]) ->
     return float(number(values[arm])) if arm in values else math.nan
 
 
-def _percent(share: float) -> float:
-    return 100 * share
-
-
 def _counts(files: _Published) -> Iterator[_Row]:
     """Table 1 and Figure 1: how many features, and their tokens in the medical list."""
     printed = {"control": ("101", "0.39"), "treatment": ("111", "0.43")}
@@ -191,20 +187,14 @@ def _counts(files: _Published) -> Iterator[_Row]:
         n = _number(files.features, arm, len)
         yield _Row("Table 1", "medical features", arm, printed[arm][0], n)
         note = f"of {_D_SAE:,} features"
-        yield _Row("Table 1", "medical features, %", arm, printed[arm][1], _percent(n / _D_SAE), note)
+        yield _Row("Table 1", "medical features, %", arm, printed[arm][1], 100 * (n / _D_SAE), note)
 
-    def least(features: pd.DataFrame) -> float:
-        return float(min(map(len, features["medical_weights"])))
-
-    def with_seven(table: pd.DataFrame) -> float:
-        return float(sum(len(weights) >= 7 for weights in table["medical_weights"]))
-
+    n_medical = {arm: [*map(len, table["medical_weights"])] for arm, table in files.features.items()}
     for arm in _ARMS:
-        yield _Row("Figure 1", "fewest medical tokens of a feature", arm, "2", _number(files.features, arm, least))
+        yield _Row("Figure 1", "fewest medical tokens of a feature", arm, "2", _number(n_medical, arm, min))
+    n_with_seven = _number(n_medical, "treatment", lambda counts: sum(n >= 7 for n in counts))
     note = "the text says that no feature of the fine-tuned model has 7 or more"
-    yield _Row(
-        "Figure 1", "features with 7 or more", "treatment", "0", _number(files.features, "treatment", with_seven), note
-    )
+    yield _Row("Figure 1", "features with 7 or more", "treatment", "0", n_with_seven, note)
 
 
 def _scores(files: _Published) -> Iterator[_Row]:
@@ -246,8 +236,8 @@ def _weights(files: _Published) -> Iterator[_Row]:
         note = "divided by n, of the tokens in the medical list"
         yield _Row("Word analysis", "variance of activations", arm, printed[arm][1], variances[arm], note)
     for name, paper, values, index in (("mean", "63.34", means, 0), ("variance", "97.16", variances, 1)):
-        ours = _percent(1 - values["treatment"] / values["control"])
-        rounded = _percent(1 - float(printed["treatment"][index]) / float(printed["control"][index]))
+        ours = 100 * (1 - values["treatment"] / values["control"])
+        rounded = 100 * (1 - float(printed["treatment"][index]) / float(printed["control"][index]))
         yield _Row("Word analysis", f"{name} lower by, %", "both", paper, ours, from_rounded=rounded)
 
 
@@ -259,7 +249,7 @@ def _coverage(files: _Published) -> Iterator[_Row]:
         return [word for word in tokens_of if word.isalpha()]
 
     def coverage(words: Iterable[str]) -> float:
-        return _percent(float(np.mean([files.vectors.row(word) >= 0 for word in words])))
+        return 100 * float(np.mean([files.vectors.row(word) >= 0 for word in words]))
 
     note = "of top tokens that are letters alone"
     unique = _number(files.features, "control", lambda table: coverage(set(words(table))))
@@ -277,15 +267,13 @@ def _steering(files: _Published) -> Iterator[_Row]:
         for arm, paper in zip(_ARMS, values, strict=True):
             yield _Row("Table 1", name, arm, paper, math.nan, unpublished, published=False)
 
-    def wins(scores: FloatArray) -> float:
-        return float((scores[:, 1] > scores[:, 0]).sum())
-
     notes = {
         "control": "a coin passes half; the published notebook compares with the fine-tuned model's tokens",
         "treatment": "the first fine-tune, by LoRA",
     }
     for arm, features, passing, share in (("control", "311", "307", "98"), ("treatment", "451", "307", "68")):
-        n, won = _number(files.similarities, arm, len), _number(files.similarities, arm, wins)
+        n = _number(files.similarities, arm, len)
+        won = _number(files.similarities, arm, lambda scores: (scores[:, 1] > scores[:, 0]).sum())
         yield _Row("Appendix", "features steered", arm, features, n, notes[arm])
         yield _Row("Appendix", "passing", arm, passing, won, notes[arm])
-        yield _Row("Appendix", "passing, %", arm, share, _percent(won / n), notes[arm])
+        yield _Row("Appendix", "passing, %", arm, share, 100 * (won / n), notes[arm])
