@@ -245,11 +245,11 @@ def _coverage(files: _Published) -> Iterator[_Row]:
     """The share of top tokens that the word vectors know. The authors' code counts only tokens made of letters."""
 
     def words(table: pd.DataFrame) -> list[str]:
-        tokens_of = [normalise_token(token) for tokens in table["top_tokens"] for token in tokens]
-        return [word for word in tokens_of if word.isalpha()]
+        normalised = [normalise_token(token) for tokens in table["top_tokens"] for token in tokens]
+        return [word for word in normalised if word.isalpha()]
 
-    def coverage(words: Iterable[str]) -> float:
-        return 100 * float(np.mean([files.vectors.row(word) >= 0 for word in words]))
+    def coverage(tokens: Iterable[str]) -> float:
+        return 100 * float(np.mean([files.vectors.row(word) >= 0 for word in tokens]))
 
     note = "of top tokens that are letters alone"
     unique = _number(files.features, "control", lambda table: coverage(set(words(table))))

@@ -51,8 +51,8 @@ class TokenizerDifference:
         if self.renamed:
             parts.append(f"renames {_list_tokens([f'{old} to {new}' for old, new in self.renamed])}")
         if self.cut is not None:
-            text, ours, theirs = self.cut
-            parts.append(f"cuts {text[:40]!r} into {'|'.join(theirs)[:60]!r} where control has {'|'.join(ours)[:60]!r}")
+            text, base, own = self.cut
+            parts.append(f"cuts {text[:40]!r} into {'|'.join(own)[:60]!r} where control has {'|'.join(base)[:60]!r}")
         return "; ".join(parts)
 
 
@@ -107,58 +107,59 @@ def study_tokens(
         if key not in loaded:
             loaded[key] = load_tokenizer(location, models[arm], at=at(arm))
         tokenizers[arm] = loaded[key]
-    ours = tokenizers[control]
-    templates = {arm: own_template(theirs) for arm, theirs in tokenizers.items()}
+    reference = tokenizers[control]
+    templates = {arm: own_template(tokenizer) for arm, tokenizer in tokenizers.items()}
     if len(loaded) == 1:
-        return StudyTokens(ours, templates=templates)
-    identities = [tokenizer_identity(theirs) for theirs in loaded.values()]
-    control_tokens = known_tokens(ours)
+        return StudyTokens(reference, templates=templates)
+    identities = [tokenizer_identity(tokenizer) for tokenizer in loaded.values()]
+    control_tokens = known_tokens(reference)
     shared, differences = set(control_tokens), {}
-    for arm, theirs in tokenizers.items():
-        if theirs is ours or tokenizer_identity(theirs) == identities[0]:
+    for arm, tokenizer in tokenizers.items():
+        if tokenizer is reference or tokenizer_identity(tokenizer) == identities[0]:
             continue
-        difference = _difference(ours, theirs, texts)
+        difference = _difference(reference, tokenizer, texts)
         if difference.renamed:
-            _refuse_another_vocabulary(ours, theirs, (control, arm), at(arm))
-        arm_tokens = known_tokens(theirs)
+            _refuse_another_vocabulary(reference, tokenizer, (control, arm), at(arm))
+        arm_tokens = known_tokens(tokenizer)
         shared &= {i for i, token in control_tokens.items() if arm_tokens.get(i) == token}
         if difference:
             differences[arm] = difference
     all_shared = len(shared) == len(control_tokens) and not any(difference.added for difference in differences.values())
-    return StudyTokens(ours, None if all_shared else frozenset(shared), differences, fingerprint(identities), templates)
+    shared_ids = None if all_shared else frozenset(shared)
+    return StudyTokens(reference, shared_ids, differences, fingerprint(identities), templates)
 
 
-def _difference(ours: Any, theirs: Any, texts: Callable[[], Iterable[str]]) -> TokenizerDifference:
-    base, own = known_tokens(ours), known_tokens(theirs)
+def _difference(reference: Any, other: Any, texts: Callable[[], Iterable[str]]) -> TokenizerDifference:
+    base, own = known_tokens(reference), known_tokens(other)
     return TokenizerDifference(
         added=tuple(token for i, token in own.items() if i not in base),
         missing=tuple(token for i, token in base.items() if i not in own),
         renamed=tuple((token, own[i]) for i, token in base.items() if i in own and own[i] != token),
-        cut=_first_difference(ours, theirs, [*texts(), *_PROBES]),
+        cut=_first_difference(reference, other, [*texts(), *_PROBES]),
     )
 
 
-def _first_difference(ours: Any, theirs: Any, texts: Iterable[str]) -> tuple[str, list[str], list[str]] | None:
+def _first_difference(reference: Any, other: Any, texts: Iterable[str]) -> tuple[str, list[str], list[str]] | None:
     """The first text that they cut differently, from the first differing token on, and each one's pieces."""
     for text in texts:
-        a, b = (list(tokenizer.encode(text, add_special_tokens=False)) for tokenizer in (ours, theirs))
+        a, b = (list(tokenizer.encode(text, add_special_tokens=False)) for tokenizer in (reference, other))
         if a != b:
-            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
-            a, b = a[same:][:_SHOWN], b[same:][:_SHOWN]
-            return str(ours.decode(a)), ours.convert_ids_to_tokens(a), theirs.convert_ids_to_tokens(b)
+            n_same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+            a, b = a[n_same:][:_SHOWN], b[n_same:][:_SHOWN]
+            return str(reference.decode(a)), reference.convert_ids_to_tokens(a), other.convert_ids_to_tokens(b)
     return None
 
 
-def _refuse_another_vocabulary(ours: Any, theirs: Any, names: tuple[str, str], at: str) -> None:
+def _refuse_another_vocabulary(reference: Any, other: Any, names: tuple[str, str], at: str) -> None:
     """Refuse ids with different tokens, except placeholders or special tokens that were only renamed."""
-    base, own = known_tokens(ours), known_tokens(theirs)
-    added = {*getattr(ours, "added_tokens_decoder", {}), *getattr(theirs, "added_tokens_decoder", {})}
-    different = [i for i, token in base.items() if i in own and own[i] != token and i not in added]
+    base, own = known_tokens(reference), known_tokens(other)
+    added = {*getattr(reference, "added_tokens_decoder", {}), *getattr(other, "added_tokens_decoder", {})}
+    different = [(i, token, own[i]) for i, token in base.items() if i in own and own[i] != token and i not in added]
     if different:
-        i = different[0]
+        i, token, own_token = different[0]
         raise IncompatibleModels(
             f"the models of {names[0]!r} and {names[1]!r} have different tokenizers: {len(different):,} of"
-            f" {len(base):,} ids are another token, such as {i}, which is {base[i]!r} in one and {own[i]!r} in the"
+            f" {len(base):,} ids are another token, such as {i}, which is {token!r} in one and {own_token!r} in the"
             " other.",
             at=at,
             fix="compare a base model with its own fine-tune; features are named by tokens, so these must agree.",
