@@ -305,16 +305,16 @@ class _Crossing:
     def _on_text(self, cell: Arm, model: str, features: list[int]) -> Iterator[pd.DataFrame]:
         """Activity of features and reconstruction by the SAE, on the first rows of the study's text."""
         rows, groups = self._study.rows(), self._groups
-        head = rows.head(max(1, self._study.config.gate.tokens // rows.context_size))
-        n_rows = min(len(rows), max(1, _TOKENS // rows.context_size)) if "activity" in groups else len(head)
+        gate_rows = rows.head(max(1, self._study.config.gate.tokens // rows.context_size))
+        n_rows = min(len(rows), max(1, _TOKENS // rows.context_size)) if "activity" in groups else len(gate_rows)
         activity: list[npt.NDArray[np.float64]] = []
         sums = _RowSums()
         for start, ids, x, kept, _ in cell.read(rows, self._study.residuals):
             acts = cell.sae.encode(x)[..., features].clamp(min=0).double() * kept[..., None]
             per_token = torch.stack([(acts > 0).double().sum(dim=1), acts.sum(dim=1)]) / kept.sum(dim=1)[:, None]
             activity.append(per_token.numpy())
-            if "reconstruction" in groups and start < len(head):
-                sums.add(x[: len(head) - start].float(), cell.sae(x[: len(head) - start].float()), kept)
+            if "reconstruction" in groups and start < len(gate_rows):
+                sums.add(x[: len(gate_rows) - start].float(), cell.sae(x[: len(gate_rows) - start].float()), kept)
             self._log.progress(f"{cell.name}'s SAE on {model}", start + len(ids), n_rows, "rows")
             if start + len(ids) >= n_rows:
                 break
@@ -323,7 +323,7 @@ class _Crossing:
                 yield _rows(name, model, pd.DataFrame(values[:n_rows].T, index=features))
         if "reconstruction" in groups:
             losses = spliced_losses(
-                cell.lm, cell.sae, cell.hook, head.ids, cell.norm_limit(rows), counts=head.counts
+                cell.lm, cell.sae, cell.hook, gate_rows.ids, cell.norm_limit(rows), counts=gate_rows.counts
             ).by_row
             saved = _by_row(losses["zero"] - losses["sae"], losses["zero"] - losses["clean"])
             for name, by_row in (("explained_variance", 1 - sums.unexplained()), ("ce_loss_score", saved)):

@@ -49,7 +49,7 @@ def match_inputs(run: RunFolder) -> dict[str, Any]:
 
 def run_match(run: RunFolder, log: Log) -> Iterable[Path]:
     """Write `comparison/fates_control.parquet` and the tables of the other diffing methods, resuming pair by pair."""
-    tables = _match(run, log, _KeptPairs(run.kept("match", match_inputs(run)), log))
+    tables = _measure(run, log, _KeptPairs(run.kept("match", match_inputs(run)), log))
     names = [name for name in table_names() if name in tables]
     return [run.write_table(run.path("comparison", f"{name}.parquet"), tables[name]) for name in names]
 
@@ -67,7 +67,7 @@ def read_matches(run: RunFolder) -> MatchTables:
     return MatchTables(**declared, further=tables)
 
 
-def _match(run: RunFolder, log: Log, keep: _KeptPairs) -> dict[str, pd.DataFrame]:
+def _measure(run: RunFolder, log: Log, keep: _KeptPairs) -> dict[str, pd.DataFrame]:
     study, config = run.study, run.study.config
     control, treatment = study.pair
     if study.sae_config(control).d_in != study.sae_config(treatment).d_in:
@@ -142,24 +142,24 @@ class _FiringLogs:
 
     def __init__(self, study: Study, log: Log) -> None:
         self._study, self._log = study, log
-        self.of: dict[str, FiringLog] = {}
+        self.by_sae: dict[str, FiringLog] = {}
 
     @torch.inference_mode()
     def add(self, arm: Arm, saes: Mapping[str, SparseAutoencoder]) -> BoolArray:
         """Log SAEs of one arm's model; returns bool [n_tokens], the tokens that count."""
         rows = self._study.rows()
         counted = []
-        self.of |= {name: FiringLog(sae.cfg.d_sae) for name, sae in saes.items()}
+        self.by_sae |= {name: FiringLog(sae.cfg.d_sae) for name, sae in saes.items()}
         for _, _, x, kept, _ in arm.read(rows, self._study.residuals, self._log, f"activations {arm.name}"):
             counted.append(kept.flatten().numpy())
             for name, sae in saes.items():
-                self.of[name].update(sae.encode(x).flatten(0, 1))
+                self.by_sae[name].update(sae.encode(x).flatten(0, 1))
         return np.concatenate(counted)
 
     def common(self, kept: Mapping[str, BoolArray]) -> dict[str, FiringLog]:
         """The logs, cut to tokens that count in all these arms."""
         counted = np.logical_and.reduce(list(kept.values()))
-        return {name: log.only(counted) for name, log in self.of.items()}
+        return {name: log.only(counted) for name, log in self.by_sae.items()}
 
     @torch.inference_mode()
     def acts_of_both(
@@ -167,10 +167,10 @@ class _FiringLogs:
     ) -> Iterator[ActsOfBoth]:
         """Activations of the control's SAE on the treatment's and on the control's model."""
         rows: TokenRows = self._study.rows()
-        limit, before, width = treatment.norm_limit(rows), self.of[control].matrix(), rows.context_size
+        limit, control_acts, width = treatment.norm_limit(rows), self.by_sae[control].matrix(), rows.context_size
         for start, ids, x in self._study.residuals.batches(treatment.lm, self._study.hook(control), rows):
             tokens = slice(start * width, (start + len(ids)) * width)
-            acts = torch.from_numpy(before[tokens].toarray()).view(len(ids), width, -1)
+            acts = torch.from_numpy(control_acts[tokens].toarray()).view(len(ids), width, -1)
             mask = kept_positions(x, limit) & torch.from_numpy(kept[tokens]).view(len(ids), width)
             yield ActsOfBoth(acts, sae.encode(x), mask)
             self._log.progress(f"cross-activity {treatment.name}", start + len(ids), len(rows), "rows")
@@ -190,13 +190,13 @@ def _views(
     """Each arm's SAEs, its own first."""
     views = {}
     columns = ["feature", "density", "decoder_norm"]
-    start = run.study.sae_folder(run.study.control).name
-    for name, further in seeds.items():
+    control_sae = run.study.sae_folder(run.study.control).name
+    for name, seed_saes in seeds.items():
         features = run.read_table(run.arm(name, "features.parquet"))[columns]
-        warm = _started_from(run.study, name) == start
-        views[name] = [SaeView(name, saes[name].W_dec.detach(), features, logs.get(name), saes[name], warm)]
-        table = run.read_table(run.arm(name, "seeds.parquet")) if further else pd.DataFrame()
-        for seed in further:
+        is_warm_start = _started_from(run.study, name) == control_sae
+        views[name] = [SaeView(name, saes[name].W_dec.detach(), features, logs.get(name), saes[name], is_warm_start)]
+        table = run.read_table(run.arm(name, "seeds.parquet")) if seed_saes else pd.DataFrame()
+        for seed in seed_saes:
             statistics = table[table["sae"] == seed.name][columns].reset_index(drop=True)
             views[name].append(SaeView(seed.name, seed.W_dec, statistics, logs.get(seed.name), seed.sae))
     return views
@@ -209,5 +209,5 @@ def _started_from(study: Study, arm: str) -> str | None:
         return Path(str(configured)).name
     training_file = study.sae_folder(arm) / "training.json"
     recipe = read_json(training_file).get("recipe") if training_file.is_file() else None
-    recorded = ((recipe or {}).get("sae") or {}).get("init_from")
-    return Path(str(recorded)).name if recorded else None
+    init_from = ((recipe or {}).get("sae") or {}).get("init_from")
+    return Path(str(init_from)).name if init_from else None
