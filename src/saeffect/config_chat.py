@@ -43,7 +43,7 @@ class Message(StrictModel):
 
 
 Prompt = str | tuple[Message, ...]
-"""The beginning of a text, or a conversation that the model is to go on with."""
+"""The beginning of a text, or a conversation, that the model continues."""
 
 
 def plain_messages(value: Any, *, at: str = "messages") -> list[dict[str, Any]]:
@@ -154,9 +154,9 @@ class ReadKeys(ChatKeys):
     positions: tuple[Part, ...] = Field(
         ("all",),
         min_length=1,
-        description="Of chats, the tokens on which activations count; all others are read, and no statistic of features"
-        " has them. assistant: what the assistant writes, to the end of its turn; first_assistant: the first token of"
-        " each; template: all that no message says; special: of that, the special tokens.",
+        description="Of chats, the tokens on which activations count; all others are read, but enter no statistic of"
+        " features. assistant: what the assistant writes, to the end of its turn; first_assistant: the first token of"
+        " each turn; template: tokens outside the messages; special: the special tokens among these.",
     )
 
     @field_validator("positions", mode="before")

@@ -67,13 +67,13 @@ class InterventionConfig(StrictModel):
     )
     positions: Positions = Field(
         "all",
-        description="prompt: the prompt's but the last, as the paper's code did. Of chats, those of a side: what is"
-        " read where it stands, what the assistant writes (its earlier turns too) where it is predicted.",
+        description="prompt: the prompt's but the last, as in the paper's code. In chats, the tokens of a part; the"
+        " assistant's (also of earlier turns) at the positions that predict them.",
     )
     prompts: tuple[Prompt, ...] = Field(
         ("What topic is on your mind?",),
         min_length=1,
-        description="Beginnings of texts, or conversations (lists of messages) to go on with; each is an independent"
+        description="Beginnings of texts, or conversations (lists of messages) to continue; each is an independent"
         " trial.",
     )
     placebos: tuple[str, ...] = Field(
@@ -83,8 +83,8 @@ class InterventionConfig(StrictModel):
     batch_size: int = Field(
         64,
         ge=1,
-        description="Texts generated at once, each with a vector of its own. Products over another number of texts"
-        " round differently, so numbers of another batch size agree to about 1e-7 only.",
+        description="Texts generated at once, each with its own vector. Another batch size rounds differently: numbers"
+        " agree to about 1e-7 only.",
     )
 
     @model_validator(mode="after")
@@ -114,7 +114,7 @@ class SamplingConfig(StrictModel):
     max_new_tokens: int = Field(50, ge=1, description="Length of a text.")
     temperature: float = Field(1.0, ge=0, description="0: the most probable token each time.")
     top_p: float = Field(0.3, gt=0, le=1, description="Sampling keeps the most probable tokens up to this share.")
-    frequency_penalty: float = Field(1.0, description="Taken off a token's logit for each time it was generated.")
+    frequency_penalty: float = Field(1.0, description="Subtracted from a token's logit for each time it was generated.")
     protocol: Literal["rigorous", "paper"] = Field(
         "rigorous",
         description="paper: steer and score as the code of Gupta & Sica (2024) did, to the letter. It decides most keys"
@@ -136,11 +136,11 @@ class SteeringConfig(SamplingConfig, InterventionConfig):
     system: str | None = Field(None, description="System message of chats that have none.")
     search_prompts: tuple[Prompt, ...] = Field(
         (),
-        description="For the dose search; none of them a test prompt. By default the first half of the prompts,"
+        description="For the dose search; none may be a test prompt. By default the first half of the prompts,"
         " which are then not tested on.",
     )
     search_features: int = Field(8, ge=1, description="Features of each arm that the search steers.")
-    max_features: int | None = Field(None, ge=1, description="Test a random sample of so many domain features an arm.")
+    max_features: int | None = Field(None, ge=1, description="Test a random sample of this many features an arm.")
     together: dict[str, tuple[tuple[int, ...], ...]] = Field(
         default_factory=dict, description="For an arm, sets of features to steer at once, such as {control: [[3, 17]]}."
     )
@@ -151,7 +151,7 @@ class SteeringConfig(SamplingConfig, InterventionConfig):
     outcomes: tuple[str, ...] = Field(
         ("similarity",),
         min_length=1,
-        description="Declared before the run: the first decides what passes; all that are not here are exploratory.",
+        description="Declared before the run: the first decides what passes; all others are exploratory.",
     )
     outcome_encoder: str | None = Field(
         None,
