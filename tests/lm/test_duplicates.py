@@ -28,7 +28,7 @@ def test_equal_documents_are_on_one_side() -> None:
     assert find_duplicates(_documents(100, 40) * 3, 0.3) == ""
 
 
-def test_documents_that_differ_in_case_spaces_or_a_few_words_are_found() -> None:
+def test_near_duplicates_are_found() -> None:
     plain = _documents(200, 60)
     changed = [text.upper().replace(" ", "  ") for text in plain]
     split = [(a, b) for a, b in zip(plain, changed, strict=True) if is_held_out(a, 0.3) != is_held_out(b, 0.3)]
