@@ -234,7 +234,7 @@ def test_forms_of_messages() -> None:
     ]
 
 
-def test_a_tokenizer_that_does_not_say_where_tokens_stand() -> None:
+def test_tokenizer_without_offsets_is_refused() -> None:
     class Slow:
         is_fast, bos_token, chat_template, all_special_ids = False, None, FAMILIES["chatml"], ()
 

@@ -64,7 +64,7 @@ def test_another_field(tmp_path: Path) -> None:
         (b'{"text": {}}\n', "'text' holds an object, not text", "line 1"),
         (b'["text"]\n', "holds a list; it has to be an object", "line 1"),
         (b'{"text": "\xe9"}\n', "not UTF-8 (byte 0xe9); it looks like cp1252", "line 1"),
-        (b'{"text": "a", "b": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "too deep", "line 1"),
+        (b'{"text": "a", "b": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "too deeply", "line 1"),
         (b'{"text": "a", "b": ' + b"9" * 5_000 + b"}", "a number that is too long", "line 1"),
         (b"\x89PNG\r\n\x1a\n\x00\x00", "does not look like text", "line 1"),
     ],

@@ -15,7 +15,7 @@ def _documents(n: int, length: int, seed: int = 0) -> list[str]:
 
 
 def _found(texts: list[str], share: float) -> int:
-    counts = re.match(r"(\d+) of \d+ held-out documents stand", find_duplicates(texts, share))
+    counts = re.match(r"(\d+) of \d+ held-out documents are", find_duplicates(texts, share))
     assert counts is not None
     return int(counts[1])
 

@@ -197,7 +197,7 @@ def test_batch_top(problem: Problem, chunk: int, k: int, weighted: bool, dtype: 
 def test_bfloat16_product_is_a_tight_upper_bound(problem: Problem, with_floor: bool) -> None:
     floor = problem.floor if with_floor else None
     encoder = Encoder(torch.bfloat16)
-    product = encoder._prepared(problem.x, problem.W, problem.bias, floor)
+    product = encoder._prepare(problem.x, problem.W, problem.bias, floor)
     hidden = torch.cat([encoder._tile(product, 0, first).hidden.clone() for first in product.tiles], dim=1)
     exact, off = problem.exact()
     exact = exact if floor is None else exact - floor.double()

@@ -30,7 +30,7 @@ __all__ = [
 
 # Message and fix for a folder that holds a model and an adapter.
 MODEL_AND_ADAPTER = (
-    "this is both a model and an adapter, and nothing says which of them is meant.",
+    "this is both a model and an adapter, and it is unclear which of them is meant.",
     "move the adapter into a folder of its own, and write model: {path: <base model>, adapter: <that folder>}.",
 )
 _FETCH_AGAIN = "copy or download it again, or convert it to safetensors; pickles are never loaded."

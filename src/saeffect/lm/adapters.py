@@ -226,12 +226,12 @@ def keep_adapter(model: Any, adapter: AdapterFile, where: str) -> tuple[Any, Mer
     """Load an adapter beside the model's weights, which stay unchanged: quantised, or spread over devices.
 
     IncompatibleModels as `merge_adapter`. ConfigError: it changes the embedding or unembedding, which are read as
-    matrices; or part of the model lies on disk.
+    matrices; or part of the model is on disk.
     """
     _refuse_adapted_embeddings(model, adapter, where)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ConfigError(
-            "part of the model lies on disk, where no adapter can stand beside it.",
+            "part of the model is on disk, where no adapter can be kept beside it.",
             at=where,
             fix="give more memory, quantise the model, or merge the adapter into it with PEFT and save it whole.",
         )

@@ -184,8 +184,8 @@ def _norm_scale(norm: nn.Module, d_model: int) -> tuple[Tensor | None, bool]:
             if torch.allclose(odd(x), plain * scale, rtol=1e-3, atol=1e-3 * float(scale.abs().max())):
                 return (None if scale is ones else scale), centres
     raise ConfigError(
-        f"the final norm, {type(norm).__name__}, neither scales nor centres and scales its input, so no matrix stands"
-        " for the way from the residual stream to the logits.",
+        f"the final norm, {type(norm).__name__}, neither scales nor centres and scales its input, so no matrix"
+        " expresses the map from the residual stream to the logits.",
         fix="use a model whose final norm is a LayerNorm or RMSNorm.",
     )
 

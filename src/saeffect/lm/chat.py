@@ -91,7 +91,7 @@ def own_template(tokenizer: Any) -> str | None:
 @dataclass(frozen=True, eq=False)
 class ChatFormat:
     """A tokenizer and the chat template (Jinja, as transformers renders it) that writes conversations for it;
-    `origin` says where the template comes from.
+    `origin` describes where the template comes from.
     """
 
     tokenizer: Any
@@ -187,7 +187,7 @@ class ChatFormat:
         text = self.render(messages, reply=reply)
         if not getattr(self.tokenizer, "is_fast", False):
             raise ConfigError(
-                "this tokenizer does not say where in a text its tokens stand, so nothing says whose they are.",
+                "this tokenizer does not give the positions of its tokens in a text, so their speakers are unknown.",
                 at="format",
                 fix="save a fast tokenizer (tokenizer.json) beside the model.",
             )

@@ -317,8 +317,8 @@ def find_duplicates(texts: Iterable[str], share: float) -> str:
     if not repeated:
         return ""
     return (
-        f"{len(repeated):,} of {len(held_out):,} held-out documents stand in the training text too, but for small"
-        f" changes (such as {repeated[0]!r}): what is measured on them is too good"
+        f"{len(repeated):,} of {len(held_out):,} held-out documents are in the training text too, with small changes"
+        f" (such as {repeated[0]!r}): what is measured on them is too good"
     )
 
 

@@ -87,7 +87,7 @@ class Endpoint:
         self._limit = "max_tokens"
         self.requests = self.tokens_in = self.tokens_out = 0
         local = urlsplit(self.url).hostname in _LOOPBACK
-        proxies: dict[str, str] | None = {} if local else None  # None: what the environment says
+        proxies: dict[str, str] | None = {} if local else None  # None: those of the environment
         self._opener = urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler(proxies))
 
     def kept(self, question: Question) -> str | None:
@@ -210,7 +210,7 @@ class Endpoint:
             return ConfigError(f"the endpoint refuses the key ({status}).", at=self.url, fix=f"set {_KEY}.")
         if error.code == 404 and body and (models := self.models()) and self.model not in models:
             return unknown_name("model", self.model, models, at=_MODEL)
-        fix = f"{_URL} is what stands before /chat/completions, and {_MODEL} a chat model there."
+        fix = f"set {_URL} to the address before /chat/completions, and {_MODEL} to a chat model there."
         return ConfigError(f"the endpoint refuses the request ({status}).", at=self.url, fix=fix)
 
     def _clean(self, text: str) -> str:

@@ -199,7 +199,7 @@ def _quote_around(line: bytes, position: int, encoding: str | None) -> str:
 
 def _too_long_error(at: str) -> BadFile:
     return BadFile(
-        f"here stand more than {_LONGEST:,} characters without an end; a document was expected.",
+        f"this document has more than {_LONGEST:,} characters.",
         at=at,
         fix="put one document on a line (.jsonl), or blank lines between documents (.txt).",
     )
@@ -223,7 +223,7 @@ def _json_rows(path: Path, lines: Iterable[tuple[int, str]], field: TextField) -
 
 def _json_error(what: str, at: str, error: ValueError | RecursionError) -> BadFile:
     if isinstance(error, RecursionError):
-        return BadFile(f"lists and objects stand too deep in each other in {what}.", at=at)
+        return BadFile(f"lists and objects are nested too deeply in {what}.", at=at)
     message = getattr(error, "msg", "it holds a number that is too long")  # of thousands of digits
     return BadFile(f"{what} is not JSON: {message}.", at=at, fix=_READ)
 
@@ -269,7 +269,7 @@ def _items(text: str, lines: Iterator[str], path: Path) -> Iterator[Any]:
         n_items, sign, start, n_characters = n_items + 1, text[end], end + 1, _BLOCK
         yield item
     if text[start:].strip() or any(line.strip() for line in lines):
-        raise BadFile("text stands behind the end of this array.", at=str(path), fix=_READ)
+        raise BadFile("there is text after the end of this array.", at=str(path), fix=_READ)
 
 
 def _skip_space(text: str, start: int) -> int:

@@ -209,13 +209,13 @@ def _variations(reading: Reading, x: Tensor) -> Iterator[Reading]:
 _CENTRING = {
     True: Change(
         "centring",
-        "missing centring: it fits activations whose mean over dimensions is taken off (TransformerLens'"
+        "missing centring: it fits activations whose mean over dimensions is subtracted (TransformerLens'"
         " center_writing_weights)",
         "say so in its cfg.json: metadata.model_from_pretrained_kwargs: {center_writing_weights: true}.",
     ),
     False: Change(
         "centring",
-        "needless centring: it fits activations as they are, without their mean over dimensions taken off",
+        "needless centring: it fits activations as they are, their mean over dimensions not subtracted",
         "take center_writing_weights out of its cfg.json.",
     ),
 }
@@ -234,12 +234,12 @@ _LAYER_NORM = {
 _DECODER_BIAS = {
     True: Change(
         "decoder bias",
-        "b_dec is not taken off the input, as it was in training",
+        "b_dec is not subtracted from the input, as it was in training",
         "say so in its cfg.json: apply_b_dec_to_input: true.",
     ),
     False: Change(
         "decoder bias",
-        "b_dec is taken off the input, which it was not in training",
+        "b_dec is subtracted from the input, which it was not in training",
         "say so in its cfg.json: apply_b_dec_to_input: false.",
     ),
 }

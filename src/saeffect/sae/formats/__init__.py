@@ -101,7 +101,7 @@ def load_sae(folder: Path | str, *, at: str | None = None) -> SparseAutoencoder:
 
 
 def read_sae_config(folder: Path | str, *, at: str | None = None) -> SaeConfig:
-    """What cfg.json says about an SAE.
+    """An SAE's configuration, from cfg.json.
 
     NotFound: no such folder, or no cfg.json in it. BadFile: not JSON, or without valid sizes. UnknownName: another
     architecture. IncompatibleSae: a normalisation or reshaping that is not supported.
