@@ -113,7 +113,7 @@ def template_words(study: Study) -> str:
             notes.append(f"{arm} has none of its own")
         elif template.strip() != study_template:
             notes.append(f"{arm}'s own is another one")
-    return "; ".join([f"the chat template {study.chat.whose}", *notes])
+    return "; ".join([f"the chat template {study.chat.origin}", *notes])
 
 
 def chat_lines(study: Study) -> list[str]:
