@@ -170,7 +170,7 @@ class TextConfig(ReadKeys):
     )
 
     @property
-    def called(self) -> str:
+    def label(self) -> str:
         """The text's name, or those of its sources."""
         return self.bundled or ", ".join(source.name for source in self.sources)
 

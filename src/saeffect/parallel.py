@@ -223,33 +223,33 @@ def stopping(kept: str) -> Iterator[None]:
 
 
 class Interruption:
-    """During the block, Ctrl-C or SIGTERM sets `asked`, to stop at the end of a step; a second one interrupts at
+    """During the block, Ctrl-C or SIGTERM sets `requested`, to stop at the end of a step; a second one interrupts at
     once.
 
     Signals that the process ignores (nohup, background jobs) stay ignored; outside the main thread none is caught.
     """
 
     def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[int, Any] = {}
+        self.requested = False
+        self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                before = signal.getsignal(number)
+                handler = signal.getsignal(number)
                 # None: the handler is not Python's, and could not be put back.
-                if before is not None and before != signal.SIG_IGN:
-                    self._before[number] = signal.signal(number, self._ask)
+                if handler is not None and handler != signal.SIG_IGN:
+                    self._handlers[number] = signal.signal(number, self._request)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def _ask(self, *_: object) -> None:
-        if self.asked:
+    def _request(self, *_: object) -> None:
+        if self.requested:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True
 
 
 def keep_freed_memory() -> bool:

@@ -11,7 +11,7 @@ import typer
 from saeffect.cli.console import ConsoleProgress, show
 from saeffect.paths import user_path
 
-__all__ = ["Base", "Sae", "Tuned", "diff"]
+__all__ = ["Base", "Nulls", "Sae", "Texts", "Tuned", "diff"]
 
 Base = Annotated[str, typer.Argument(metavar="BASE", help="Hub id, folder, GGUF file, or bundled:<name>.")]
 Tuned = Annotated[str, typer.Argument(metavar="TUNED", help="The same, or a PEFT adapter alone.")]
@@ -19,6 +19,12 @@ Sae = Annotated[
     str | None,
     typer.Option(help="An SAE of BASE: folder, bundled:<name>, saelens:<release>/<id> or hf:org/name/folder."),
 ]
+
+Texts = Annotated[
+    list[str] | None,
+    typer.Option(help="Text to read, as path or name=path; give it again for more. By default the bundled text."),
+]
+Nulls = Annotated[str | None, typer.Option(help="Null fine-tunes: folder of traces, or bundled:<name>.")]
 
 _NO_SAE = (
     "no SAE was given (--sae), so features are not compared: one of the base model would name what changed inside it."
@@ -31,12 +37,9 @@ def diff(
     base: Base,
     tuned: Tuned,
     sae: Sae = None,
-    text: Annotated[
-        list[str] | None,
-        typer.Option(help="Text to read, as path or name=path; several are told apart. By default the bundled text."),
-    ] = None,
+    text: Texts = None,
     vocabulary: Annotated[str | None, typer.Option(help="Words of a domain: bundled name or file.")] = None,
-    nulls: Annotated[str | None, typer.Option(help="Null fine-tunes: folder of traces, or bundled:<name>.")] = None,
+    nulls: Nulls = None,
     out: Annotated[
         Path | None, typer.Option(help="Run directory; the study file lies beside it.", parser=user_path)
     ] = None,

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from saeffect.cli.console import ConsoleProgress, show, show_table
+from saeffect.cli.diff import Texts
 from saeffect.cli.run import Out, stage_command
 from saeffect.errors import ConfigError, unknown_name
 from saeffect.lm.tokens import printable_text
@@ -52,9 +53,7 @@ def gate(
     tuned: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The fine-tuned model, or a PEFT adapter alone.")
     ] = None,
-    text: Annotated[
-        list[str] | None, typer.Option(help="Text to read, as path or name=path; by default the bundled text.")
-    ] = None,
+    text: Texts = None,
     field: Annotated[
         str | None, typer.Option(help="Which field of the text, or a template: '{question} {answer}'.")
     ] = None,

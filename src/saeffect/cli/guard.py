@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from saeffect.cli.console import ConsoleProgress, keys_option, show, show_error, show_table
-from saeffect.cli.diff import Base, Sae, Tuned
+from saeffect.cli.diff import Base, Nulls, Sae, Texts, Tuned
 from saeffect.errors import ConfigError
 from saeffect.paths import user_path
 
@@ -27,13 +27,9 @@ def guard(
     base: Base,
     tuned: Tuned,
     budget: Annotated[Path, typer.Option(help="YAML file (see --keys).", parser=user_path)],
-    nulls: Annotated[
-        str | None, typer.Option(help="Null fine-tunes to judge groups against: folder of traces, or bundled:<name>.")
-    ] = None,
+    nulls: Nulls = None,
     sae: Sae = None,
-    text: Annotated[
-        list[str] | None, typer.Option(help="Text to read, as path or name=path; by default the bundled text.")
-    ] = None,
+    text: Texts = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for verdicts.json, .xml (JUnit) and .md.", parser=user_path)
     ] = None,

@@ -216,7 +216,7 @@ def _train(model: Any, train: TokenRows, config: FinetuneConfig, checkpoint: Che
             extra["loss"].fill_(loss)
             n_done = step + 1
             log.progress("fine-tuning adapter", n_done, config.steps, "steps")
-            if interruption.asked or n_done % config.checkpoint_every == 0 or n_done == config.steps:
+            if interruption.requested or n_done % config.checkpoint_every == 0 or n_done == config.steps:
                 checkpoint.save(n_done, parameters, optimizer, extra)
                 pace = (n_done - first) / (time.monotonic() - started)
                 rate = pace * config.batch_size * config.context_size
@@ -224,7 +224,7 @@ def _train(model: Any, train: TokenRows, config: FinetuneConfig, checkpoint: Che
                     f"step {n_done}/{config.steps}  loss {loss:.3f}  {rate:,.0f} tokens/s"
                     f"  {(config.steps - n_done) / pace / 60:.1f} min left"
                 )
-            if interruption.asked:
+            if interruption.requested:
                 raise Interrupted(
                     f"stopped after step {n_done:,} of {config.steps:,}; the state is saved in {checkpoint.folder}.",
                     fix="run the same command again to go on from there.",

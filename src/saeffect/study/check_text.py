@@ -32,7 +32,7 @@ def check_text(study: Study) -> str:
         documents = read_corpus(source, chat=text.format == "chat")
         with placed(study.at("text", "sources", str(index))):
             next(documents)
-    name = f"bundled {text.bundled}" if text.bundled else text.called
+    name = f"bundled {text.bundled}" if text.bundled else text.label
     if not all(map(is_local, text.sources)):
         return f"{name}; not counted, since it is on the hub"
     sample = text.model_copy(update={"tokens": min(text.tokens, _MAX_COUNTED)})

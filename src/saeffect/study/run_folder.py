@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -117,9 +118,9 @@ class RunFolder:
                 )
         study_file = self.path("study.yaml")
         is_ours = study_file.is_file() and not study_file.is_symlink() and has_own_hash(study_file, _HEAD)
-        foreign = [] if is_ours or not _exists(study_file) else [study_file]
+        foreign = [] if is_ours or not os.path.lexists(study_file) else [study_file]
         if not is_ours and "study" not in self._manifest:
-            foreign += [self.path(name) for name in _WITH_MANIFEST if _exists(self.path(name))]
+            foreign += [self.path(name) for name in _WITH_MANIFEST if os.path.lexists(self.path(name))]
             foreign += sorted(self.folder.glob(_TABLES_OF_ARMS))
         if foreign:
             raise ConfigError(
@@ -271,10 +272,6 @@ def _is_stage_entry(value: Any) -> bool:
         return False
     tables = (value.get("outputs"), value.get("versions"))
     return all(isinstance(table, dict) and all(isinstance(v, str) for v in table.values()) for table in tables)
-
-
-def _exists(path: Path) -> bool:
-    return path.exists() or path.is_symlink()
 
 
 _PIECE = re.compile(r"[0-9a-f]{16}-[0-9a-f]{32}\.parquet")

@@ -88,7 +88,7 @@ def _train(
         interruption = stack.enter_context(Interruption())
         logs = [stack.enter_context(opened) for opened in _logs(runs, start.step, logger, log)]
         for position, x in _batches(source, config, total, start):
-            local, stop_requested = x.tensor_split(world)[rank] * scale, interruption.asked
+            local, stop_requested = x.tensor_split(world)[rank] * scale, interruption.requested
             reports = [run.step(position.step, local, len(x), stop=stop_requested) for run in runs]
             for run, report in zip(runs, reports, strict=True):
                 run.check(report, position.step)

@@ -126,7 +126,7 @@ def _study_facts(run: RunFolder, arms: Mapping[str, ArmTables]) -> tuple[tuple[s
 
 
 def _text_words(text: TextConfig, shortage: str) -> str:
-    words = text.called
+    words = text.label
     if text.format == "chat":
         words += f"; conversations, tokens at positions: {', '.join(text.positions)}"
     return f"{words} (only {shortage})" if shortage else words
@@ -203,7 +203,7 @@ def run_models_report(run: RunFolder, log: Log = SILENT) -> Iterable[Path]:
     config, arms = run.study.config, run.study.config.arms
     lm = run.study.open_model(run.study.control, log)
     base, tuned = (arms[name].model.full_name for name in run.study.pair)
-    facts = (("Base model", base), ("Fine-tuned model", tuned), ("Text", config.text.called))
+    facts = (("Base model", base), ("Fine-tuned model", tuned), ("Text", config.text.label))
     lines = findings(run, log) or ("No difference: on this text, both models predict the same to the last digit.",)
     page = ModelsPage(config.title or config.name, facts, lines, run.config_yaml)
     trace, tokens = read_trace(run), lm.token_strings()
