@@ -1,14 +1,8 @@
-"""Batched generation: many continuations of one prompt, each row with its own intervention, or of different prompts.
-
-A shared prompt is read once: rows are expanded only from the hook on, at the first changed position and after it.
-"""
+"""Batched generation: many continuations of one prompt, each row with its own intervention, or of different prompts."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
-import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -17,14 +11,14 @@ import torch
 from torch import Tensor
 
 from saeffect.errors import ConfigError, ShapeMismatch
-from saeffect.lm.hooks import edited, parse_hook
+from saeffect.lm.hooks import edited
 from saeffect.lm.language_model import LanguageModel, fused
 from saeffect.steering.operators import Intervention, PositionedEdit
+from saeffect.steering.prompt_pass import can_spread, last_logits, read_prompt, with_room
 from saeffect.steering.sampling import NoiseCell, Sampling, next_tokens, penalise
 
-__all__ = ["Progress", "continue_prompts", "generate", "last_logits", "read_prompt", "stream"]
+__all__ = ["Progress", "continue_prompts", "generate", "stream"]
 
-_SHAPES = re.compile(r"\b(sizes?|shapes?|dimensions?|batches)\b", re.IGNORECASE)
 
 Progress = Callable[[int, int], None]
 """Called with (how much is done, how much there is in all), in rows if nothing else is said."""
@@ -97,8 +91,8 @@ def continue_prompts(
             own = [prompts[i] for i in batch]
             n_read = len(own[0])
             logits, cache = last_logits(lm, torch.tensor([list(ids[:n_read]) for ids in own], device=lm.device))
-            if _can_spread(cache):
-                cache = _with_room(cache, len(own), len(own[-1]) + sampling.max_new_tokens - 1 - n_read)
+            if can_spread(cache):
+                cache = with_room(cache, len(own), len(own[-1]) + sampling.max_new_tokens - 1 - n_read)
             texts = _continue(lm, own, [cells[i] for i in batch], sampling, (logits, cache))
             outputs |= dict(zip(batch, texts, strict=True))
             if progress is not None:
@@ -240,146 +234,3 @@ def _forbidden_tokens(lm: LanguageModel, sampling: Sampling) -> Tensor:
     # Some tokenizers end a text with a token that they do not count as special.
     forbidden[_end_tokens(lm)] = not sampling.allow_end
     return forbidden.nonzero()[:, 0].to(lm.device)
-
-
-def read_prompt(
-    lm: LanguageModel, hook: str, prompt_ids: Sequence[int], n_rows: int, edit: PositionedEdit | None, *, room: int
-) -> tuple[Tensor, Any]:
-    """Logits after a prompt, float32 `[n_rows, d_vocab]`, and the cache with memory for `room` further tokens;
-    `edit`, None or with `n_rows` rows, acts at `hook`.
-    """
-    ids = torch.tensor([list(prompt_ids)], device=lm.device)
-    try:
-        logits, cache = _read_once(lm, hook, ids, n_rows, edit)
-    except (_UnknownCacheError, RuntimeError) as error:
-        # Other caches, or models that need equal rows in all parts (Bloom's position bias), read the prompt by row.
-        if not isinstance(error, _UnknownCacheError) and not _is_about_shapes(error):
-            raise
-        logits, cache = _read_in_every_row(lm, hook, ids, n_rows, edit)
-    return logits, _with_room(cache, n_rows, room) if _can_spread(cache) else cache
-
-
-def last_logits(lm: LanguageModel, input_ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
-    """Logits after each row's last token, float32 `[rows, d_vocab]`, and the cache of keys and values."""
-    model: Any = lm.model
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    known = inspect.signature(base.forward).parameters
-    name = "cache" if "cache" in known else "past_key_values"  # so called before transformers 5.24
-    extra = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
-    # On a CPU the bfloat16 product of a strided slice is hundreds of times slower than that of a dense copy.
-    dense = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
-    try:
-        result = model(input_ids=input_ids, use_cache=True, **{name: cache}, **extra)
-    finally:
-        dense.remove()
-    return result.logits[:, -1].float(), getattr(result, name)
-
-
-class _UnknownCacheError(Exception):
-    """The model's cache has unknown parts."""
-
-
-def _read_once(
-    lm: LanguageModel, hook: str, ids: Tensor, n_rows: int, edit: PositionedEdit | None
-) -> tuple[Tensor, Any]:
-    if edit is None:
-        logits, cache = last_logits(lm, ids)
-        return logits.repeat(n_rows, 1), _known(cache)
-    point = parse_hook(hook, lm.n_layers)
-    edit.start = 0
-    n_alike = edit.first(ids.shape[1])
-    cache = None
-    if n_alike:
-        _, cache = last_logits(lm, ids[:, :n_alike])
-        # The attention of these layers comes after the hook.
-        _spread(_known(cache), point.layer + (point.kind != "hook_resid_pre"), n_rows)
-    edit.start = n_alike
-    with edited(lm, hook, lambda x: edit(x.expand(n_rows, -1, -1).contiguous())):
-        logits, cache = last_logits(lm, ids[:, n_alike:], cache)
-    if len(logits) != n_rows:
-        raise _UnknownCacheError  # a model that cuts its output to the rows that it was given
-    return logits, _known(cache)
-
-
-def _read_in_every_row(
-    lm: LanguageModel, hook: str, ids: Tensor, n_rows: int, edit: PositionedEdit | None
-) -> tuple[Tensor, Any]:
-    rows = ids.expand(n_rows, -1).contiguous()
-    if edit is None:
-        return last_logits(lm, rows)
-    edit.start = 0
-    with edited(lm, hook, edit):
-        return last_logits(lm, rows)
-
-
-def _is_about_shapes(error: RuntimeError) -> bool:
-    """Whether torch refused tensors of unequal shape (it has no error class for that)."""
-    return not isinstance(error, torch.OutOfMemoryError) and bool(_SHAPES.search(str(error)))
-
-
-def _known(cache: Any) -> Any:
-    if not _can_spread(cache):
-        raise _UnknownCacheError
-    return cache
-
-
-def _can_spread(cache: Any) -> bool:
-    """Whether a transformers cache is keys and values alone."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-
-    known = (DynamicLayer, DynamicSlidingWindowLayer)
-    return type(cache) is DynamicCache and len(cache.layers) > 0 and all(type(x) in known for x in cache.layers)
-
-
-def _spread(cache: Any, first_layer: int, n_rows: int) -> None:
-    """Expand the layers from `first_layer` on to `n_rows` rows, without copying."""
-    for layer in cache.layers[first_layer:]:
-        if layer.keys is not None:  # some models reuse the keys of another layer
-            layer.keys, layer.values = (x.expand(n_rows, -1, -1, -1) for x in (layer.keys, layer.values))
-
-
-def _with_room(cache: Any, n_rows: int, room: int) -> Any:
-    """The cache with `n_rows` rows, and memory for `room` further positions in layers without a sliding window."""
-    from transformers.cache_utils import DynamicLayer
-
-    _spread(cache, 0, n_rows)
-    for i, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer and layer.keys is not None:
-            cache.layers[i] = _roomy_layer()(layer.keys, layer.values, room)
-    return cache
-
-
-@functools.cache
-def _roomy_layer() -> Any:
-    """The class, made on first use: importing transformers takes seconds."""
-    from transformers.cache_utils import DynamicLayer
-
-    class RoomyLayer(DynamicLayer):
-        """Writes keys and values in place; `keys` and `values` are views of the filled part."""
-
-        def __init__(self, keys: Tensor, values: Tensor, room: int) -> None:
-            super().__init__()
-            self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-            self._memory = tuple(_roomy(x, room) for x in (keys, values))
-            self._fill(keys.shape[2])
-
-        def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-            start = self.get_seq_length()
-            stop = start + key_states.shape[2]
-            for memory, new in zip(self._memory, (key_states, value_states), strict=True):
-                memory[:, :, start:stop] = new
-            return self._fill(stop)
-
-        def _fill(self, length: int) -> tuple[Tensor, Tensor]:
-            keys, values = (memory[:, :, :length] for memory in self._memory)
-            self.keys, self.values = keys, values
-            return keys, values
-
-    return RoomyLayer
-
-
-def _roomy(x: Tensor, room: int) -> Tensor:
-    n_rows, heads, length, width = x.shape
-    memory = x.new_empty(n_rows, heads, length + room, width)
-    memory[:, :, :length] = x
-    return memory
