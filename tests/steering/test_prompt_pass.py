@@ -15,7 +15,7 @@ from saeffect.lm.language_model import LanguageModel
 from saeffect.steering import Intervention, NoiseCell, Sampling, generate
 from saeffect.steering.generate import continue_prompts
 from saeffect.steering.operators import AddVectors
-from saeffect.steering.prompt_pass import _is_about_shapes, can_spread, continuation_logits, last_logits, read_prompt
+from saeffect.steering.prompt_pass import _is_shape_error, continuation_logits, is_plain_cache, last_logits, read_prompt
 from steering.tiny_model import D_MODEL, D_VOCAB, HOOK, WordTokenizer, tiny_model
 
 PROMPT = [5, 9, 40, 12, 33]
@@ -145,7 +145,7 @@ def test_logits_of_continuations_equal_a_whole_reading(any_lm, length, monkeypat
         whole = any_lm.model(torch.cat([torch.tensor([PROMPT] * 3), texts], dim=1)).logits
     expected = whole[:, len(PROMPT) - 1 : -1].float()
     torch.testing.assert_close(continuation_logits(any_lm, PROMPT, texts), expected)
-    monkeypatch.setattr("saeffect.steering.prompt_pass.can_spread", lambda cache: False)
+    monkeypatch.setattr("saeffect.steering.prompt_pass.is_plain_cache", lambda cache: False)
     torch.testing.assert_close(continuation_logits(any_lm, PROMPT, texts), expected)
 
 
@@ -162,9 +162,9 @@ def test_memory_is_set_aside_once(any_lm):
 
 
 def test_other_caches_are_left_alone():
-    assert not can_spread(None)
-    assert not can_spread(transformers.StaticCache(config=CONFIGS["llama"](), max_cache_len=8))
-    assert not can_spread(transformers.DynamicCache())
+    assert not is_plain_cache(None)
+    assert not is_plain_cache(transformers.StaticCache(config=CONFIGS["llama"](), max_cache_len=8))
+    assert not is_plain_cache(transformers.DynamicCache())
 
 
 def test_wrong_width_raises_and_removes_hooks(any_lm):
@@ -187,4 +187,4 @@ def test_other_runtime_errors_are_raised(monkeypatch):
         with pytest.raises(type(error), match=str(error)):
             read_prompt(lm, HOOK, [3, 5], 3, edit, room=1)
     misfit = RuntimeError("The size of tensor a (3) must match the size of tensor b (1) at non-singleton dimension 0")
-    assert _is_about_shapes(misfit)
+    assert _is_shape_error(misfit)
