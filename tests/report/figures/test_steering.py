@@ -12,7 +12,7 @@ import pytest
 from saeffect.comparison import ArmTables, Comparison
 from saeffect.report import DrawnFigure, ReportContext
 from saeffect.report.figures import FIGURES
-from saeffect.report.figures.steering import MOST_ROWS
+from saeffect.report.figures.steering import MAX_ROWS
 from synthetic_study import HOSTILE
 
 
@@ -80,7 +80,7 @@ def test_five_hundred_features_are_capped_with_both_ends(
         features, how="outer", on="feature", suffixes=("_old", "")))  # fmt: skip
     drawn = _named(_drawn("effects", comparison, replace(context, arms=many)), "effects_b")
     labels = _labels(drawn)
-    assert len(labels) == MOST_ROWS + 2
+    assert len(labels) == MAX_ROWS + 2
     assert labels[1].endswith("499")
     assert "… 460 between …" in labels
     assert "a, b · 0" in labels
