@@ -124,7 +124,7 @@ def test_quantised_model_with_adapter(tiny_llama_folder: Path, tmp_path: Path, b
     ("more", "part"),
     [
         ({"device_map": "auto", "merge_adapter": True}, "cannot be merged into weights that are spread"),
-        (ON_DISK, "part of the model lies on disk"),
+        (ON_DISK, "part of the model is on disk"),
     ],
 )
 def test_adapters_that_cannot_be_placed(
