@@ -82,8 +82,7 @@ def more_expected(trace: Trace, plain: npt.NDArray[np.bool_], *, less: bool = Fa
     """Ids of the `plain` tokens (bool [d_vocab]) that the tuned model expects more than the base model, most telling
     first.
 
-    Ordered by p log(p / q), their share of the divergence of the mean predictions, where positive; `less` swaps the
-    models.
+    By p log(p / q), their share of the divergence of the mean predictions, where positive; `less` swaps the models.
     """
     base, tuned = trace.expected.astype(np.float64)[:: -1 if less else 1]
     with np.errstate(divide="ignore", invalid="ignore"):

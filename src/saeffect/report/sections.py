@@ -160,7 +160,7 @@ def steering_section(comparison: Comparison, context: ReportContext) -> Steering
     with_tests = results if any(tested.values()) else None
     return SteeringSection(
         lead=_lead(with_tests) if with_tests is not None else "",
-        caveat=_ABLATION_CAVEAT if with_tests is not None and _is_lowering(with_tests) else "",
+        caveat=_ABLATION_CAVEAT if with_tests is not None and _lowers(with_tests) else "",
         limits=_steering_limits(results, tested),
         baselines=baseline_sentences(comparison, context),
         doses=_doses(results, context),
@@ -174,9 +174,7 @@ def _lead(results: SteeringResults) -> str:
     declared = [OUTCOMES[name].label for name in results.outcomes[1:]]
     also = f" Declared beside it: {', '.join(declared)}." if declared else ""
     reading = (
-        " A feature passes for an effect below zero: it had been bringing its concept in."
-        if _is_lowering(results)
-        else ""
+        " A feature passes for an effect below zero: it had been bringing its concept in." if _lowers(results) else ""
     )
     return (
         f"Features were steered {dose_words(results)}{n_texts}. What decides is the "
@@ -185,7 +183,7 @@ def _lead(results: SteeringResults) -> str:
     )
 
 
-def _is_lowering(results: SteeringResults) -> bool:
+def _lowers(results: SteeringResults) -> bool:
     """Whether the test looks for effects below zero."""
     return results.operator == "ablate" and OUTCOMES[results.deciding].alternative != "two-sided"
 

@@ -65,12 +65,7 @@ def markdown(verdicts: Sequence[Verdict], title: str) -> str:
     lines += ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for verdict in verdicts:
         lines.append(f"| {_MARKS[verdict.status]} | " + " | ".join(map(_escape, cells(verdict))) + " |")
-    lines += [
-        "",
-        *(f"- {_escape(f'{v.rule}: {v.reason}')}" for v in verdicts if v.reason),
-        "",
-        _p_note(verdicts),
-    ]
+    lines += ["", *(f"- {_escape(f'{v.rule}: {v.reason}')}" for v in verdicts if v.reason), "", _p_note(verdicts)]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -15,7 +15,7 @@ from saeffect.web.play.worker import Job, Worker
 
 @pytest.fixture
 def worker() -> Iterator[Worker]:
-    made = Worker(at_once=2, most_waiting=5, most_each=2)
+    made = Worker(max_running=2, max_waiting=5, max_per_client=2)
     yield made
     made.close()
 
@@ -45,7 +45,7 @@ class Recorder:
 
 
 def wait(*jobs: Job) -> None:
-    assert all(job.over.wait(60) for job in jobs)
+    assert all(job.finished.wait(60) for job in jobs)
 
 
 def test_clients_take_turns_and_one_with_many_requests_gets_no_more(worker: Worker) -> None:
@@ -132,6 +132,6 @@ def test_closing_ends_everything(worker: Worker) -> None:
     heard = Recorder()
     jobs = [worker.submit(client, heard.steps(10_000_000), heard.put(client)) for client in "abcd"]
     worker.close()
-    assert all(job.over.is_set() for job in jobs)
+    assert all(job.finished.is_set() for job in jobs)
     with pytest.raises(ConfigError, match="stopping"):
         worker.submit("a", heard.steps(1), heard.put("a"))

@@ -260,11 +260,8 @@ def _name_most_changed(ax: Axes, rows: pd.DataFrame, context: ReportContext) -> 
         n_named = 0
         for row in direction.sort_values("score", key=np.abs, ascending=False, kind="stable").itertuples():
             y = float(np.clip(row.ratio, -_LIMIT, _LIMIT))
-            if (
-                n_named == _MAX_NAMES
-                or int(row.feature) not in words
-                or any(abs(y - height) < _MIN_NAME_GAP for height in label_heights)
-            ):
+            overlaps = any(abs(y - height) < _MIN_NAME_GAP for height in label_heights)
+            if n_named == _MAX_NAMES or int(row.feature) not in words or overlaps:
                 continue
             right = row.level > middle
             ax.annotate(safe_text(words[int(row.feature)], 24), (row.level, y), xytext=(-5 if right else 5, 0),

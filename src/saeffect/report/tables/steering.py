@@ -197,10 +197,10 @@ def baseline_table(comparison: Comparison, context: ReportContext) -> TableView 
     outcome = _baseline_outcome(results) if results is not None else ""
     if results is None or not outcome:
         return None
-    effects = {
-        arm: results.baseline_effects[arm] for arm in comparison.table1["arm"] if arm in results.baseline_effects
+    effects = results.baseline_effects
+    tables = {
+        arm: effects[arm][effects[arm]["outcome"] == outcome] for arm in comparison.table1["arm"] if arm in effects
     }
-    tables = {arm: table[table["outcome"] == outcome] for arm, table in effects.items()}
     baselines = [str(name) for name in dict.fromkeys(pd.concat(list(tables.values()))["baseline"])]
     columns = [Column("Unsteered"), Column("Steered")]
     for baseline in baselines:
