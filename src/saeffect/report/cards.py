@@ -111,13 +111,13 @@ def feature_lists(context: ReportContext, order: Sequence[str]) -> tuple[Feature
     return tuple(lists)
 
 
-def showcase(lists: Sequence[FeatureList], per_arm: int = 3) -> tuple[FeatureCard, ...]:
-    """The features with the largest effects in the treatment, then in the control."""
+def showcase(lists: Sequence[FeatureList]) -> tuple[FeatureCard, ...]:
+    """The features with the largest effects, up to three of the treatment, then of the control."""
     chosen: list[FeatureCard] = []
     for arm in sorted(lists, key=lambda arm: arm.role != "treatment"):
         if arm.role != "placebo":
             tested = [card for card in arm.cards if card.trials]
-            chosen += ([card for card in tested if card.state == "passed"] or tested)[:per_arm]
+            chosen += ([card for card in tested if card.state == "passed"] or tested)[:3]
     return tuple(chosen)
 
 

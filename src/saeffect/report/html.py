@@ -117,16 +117,12 @@ def render_report(
 
 
 def render_body(
-    comparison: Comparison,
-    *,
-    context: ReportContext | None = None,
-    figures: Sequence[DrawnFigure] | None = None,
-    features_at: str = "#features",
+    comparison: Comparison, *, context: ReportContext | None = None, features_at: str = "#features"
 ) -> Markup:
     """The report's sections without head, style, script and list of features, for a page that has its own; the features
     are at `features_at`. Arguments and errors as `write_report`.
     """
-    numbers, values = _content(comparison, context or ReportContext(), figures)
+    numbers, values = _content(comparison, context or ReportContext(), None)
     return Markup(page_environment(numbers).get_template("body.html.j2").render(**values, features_at=features_at))
 
 

@@ -76,7 +76,7 @@ def index(run: Path) -> FeatureIndex:
     return read_index(RunTables(Site(run)), ARMS)
 
 
-def test_whole_tokens_come_before_beginnings_and_these_before_the_inside(index: FeatureIndex) -> None:
+def test_exact_hits_rank_before_prefixes_before_substrings(index: FeatureIndex) -> None:
     assert found(index, q="heart", arm="control") == [("control", 0), ("control", 1), ("control", 2)]
     assert found(index, q="EART", arm="control") == [("control", 0), ("control", 1), ("control", 2)]
     assert found(index, q='"hearth"', arm="control") == [("control", 2)]

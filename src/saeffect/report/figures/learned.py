@@ -150,11 +150,10 @@ def put_back(comparison: Comparison, context: ReportContext) -> Drawing:
     return draw_shares(table, subject=context.domain)
 
 
-def draw_shares(table: pd.DataFrame, *, source: str = "domain", subject: str = "medical", n_named: int = 20) -> Drawing:
+def draw_shares(table: pd.DataFrame, *, source: str = "domain", subject: str = "medical") -> Drawing:
     """Share carried by the most changed features over their number, beside matched features and the whole activation.
 
-    `table` is that of `put_back_table`; `source` is the text, and `subject` its name; the alternative text gives the
-    shares of `n_named` features. Undefined if no share is defined.
+    `table` is that of `put_back_table`; `source` is the text, and `subject` its name. Undefined if no share is defined.
     """
     rows = table[(table["edited"] == "tuned") & table["source"].isin([source, OWN_WRITING])]
     curves = rows[(rows["features"] == "changed") & (rows["source"] == source)]
@@ -190,8 +189,7 @@ def draw_shares(table: pd.DataFrame, *, source: str = "domain", subject: str = "
         "activation is put back; what all features leave to it is what the SAE does not rebuild. Bands: 95 % intervals "
         f"over {count(curves['n_rows'].iloc[0])} texts."
         + (f" The share {missing[0]} is undefined: {reasons.iloc[0]}." if missing else ""),
-        what_it_causes(table, subject, n_named, source)
-        or f"All features carry {percent(curves['share'].iloc[-1], 0)}.",
+        what_it_causes(table, subject, source) or f"All features carry {percent(curves['share'].iloc[-1], 0)}.",
     )
 
 

@@ -111,6 +111,7 @@ def _amount(size: float, unit: str) -> str:
     return fixed(size, digits) + _unit_suffix(unit)
 
 
+_N_FEATURES = 20  # of the most changed features, in sentences
 _LOSS_PHRASES = {
     "tuned": "what fine-tuning does at this layer to the loss on {text}",
     "base": "what the fine-tuned model's activations at this layer do to the base model's loss on {text}",
@@ -121,12 +122,12 @@ _PREDICTION_PHRASES = {
 }
 
 
-def what_it_causes(table: pd.DataFrame, subject: str, n_features: int = 20, source: str = "domain") -> str:
+def what_it_causes(table: pd.DataFrame, subject: str, source: str = "domain") -> str:
     """`put_back_sentence` of a text; if the loss has no share there, first that of the model's own writing."""
-    loss, predictions = (put_back_row(table, measure, n_features, source=source) for measure in ("loss", "kl"))
-    written = put_back_sentence(table, n_features, subject=subject, source=OWN_WRITING)
+    loss, predictions = (put_back_row(table, measure, _N_FEATURES, source=source) for measure in ("loss", "kl"))
+    written = put_back_sentence(table, subject=subject, source=OWN_WRITING)
     if not written or loss is None or is_defined(loss["low"]):
-        return put_back_sentence(table, n_features, subject=subject, source=source)
+        return put_back_sentence(table, subject=subject, source=source)
     if predictions is None or not is_defined(predictions["low"]):
         return written
     matched = _matched_clause(table, predictions, {"source": source})
@@ -155,7 +156,7 @@ def put_back_row(
 
 def put_back_sentence(
     table: pd.DataFrame,
-    n_features: int | None = 20,
+    n_features: int | None = _N_FEATURES,
     *,
     subject: str = "medical",
     called: str = "",

@@ -21,7 +21,7 @@ from saeffect.errors import NotFound, SaeffectError
 from saeffect.report.texts import Chip, Run, chips, context_runs
 from saeffect.review.agreement import agreement, disagreements, rater_summary
 from saeffect.review.queue import Item, Queue, fingerprint_tokens
-from saeffect.review.store import NOT_BLIND, STORE, Given, VerdictStore
+from saeffect.review.store import NOT_BLIND, STORE, Verdict, VerdictStore
 from saeffect.review.verdicts import ADJUDICATION, VERDICTS
 from saeffect.study.label import read_labels
 from saeffect.study.review import Standing, read_queue, standing_verdicts
@@ -146,7 +146,7 @@ class Review:
         if tokens.empty:
             raise NotFound(f"arm {arm} has no feature {feature}.", fix="look for it in the list.")
         seen = fingerprint_tokens(tuple(tokens.iloc[0]))
-        verdict = Given(arm, feature, seen, answer.verdict, answer.label, answer.note, source=NOT_BLIND)
+        verdict = Verdict(arm, feature, seen, answer.verdict, answer.label, answer.note, source=NOT_BLIND)
         self.store.record(rater, verdict)
 
     def may_see_verdicts(self, rater: str) -> bool:
@@ -294,10 +294,10 @@ def _is_adjudication(table: pd.DataFrame) -> pd.Series[bool]:
 
 def _to_verdict(
     item: Item, answer: Answer, role: Literal["rater", "adjudicator"], request: str, source: str = "app"
-) -> Given:
+) -> Verdict:
     seen = (item.arm, item.feature, item.seen)
     texts = (answer.verdict, answer.label, answer.note)
-    return Given(*seen, *texts, kind=item.kind, role=role, request=request, source=source)
+    return Verdict(*seen, *texts, kind=item.kind, role=role, request=request, source=source)
 
 
 def review_of(site: Site) -> Review:
