@@ -197,20 +197,15 @@ class Review:
     def model_labels(self, rater: str) -> pd.DataFrame:
         """A language model's labels of candidates that the rater has judged, with tokens, verdict, and own label."""
         verdicts = self._rater_verdicts()
-        by_rater = verdicts[(verdicts["rater"] == rater) & (verdicts["kind"] == "feature")].set_index(
-            ["arm", "feature"]
-        )
+        verdicts = verdicts[(verdicts["rater"] == rater) & (verdicts["kind"] == "feature")]
+        by_rater = verdicts.set_index(["arm", "feature"])
         labelled = []
         for arm in self._site.arms:
             rows = read_labels(self._site.folder, arm).to_dict("records")
             labels = {(row["feature"], row["seen"]): row for row in rows}
             for item in self.queue.candidates:
-                row = (
-                    labels.get((item.feature, item.seen))
-                    if item.arm == arm and item.key[1:3] in by_rater.index
-                    else None
-                )
-                if row is not None:
+                row = labels.get((item.feature, item.seen)) if item.arm == arm else None
+                if row is not None and item.key[1:3] in by_rater.index:
                     verdict = by_rater.loc[item.key[1:3]]
                     tokens = ", ".join(chip.text for chip in chips(item.tokens, [0.0] * len(item.tokens), ())[:5])
                     labelled.append(row | {"verdict": verdict["verdict"], "own": verdict["label"], "tokens": tokens})
