@@ -184,7 +184,7 @@ def require_fit(adapter: AdapterFile, base_config: Any, where: str) -> None:
         raise _misfit(_reason(error), where) from error
     # Loading may merge tensors (mixtures of experts): then there are fewer than in the file.
     missing = set(expected) - set(tensors) if len(tensors) < len(expected) else set()
-    _refuse_lost(adapter, result.unexpected_keys, missing, where)
+    _refuse_lost(adapter, set(result.unexpected_keys) - set(expected), missing, where)
 
 
 def merge_adapter(model: Any, adapter: AdapterFile, where: str) -> tuple[Any, MergedAdapter]:
@@ -259,8 +259,10 @@ def _put_in(model: Any, adapter: AdapterFile, where: str, **options: Any) -> Any
     except _FROM_PEFT as error:
         raise _misfit(_reason(error), where) from error
     adapted.eval()
-    _refuse_lost(adapter, result.unexpected_keys, result.missing_keys, where)
-    _refuse_other_values(adapted, adapter, where)
+    placed = _adapter_tensors(adapted)
+    # Older PEFT draws VeRA's projections again and calls the file's unexpected; their values are compared below.
+    _refuse_lost(adapter, set(result.unexpected_keys) - set(placed), result.missing_keys, where)
+    _refuse_other_values(_tensors(adapted) | placed, adapter, where)
     return adapted
 
 
@@ -326,9 +328,8 @@ def _refuse_lost(adapter: AdapterFile, unexpected: Iterable[str], missing: Itera
         raise _misfit(f"its file lacks {len(lost)} tensors, such as {lost[0]}", where)
 
 
-def _refuse_other_values(adapted: Any, adapter: AdapterFile, where: str) -> None:
-    """Refuse a model in which a tensor of the file is missing or differs."""
-    placed = _tensors(adapted) | _adapter_tensors(adapted)
+def _refuse_other_values(placed: Mapping[str, Tensor], adapter: AdapterFile, where: str) -> None:
+    """Refuse a model in which a tensor of the file differs."""
     with open_tensors(adapter.folder / _WEIGHTS, _WEIGHTS, at=where, fix=_COPY_AGAIN) as file:
         for name in adapter.shapes:
             found = placed.get(name)
