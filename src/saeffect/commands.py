@@ -24,11 +24,11 @@ from saeffect.study.notebook import train_sae
 from saeffect.study.pair_gate import gate_pair as gate
 from saeffect.study.plan import plan_study as plan
 from saeffect.study.reproduce import reproduce
+from saeffect.study.review import export_verdicts as verdicts_export
+from saeffect.study.review import import_verdicts as verdicts_import
 from saeffect.study.run import STAGES
 from saeffect.study.run import run_study as run
 from saeffect.study.run_folder import RunFolder
-from saeffect.study.stages.select import export_verdicts as verdicts_export
-from saeffect.study.stages.select import import_verdicts as verdicts_import
 from saeffect.study.verify import verify
 
 __all__ = [

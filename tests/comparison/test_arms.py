@@ -107,7 +107,7 @@ def test_an_arm_that_was_not_steered_has_no_effects(tiny_arm):
     assert len(condition_similarities(arm, "steered")[0]) == 0
 
 
-def test_steered_minus_placebo_pairs_texts_with_what_the_study_tested_against(tiny_arm):
+def test_steered_minus_placebo_pairs_texts_with_the_deciding_placebo(tiny_arm):
     rows = [
         (3, 0, 0, "steered", 0.9),
         (3, 0, 0, "matched", 0.4),
@@ -132,6 +132,6 @@ def test_steered_minus_placebo_pairs_texts_with_what_the_study_tested_against(ti
     assert steered_minus_placebo(replace(arm, effects=None)).empty
 
 
-def test_direct_effects_are_beyond_what_the_study_tested_against(tiny_arm):
+def test_direct_effects_are_beyond_the_deciding_placebo(tiny_arm):
     arm = tiny_arm()
     assert not len(direct_effect_of(replace(arm, effects=arm.effects.assign(placebo="matched"))))

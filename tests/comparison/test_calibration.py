@@ -66,7 +66,7 @@ def test_alike_saes_raise_none(arms):
     assert not table.loc[("effect", INTERVAL), "declared"]
 
 
-def test_one_placebo_leaves_nothing_for_the_rule_of_the_headline(arms):
+def test_headline_rule_needs_two_placebos(arms):
     row = calibrated(arms).loc["domain_share", BEYOND]
     assert (row["tests"], row["verdict"]) == (0, "cannot be judged")
     assert "needs three SAEs" in row["reason"]
@@ -123,7 +123,7 @@ def test_the_headline_speaks_of_what_was_declared(arms):
     assert any("one quantity fixed in advance (matches mean)" in line for line in found.answer["caveats"])
 
 
-def test_the_default_of_the_study_file_is_the_primary_quantities():
+def test_default_tests_are_the_primary_quantities():
     from saeffect.config import ComparisonConfig
 
     assert ComparisonConfig().tests == PRIMARY

@@ -63,7 +63,7 @@ def test_nothing_steered_leaves_those_rows_out(arms):
     assert list(found(unsteered).index) == ["domain features"]
 
 
-def test_fates_stand_beside_seeds_and_the_domain_beside_the_rest(arms):
+def test_chance_of_fates_is_a_seed_and_of_the_domain_the_rest(arms):
     table = found(arms, synthetic_matches())
     gone = table.loc["control's features without a counterpart, decoder cosine"]
     # 60 found, an excess of 14 [8, 20]: so 46 [40, 52] by chance

@@ -112,7 +112,7 @@ def found() -> dict[str, Comparison]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-def test_nothing_is_claimed_and_what_is_unknown_has_a_reason(found: dict[str, Comparison], case) -> None:
+def test_no_claims_and_a_reason_for_every_nan(found: dict[str, Comparison], case) -> None:
     comparison = found[case.__name__]
     table = comparison.contrasts
     missing = table[["estimate", "low", "high"]].isna().any(axis=1)

@@ -48,7 +48,7 @@ def test_a_clean_design_has_no_flaw():
     assert "share a seed" in table.loc["seed", "matters"]
 
 
-def test_a_treatment_that_does_what_the_control_does_is_a_flaw():
+def test_treatment_equal_to_control_is_a_flaw():
     status, matters = checked(same_as_control=True)
     assert status["model"] == "flaw"
     assert "the same model" in matters["model"]
@@ -67,7 +67,7 @@ def test_a_treatment_that_does_what_the_control_does_is_a_flaw():
         ("l0", 12.0, "differ by 4"),
     ],
 )
-def test_a_difference_besides_the_model_is_a_flaw_and_says_why(field, value, word):
+def test_difference_besides_the_model_is_a_flaw(field, value, word):
     status, matters = checked(**{field: value})
     assert status[field] == "flaw"
     assert word in matters[field]
@@ -90,7 +90,7 @@ def test_an_sae_without_k_is_not_asked_for_it():
     assert table.loc["k", "status"] == "same"
 
 
-def test_a_placebo_must_be_the_control_model_with_another_seed():
+def test_placebo_needs_the_control_model_and_another_seed():
     for change, field in (({"model": "other"}, "model"), ({"seed": 0}, "seed")):
         table = design_check({**FACTS, "again": replace(FACTS["again"], **change)}).set_index("field")
         assert table.loc[field, "status"] == "flaw"

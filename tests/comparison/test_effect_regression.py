@@ -107,7 +107,7 @@ def test_partial_residuals_have_the_terms_slope(three):
     np.testing.assert_allclose(rows["residual"].to_numpy(), np.asarray(ccpr))
 
 
-def test_a_property_that_all_share_is_left_out_with_a_reason(three):
+def test_constant_property_is_left_out_with_a_reason(three):
     arms = {name: replace(arm, features=arm.features.assign(decoder_norm=1.0 + 1e-7)) for name, arm in three.items()}
     terms = fitted(arms).terms.set_index("term")
     assert np.isnan(terms.loc["decoder_norm", "estimate"])

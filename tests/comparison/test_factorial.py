@@ -41,7 +41,7 @@ def tables(quantity: str, cells: Cells, first: dict[str, int] | None = None) -> 
 
 
 def split(quantity: str, cells: Cells, **others: object) -> pd.DataFrame:
-    found = factorial(tables(quantity, cells), ROLES, asked=[CROSSED[quantity].asked], **others)  # type: ignore[arg-type]
+    found = factorial(tables(quantity, cells), ROLES, groups=[CROSSED[quantity].group], **others)  # type: ignore[arg-type]
     return found[found["quantity"] == quantity].set_index("effect")
 
 
@@ -89,7 +89,7 @@ def test_the_split_by_hand() -> None:
     assert found["n_prompts"].tolist() == [2] * 4
 
 
-def test_parts_add_up_and_one_sided_splits_differ_by_the_rest() -> None:
+def test_effects_add_up_and_one_sided_splits_differ_by_the_rest() -> None:
     found = split("direct_effect", drawn(np.random.default_rng(1), (7, 5)))
     value, cell = found["estimate"], found.iloc[0]
     assert value["model"] + value["dictionary"] == pytest.approx(value["both"])
@@ -233,7 +233,7 @@ def test_nothing_to_say_is_said() -> None:
         factorial({"base": pd.DataFrame(), "tuned": pd.DataFrame()}, ROLES)
 
 
-def test_a_fine_tune_among_nulls() -> None:
+def test_against_nulls() -> None:
     found = against_nulls(-0.8, [-0.05, 0.05, 0.15, -0.15])
     assert found.value == pytest.approx(-0.8)
     assert found.p == pytest.approx(1 / 5)  # four nulls cannot show more

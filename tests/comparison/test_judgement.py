@@ -73,7 +73,7 @@ def test_status(contrasts, status):
 @pytest.mark.simulation
 @pytest.mark.parametrize("n_placebos", [1, 2, 3])
 @pytest.mark.parametrize("seed_noise", [0.0, 1.0, 3.0, 100.0])
-def test_one_sae_of_the_treatment_is_credited_wrongly_in_one_study_of_twenty_at_most(n_placebos, seed_noise):
+def test_false_credit_of_one_treatment_sae_is_at_most_5_percent(n_placebos, seed_noise):
     """However much more SAEs of one model differ than intervals over features know (in errors of one arm)."""
     rng = np.random.default_rng(0)
     n, half = 3_000, 1.96 * np.sqrt(2)
@@ -95,7 +95,7 @@ def test_one_sae_of_the_treatment_is_credited_wrongly_in_one_study_of_twenty_at_
         assert alarms / n < 0.02
 
 
-def test_the_p_of_noise_is_students_for_one_value_more():
+def test_noise_p_is_students_for_one_more_value():
     noise, change = [Estimate(value, 0, 0) for value in (0.2, -0.1, 0.05)], Estimate(0.7, 0, 1)
     peer = stats.ttest_ind([0.7], [0.0, 0.2, -0.1, 0.05], equal_var=True)
     assert noise_p(change, noise) == pytest.approx(peer.pvalue)

@@ -167,7 +167,7 @@ def test_a_table_of_seeds_without_a_column_is_refused(arms):
         replace(arms["base"], seeds=arms["base"].seeds.drop(columns="is_domain"))
 
 
-def test_shares_of_few_saes_differ_by_one_at_most(tiny_arm):
+def test_share_intervals_end_at_one(tiny_arm):
     arms = {"base": tiny_arm(), "tuned": tiny_arm("tuned", "treatment"), "again": tiny_arm("again", "placebo")}
     effects = arms["tuned"].effects
     arms["tuned"] = replace(arms["tuned"], effects=effects.assign(passed=[True, True, False]))

@@ -84,7 +84,7 @@ def test_long_tables_hold_domain_features_of_every_arm(tiny_arm):
     assert list(fired["arm"]) == ["base"] * 3 + ["tuned"] * 3
 
 
-def test_long_tables_of_an_arm_without_domain_features_are_empty(tiny_arm):
+def test_long_tables_without_domain_features_are_empty(tiny_arm):
     arm = tiny_arm()
     arms = {"base": replace(arm, selection=arm.selection.assign(is_domain=False))}
     assert weights(arms).empty and activity(arms).empty

@@ -78,6 +78,15 @@ def test_what_is_kept_of_the_base_model_serves_every_trace(tracer, trace):
         np.testing.assert_array_equal(keeping.trace(tuned, "tuned").kl, trace.kl)
 
 
+def test_base_texts_are_taken_from_the_nulls(tracer, trace):
+    """On another machine the base model may write other texts than those that every null was compared with."""
+    other = replace(trace, base_texts=trace.base_texts + 1, written=trace.written + 1)
+    beside = replace(tracer).beside([other]).trace(tuned_like(tracer.base, 0.3, 1), "tuned")
+    np.testing.assert_array_equal(beside.base_texts, other.base_texts)
+    np.testing.assert_array_equal(beside.written, trace.written + np.float32([[1], [0], [1], [0]]))
+    assert tracer.beside([]) is tracer
+
+
 def test_divergence_after_an_opening(tracer, trace):
     opening = OPENINGS.index("Here is")
     ids = torch.tensor([tracer.base.encode_prompt("Here is")])

@@ -93,7 +93,7 @@ def test_a_batch_larger_than_everything(source: ActivationSource) -> None:
     assert _batches(source, 1000) == []
 
 
-def test_it_can_be_left_in_the_middle(source: ActivationSource) -> None:
+def test_iteration_can_stop_early(source: ActivationSource) -> None:
     batches = source.batches(10, seed=0, epoch=0)
     next(batches)
     batches.close()  # type: ignore[attr-defined]

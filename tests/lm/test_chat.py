@@ -137,7 +137,7 @@ def test_one_bos_or_none(family: str, prepend: bool | None) -> None:
     assert lm.encode_chat(TALK, begins=False).ids == found.ids[n_bos:]
 
 
-def test_a_mark_of_turns_that_is_also_the_bos_token_is_not_taken_off() -> None:
+def test_turn_mark_equal_to_bos_is_kept() -> None:
     tokenizer = chat_tokenizer("chatml")
     tokenizer.bos_token = "<|im_start|>"
     for prepend in (None, True, False):
@@ -163,7 +163,7 @@ def test_prompts() -> None:
     assert lm.prompt_parts("Be kind.") is None
 
 
-def test_templates_from_a_file_as_text_and_of_the_tokenizer(tmp_path: Path) -> None:
+def test_template_from_file_text_or_tokenizer(tmp_path: Path) -> None:
     tokenizer = chat_tokenizer("chatml", template=False)
     (tmp_path / "t.jinja").write_text(FAMILIES["llama3"], encoding="utf-8")
     formats = [
@@ -172,7 +172,7 @@ def test_templates_from_a_file_as_text_and_of_the_tokenizer(tmp_path: Path) -> N
         ChatFormat.of(chat_tokenizer("llama3")),
     ]
     assert len({made.identity() for made in formats}) == 1
-    assert [made.whose for made in formats] == ["t.jinja", "in the file", "of the tokenizer"]
+    assert [made.origin for made in formats] == ["t.jinja", "in the file", "of the tokenizer"]
     tokenizer.chat_template = {"default": FAMILIES["gemma"], "tool_use": "x"}
     assert own_template(tokenizer) == FAMILIES["gemma"]
 
@@ -234,7 +234,7 @@ def test_forms_of_messages() -> None:
     ]
 
 
-def test_a_tokenizer_that_does_not_say_where_tokens_stand() -> None:
+def test_tokenizer_without_offsets_is_refused() -> None:
     class Slow:
         is_fast, bos_token, chat_template, all_special_ids = False, None, FAMILIES["chatml"], ()
 

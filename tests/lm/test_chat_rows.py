@@ -72,14 +72,14 @@ def test_too_few_conversations_and_no_such_token() -> None:
 
 def test_masks_follow_rows() -> None:
     found = _rows(_lm(), 40)
-    rows = TokenRows.of(found, [0] * len(found), ("general",), ("assistant", "user"))
+    rows = TokenRows.from_rows(found, [0] * len(found), ("general",), ("assistant", "user"))
     assert rows.counts is not None
     both = np.stack([has_part(row.parts, ("assistant", "user")) for row in found if row.parts is not None])
     assert np.array_equal(rows.counts, both) and both.any() and not both.all()
     part = rows.part(np.array([1]), 30)
     assert part.counts is not None and np.array_equal(part.counts, both[1:2, :30])
     assert rows.head(1).identity() != TokenRows(rows.ids[:1], rows.sources[:1], rows.names).identity()
-    assert TokenRows.of(found, [0] * len(found), ("general",)).counts is None
+    assert TokenRows.from_rows(found, [0] * len(found), ("general",)).counts is None
     x = torch.ones(2, 40, 4)
     kept = kept_positions(x, NormLimit(1.0, 5.0), rows.counts_of(0, 2))
     assert np.array_equal(kept.numpy()[:, 1:], both[:2, 1:]) and not kept[:, 0].any()

@@ -69,7 +69,7 @@ def test_so_many_are_kept(tmp_path: Path) -> None:
     assert checkpoint.steps() == [15, 20]
 
 
-def test_what_is_newer_than_the_run_goes(tmp_path: Path) -> None:
+def test_newer_checkpoints_are_deleted(tmp_path: Path) -> None:
     """After a return to an older checkpoint the unreadable newer one must not push good ones out."""
     checkpoint, run = Checkpoint(tmp_path, "me", keep=1), Run().steps(1)
     (tmp_path / "step-00000020.safetensors").write_bytes(b"torn")

@@ -64,7 +64,7 @@ def test_another_field(tmp_path: Path) -> None:
         (b'{"text": {}}\n', "'text' holds an object, not text", "line 1"),
         (b'["text"]\n', "holds a list; it has to be an object", "line 1"),
         (b'{"text": "\xe9"}\n', "not UTF-8 (byte 0xe9); it looks like cp1252", "line 1"),
-        (b'{"text": "a", "b": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "too deep", "line 1"),
+        (b'{"text": "a", "b": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "too deeply", "line 1"),
         (b'{"text": "a", "b": ' + b"9" * 5_000 + b"}", "a number that is too long", "line 1"),
         (b"\x89PNG\r\n\x1a\n\x00\x00", "does not look like text", "line 1"),
     ],
@@ -277,7 +277,7 @@ def test_buffer_of_one_keeps_the_order(text: StreamedText) -> None:
 
 
 def test_documents_are_mixed_within_the_buffer() -> None:
-    mixed = list(corpora._mixed([str(i) for i in range(50)], 5, np.random.default_rng(0)))
+    mixed = list(corpora._shuffled([str(i) for i in range(50)], 5, np.random.default_rng(0)))
     assert sorted(map(int, mixed)) == list(range(50))
     assert mixed != sorted(mixed, key=int)
     assert all(int(t) <= place + 5 for place, t in enumerate(mixed)), "nothing comes before it was read"

@@ -24,7 +24,7 @@ def endpoint(url: str, folder: Path, **more: Any) -> Endpoint:
     return Endpoint(url, "m", KEY, answers=folder / "answers", **({"first_wait": 0.01, "timeout": 5.0} | more))
 
 
-def test_an_answer_is_asked_for_once_and_holds_no_key(tmp_path: Path) -> None:
+def test_answers_are_cached_without_the_key(tmp_path: Path) -> None:
     with chat_server(lambda *_: f"a heart, said with {KEY}") as seen:
         found = endpoint(seen.url, tmp_path)
         assert found.kept(WHAT) is None
@@ -87,7 +87,7 @@ def test_no_answer_in_all_attempts_is_an_error(tmp_path: Path, complains: Callab
         (Raw(302, b"", {"Location": "/v1/elsewhere"}), ConfigError, "HTTP 302"),
     ],
 )
-def test_what_no_attempt_mends_is_asked_once(
+def test_permanent_errors_are_not_retried(
     answer: Raw, kind: type[SaeffectError], said: str, tmp_path: Path, complains: Callable[..., Any]
 ) -> None:
     with chat_server(lambda *_: answer, models=("small", "big")) as seen, complains(kind, said):
@@ -95,7 +95,7 @@ def test_what_no_attempt_mends_is_asked_once(
     assert len(seen.chats) == 1
 
 
-def test_parameters_that_a_server_does_not_take_are_left_out(tmp_path: Path) -> None:
+def test_unsupported_parameters_are_dropped(tmp_path: Path) -> None:
     def answer(_: str, n: int) -> str | Raw:
         body = seen.chats[n]
         if "max_tokens" in body:
@@ -114,7 +114,7 @@ def test_no_text_is_an_empty_answer(tmp_path: Path) -> None:
 
 
 def test_an_endless_answer_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MOST_BYTES", 100)
+    monkeypatch.setattr(module, "_MAX_BYTES", 100)
     with chat_server(lambda *_: "word " * 100) as seen, pytest.raises(Unreachable, match="more than 100 bytes"):
         endpoint(seen.url, tmp_path, attempts=1).ask(WHAT)
 
@@ -140,7 +140,7 @@ def test_stopping_ends_a_long_wait(tmp_path: Path) -> None:
         ("http://example.org/v1", "unencrypted"),
     ],
 )
-def test_an_address_that_cannot_be_or_would_leak_the_key_is_refused(
+def test_invalid_or_leaking_address_is_refused(
     url: str, said: str, tmp_path: Path, complains: Callable[..., Any]
 ) -> None:
     with complains(ConfigError, said, at="OPENAI_BASE_URL"):

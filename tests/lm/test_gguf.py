@@ -162,7 +162,7 @@ def test_a_tokenizer_alone_needs_no_weights(
     assert load_config(path, config).hidden_size == 32
 
 
-def test_the_quick_reader_reads_what_the_reader_of_gguf_reads(tiny_llama: LanguageModel, tmp_path: Path) -> None:
+def test_fast_reader_equals_gguf_reader(tiny_llama: LanguageModel, tmp_path: Path) -> None:
     from gguf import GGUFReader
 
     path = tmp_path / "tiny.gguf"

@@ -77,7 +77,7 @@ def test_the_heads_of_transformer_lens(kind: str, tiny_tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_putting_back_what_is_there_changes_nothing(kind: str, tiny_tokenizer: Any) -> None:
+def test_unchanged_heads_change_nothing(kind: str, tiny_tokenizer: Any) -> None:
     lm = _model(kind, tiny_tokenizer)
     plain = lm.model(input_ids=IDS).logits
     torch.testing.assert_close(Rest(lm, HOOK).logits(IDS, capture(lm, HOOK, IDS)), plain)

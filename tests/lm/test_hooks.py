@@ -184,7 +184,7 @@ def test_activations_that_overflow(family: Callable[[Any], LanguageModel], compl
 
 
 @pytest.mark.parametrize("kind", HOOK_KINDS)
-def test_an_edit_that_changes_nothing_changes_nothing(lm: LanguageModel, token_ids: Tensor, kind: str) -> None:
+def test_identity_edit_changes_nothing(lm: LanguageModel, token_ids: Tensor, kind: str) -> None:
     clean = _logits(lm, token_ids)
     with edited(lm, f"blocks.1.{kind}", lambda x: x.clone()):
         assert torch.equal(_logits(lm, token_ids), clean)

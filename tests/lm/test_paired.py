@@ -99,7 +99,7 @@ def test_streamed_they_are_the_same(
         )
         for lm, store in zip((tiny_llama, tuned), stores, strict=True)
     ]
-    stream, store = PairedStream.of(streams[0], streams[1], how), PairedStore.open(*stores, how)
+    stream, store = PairedStream.from_streams(streams[0], streams[1], how), PairedStore.open(*stores, how)
     torch.testing.assert_close(stream.sample(10_000), store.sample(10_000), rtol=1e-3, atol=1e-3)
     assert stream.d_in == store.d_in
     whole = list(stream.batches(32, seed=1, epoch=0))

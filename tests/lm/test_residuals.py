@@ -51,7 +51,7 @@ def everything(residuals: Residuals, lm: LanguageModel, rows: TokenRows, hook: s
     return torch.cat([x for _, _, x in pieces])
 
 
-def test_they_are_what_the_plain_model_gives(tiny_llama: LanguageModel, rows: TokenRows) -> None:
+def test_residuals_equal_plain_capture(tiny_llama: LanguageModel, rows: TokenRows) -> None:
     plain = capture(tiny_llama, HOOK, torch.from_numpy(rows.ids.astype("int64")))
     torch.testing.assert_close(everything(Residuals(), tiny_llama, rows), plain, rtol=1e-5, atol=1e-6)
 
@@ -92,7 +92,7 @@ def test_what_was_captured_before_a_stop_is_kept(
     assert passes() == 3
 
 
-def test_a_longer_text_takes_over_what_was_captured_of_its_beginning(
+def test_longer_text_reuses_captured_prefix(
     tiny_llama: LanguageModel, rows: TokenRows, passes: Callable[[], int]
 ) -> None:
     residuals, llama = Residuals(), replace(tiny_llama, identity="a")

@@ -88,7 +88,7 @@ def test_blocks_that_give_tuples(tiny_llama: LanguageModel) -> None:
             handle.remove()
 
 
-def test_where_blocks_pass_on_more_than_the_stream_all_run(tiny_llama: LanguageModel) -> None:
+def test_all_blocks_run_if_skipping_is_inexact(tiny_llama: LanguageModel) -> None:
     layers = blocks(tiny_llama.model)
     noted: dict[str, torch.Tensor] = {}
 

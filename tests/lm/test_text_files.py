@@ -91,10 +91,10 @@ def test_items_of_an_array_come_one_by_one(
         ('[{"text": "a"} {"text": "b"}]', "Expecting ',' delimiter"),
         ('[{"text": "a"},]', "Expecting value"),
         ('[,{"text": "a"}]', "Expecting value"),
-        ('[{"text": "a"}]\n{"text": "b"}', "behind the end of this array"),
+        ('[{"text": "a"}]\n{"text": "b"}', "after the end of this array"),
         ('[{"text": "a"}, {"text": "b\nc"}]', "Invalid control character"),
         ('[{"text": "a", "n": ' + "9" * 5000 + "}]", "a number that is too long"),
-        ("[" * 100_000, "too deep in each other"),
+        ("[" * 100_000, "nested too deeply"),
         ('[{"text": "a"}, 5]', "this item is a number"),
         ("[", "Expecting value"),
     ],
@@ -119,9 +119,7 @@ def test_an_array_is_never_held_whole(
         list(read_corpus(str(path)))
 
 
-def test_a_long_text_that_is_stored_once_is_unpacked_row_by_row(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dictionary_encoded_text_is_decoded_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text, path = "a" * 2_000_000, tmp_path / "a.parquet"
     rows = pa.DictionaryArray.from_arrays(pa.array([0] * 64, pa.int32()), pa.array([text]))
     pq.write_table(pa.table({"text": rows, "n": range(64)}), path, compression="zstd")

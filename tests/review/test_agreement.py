@@ -32,7 +32,7 @@ def test_two_raters_by_hand() -> None:
     assert table.loc["Cohen's kappa", ["a", "b"]].tolist() == ["ann", "ben"]
 
 
-def test_pairs_count_what_both_judged_and_all_what_all_judged() -> None:
+def test_n_counts_features_that_all_compared_raters_judged() -> None:
     table = agreement(verdicts(ann="yynnyynn", ben="yynnyn..", cy="....yynn"), n_boot=200)
     n = {(row.measure, row.a, row.b): row.n for row in table.itertuples()}
     assert n["Fleiss' kappa", "", ""] == 2
@@ -42,7 +42,7 @@ def test_pairs_count_what_both_judged_and_all_what_all_judged() -> None:
     assert len(table) == 3 + 3 * 2
 
 
-def test_one_rater_gives_no_rows_and_perfect_agreement_no_interval() -> None:
+def test_no_rows_for_one_rater_no_interval_for_perfect_agreement() -> None:
     assert agreement(verdicts(ann="yn")).empty
     assert agreement(verdicts()).empty
     table = agreement(verdicts(ann="ynyn", ben="ynyn"), n_boot=100)
@@ -62,7 +62,7 @@ def test_false_positive_rates_by_hand() -> None:
     assert math.isnan(table.loc["ben", "shuffled_rate"])
 
 
-def test_what_was_not_said_blind_is_counted_and_left_out_of_agreement() -> None:
+def test_verdicts_that_are_not_blind_are_left_out_of_agreement() -> None:
     said = verdicts(ann="ynyn", ben="ynny").assign(blind=True)
     said.loc[(said["rater"] == "ben") & (said["feature"] > 1), "blind"] = False
     assert agreement(said, n_boot=100).set_index("measure").loc["Cohen's kappa", "n"] == 2
@@ -70,7 +70,7 @@ def test_what_was_not_said_blind_is_counted_and_left_out_of_agreement() -> None:
     assert table["n_not_blind"].to_dict() == {"ann": 0, "ben": 1}
 
 
-def test_disagreements_are_yes_against_no_or_all_unsure_ties_first() -> None:
+def test_disagreements_list_ties_first() -> None:
     said = verdicts(ann="yyyuuy", ben="ynnuyy", cy="yyy...")
     decided = pd.DataFrame({"arm": ["control"], "feature": [2], "verdict": ["no"]})
     table = disagreements(said, decided)

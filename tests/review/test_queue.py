@@ -45,7 +45,7 @@ def test_all_candidates_and_both_kinds_of_decoys_are_asked(queue: Queue) -> None
     assert {item.arm for item in others} == {"control", "treatment"}
 
 
-def test_shuffled_decoys_take_every_token_from_another_candidate_at_its_place(queue: Queue) -> None:
+def test_shuffled_decoys_mix_tokens_of_different_candidates(queue: Queue) -> None:
     for item in queue.items:
         if item.decoy == "shuffled":
             sources = {token.split(".")[0] for token in item.tokens}
@@ -54,14 +54,14 @@ def test_shuffled_decoys_take_every_token_from_another_candidate_at_its_place(qu
             assert len({(arm, feature) for arm, feature, _ in item.contexts}) == len(item.contexts) == 4
 
 
-def test_decoys_are_the_same_for_all_and_drawn_by_the_seed(queue: Queue) -> None:
+def test_decoys_depend_on_the_seed_not_on_the_rater(queue: Queue) -> None:
     arms = {"control": arm("c"), "treatment": arm("t")}
     assert make_queue(arms).items == queue.items
     assert make_queue(arms, seed=1).items != queue.items
     assert make_queue(arms, decoys=0).items == queue.candidates
 
 
-def test_each_rater_has_an_order_of_their_own_that_stays(queue: Queue, store: VerdictStore) -> None:
+def test_each_rater_has_a_fixed_order(queue: Queue, store: VerdictStore) -> None:
     ann, ben = queue.of_rater("ann", store), queue.of_rater("ben", store)
     assert set(ann) == set(ben) == set(queue.items)
     assert ann != ben
@@ -81,7 +81,7 @@ def test_names_of_items_tell_nothing_and_find_the_item(queue: Queue, store: Verd
         queue.find(queue.name(item, "ann", store), "ben", store)
 
 
-def test_what_was_judged_is_not_asked_again_unless_its_tokens_changed(queue: Queue, store: VerdictStore) -> None:
+def test_judged_items_return_only_with_other_tokens(queue: Queue, store: VerdictStore) -> None:
     first = queue.open_items("ann", store)[0]
     store.record("ann", Given(first.arm, first.feature, first.seen, "yes", kind=first.kind))
     assert queue.open_items("ann", store)[0] != first
@@ -94,7 +94,7 @@ def test_what_was_judged_is_not_asked_again_unless_its_tokens_changed(queue: Que
     assert candidate in queue.open_items("ann", store)
 
 
-def test_too_few_candidates_give_no_shuffled_decoys_and_none_no_queue() -> None:
+def test_too_few_candidates_give_no_shuffled_decoys() -> None:
     few = make_queue({"control": arm("c", chosen=3)})
     assert [item.decoy for item in few.items].count("shuffled") == 0
     assert [item.decoy for item in few.items].count("other") == 4

@@ -38,7 +38,7 @@ def test_reading_makes_no_file(store: VerdictStore) -> None:
     assert not store.path.exists()
 
 
-def test_a_verdict_that_is_given_again_goes_on_top_and_the_history_keeps_both(store: VerdictStore) -> None:
+def test_new_verdict_replaces_the_old_one_in_current_only(store: VerdictStore) -> None:
     store.record("ann", yes(7, label="cancer"))
     store.record("ann", Given("control", 7, "aa", "no"))
     store.record("ben", yes(7))
@@ -47,7 +47,7 @@ def test_a_verdict_that_is_given_again_goes_on_top_and_the_history_keeps_both(st
     assert store.judged("ann") == {("feature", "control", 7, "aa"): "no"}
 
 
-def test_undo_takes_back_one_after_the_other_and_the_one_below_stands_again(store: VerdictStore) -> None:
+def test_undo_restores_the_previous_verdict(store: VerdictStore) -> None:
     store.record("ann", yes(7))
     store.record("ben", yes(8))
     store.record("ann", Given("control", 7, "aa", "no"))
@@ -83,7 +83,7 @@ def test_names_are_one_person_whatever_their_case_and_spaces(store: VerdictStore
 
 
 @pytest.mark.parametrize("name", ["", "  ", "\x00", "(adjudication)", "'ann", "a" * 61])
-def test_names_that_cannot_be_are_refused_and_nothing_is_written(store: VerdictStore, name: str) -> None:
+def test_invalid_names_write_nothing(store: VerdictStore, name: str) -> None:
     with pytest.raises(ConfigError):
         store.join(name)
     with pytest.raises(ConfigError):
@@ -140,7 +140,7 @@ def test_a_full_disk_takes_back_nothing_and_says_so(store: VerdictStore) -> None
 
 
 @pytest.mark.parametrize("damage", ["scrap", "header", "page"])
-def test_a_damaged_file_is_reported_and_left_as_it_is(tmp_path: Path, damage: str) -> None:
+def test_damaged_file_is_reported_and_unchanged(tmp_path: Path, damage: str) -> None:
     path = tmp_path / STORE
     with VerdictStore(path) as store:
         store.record("ann", *(yes(i, note="x" * 500) for i in range(50)))
@@ -199,7 +199,7 @@ def as_nobody(work: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def test_a_read_only_run_can_be_read_and_says_why_nothing_can_be_saved(tmp_path: Path) -> None:
+def test_read_only_run_can_be_read_but_not_written(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     writer = VerdictStore(folder / STORE)

@@ -139,7 +139,7 @@ def test_arm_without_verdicts_has_empty_summary() -> None:
     assert summary["feature"].dtype == np.int64
 
 
-def test_what_is_written_is_read_back_and_no_spreadsheet_runs_it(tmp_path: Path) -> None:
+def test_written_file_reads_back_and_is_safe_in_spreadsheets(tmp_path: Path) -> None:
     notes = ["=1+1", "-", "'=1", "''@x", 'it\'s, "so"', "two\nlines", "'", ""]
     rows = [(i, "control", "=ann", "yes", note, note) for i, note in enumerate(notes)]
     table = pd.DataFrame(rows, columns=["feature", "arm", "rater", "verdict", "label", "note"])

@@ -168,7 +168,7 @@ def test_inference_is_saelens(name: str) -> None:
     _assert_close(sae(X), theirs.decode(expected))
 
 
-def test_thresholds_near_the_kernels_edge_are_what_the_cases_have() -> None:
+def test_cases_cover_the_kernels_edge() -> None:
     """The cases above mean something: entries on either side of the threshold, in and out of the kernel."""
     sae = _ours(CASES["jumprelu"])
     threshold = sae.threshold.clamp_min(0.0)  # type: ignore[operator]

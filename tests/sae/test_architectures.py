@@ -166,7 +166,7 @@ def test_no_other_precision(tmp_path: Path, complains: Callable[..., Any]) -> No
     assert not (tmp_path / "a").exists()
 
 
-def test_weights_are_float32_while_a_model_loads_in_half_precision(tmp_path: Path) -> None:
+def test_weights_ignore_the_default_dtype(tmp_path: Path) -> None:
     """transformers changes torch's default for all threads meanwhile."""
     sae = ARCHITECTURES["topk"](SaeConfig("topk", 4, 6, k=2))
     sae.W_dec.data = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))

@@ -95,7 +95,7 @@ def test_the_inference_form_is_saelens(options: dict[str, Any]) -> None:
     assert sae.W_dec.abs().min() > 0, "the inference form is a copy"
 
 
-def test_inference_with_the_batchs_own_threshold_is_the_batchs_selection() -> None:
+def test_batch_threshold_selects_the_same_entries() -> None:
     sae = random_sae(BatchTopKSae, rescale_acts_by_decoder_norm=True)
     acts = sae.encode(X)
     assert int((acts > 0).sum()) == N * K

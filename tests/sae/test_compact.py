@@ -73,12 +73,12 @@ def test_statistics_come_back(statistics: pd.DataFrame, folder: Path) -> None:
     assert np.isnan(found.loc[3, "mean_activation"])
 
 
-def test_it_is_a_quarter_of_the_size_of_a_whole_one(folder: Path, tmp_path: Path) -> None:
+def test_compact_is_a_quarter_of_the_size(folder: Path, tmp_path: Path) -> None:
     assert is_compact(folder) and not is_compact(tmp_path / "whole")
     assert load_file(folder / "decoder.safetensors")["W_dec"].dtype == torch.int8
 
 
-def test_a_compact_sae_is_not_taken_for_a_whole_one(folder: Path, tmp_path: Path) -> None:
+def test_compact_sae_cannot_be_loaded_whole(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="its decoder alone"):
         load_sae(folder)
     with pytest.raises(NotFound, match="is it a whole SAE"):

@@ -48,7 +48,7 @@ def test_by_hand() -> None:
 
 
 @pytest.mark.parametrize("architecture", [name for name, kind in ARCHITECTURES.items() if kind.sides])
-def test_both_sides_start_alike_and_stay_so_for_identical_models(architecture: str) -> None:
+def test_identical_models_keep_sides_equal(architecture: str) -> None:
     config = SaeTrainingConfig(architecture=architecture, d_sae=N, **({"k": 2} if architecture == "crosscoder" else {}))
     sae = new_sae(config, 2 * D)
     x = X[:, :D].repeat(1, 2)
@@ -154,7 +154,7 @@ def test_mistakes_in_their_files(
         load_sae(tmp_path)
 
 
-def test_what_has_no_place_in_their_layout(tmp_path: Path, complains: Callable[..., Any]) -> None:
+def test_dictionary_learning_export_is_refused(tmp_path: Path, complains: Callable[..., Any]) -> None:
     with complains(IncompatibleSae, "only crosscoders"):
         save_dictionary_learning(StandardSae(SaeConfig("standard", 4, 3)), tmp_path)
     with complains(IncompatibleSae, "not one number"):

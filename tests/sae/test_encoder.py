@@ -194,12 +194,10 @@ def test_batch_top(problem: Problem, chunk: int, k: int, weighted: bool, dtype: 
 
 @given(problem=problems, with_floor=st.booleans())
 @settings(max_examples=80, deadline=None, derandomize=True)
-def test_the_bfloat16_product_is_an_upper_bound_and_not_by_more_than_it_says(
-    problem: Problem, with_floor: bool
-) -> None:
+def test_bfloat16_product_is_a_tight_upper_bound(problem: Problem, with_floor: bool) -> None:
     floor = problem.floor if with_floor else None
     encoder = Encoder(torch.bfloat16)
-    product = encoder._prepared(problem.x, problem.W, problem.bias, floor)
+    product = encoder._prepare(problem.x, problem.W, problem.bias, floor)
     hidden = torch.cat([encoder._tile(product, 0, first).hidden.clone() for first in product.tiles], dim=1)
     exact, off = problem.exact()
     exact = exact if floor is None else exact - floor.double()
@@ -231,7 +229,7 @@ def test_all_products_rounded_down_by_the_most_possible() -> None:
     assert entries.values.tolist() == pytest.approx([0.2558], abs=1e-3)
 
 
-def test_a_large_bias_of_one_feature_does_not_hide_another() -> None:
+def test_large_bias_does_not_hide_others() -> None:
     """Rounded upwards, a bias of -99.8 adds half a unit: the first feature seems to win by far."""
     x, W, bias = torch.ones(1, 2), torch.tensor([[100.0, 0.0], [0.0, 0.3]]), torch.tensor([-99.8, 0.0])
     entries = Encoder(torch.bfloat16).top(x, W, bias, 1)
@@ -255,7 +253,7 @@ def test_entries_come_by_token_then_by_feature(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_dense_from_the_share_that_was_asked_for(dtype: torch.dtype) -> None:
+def test_dense_above_the_given_share(dtype: torch.dtype) -> None:
     x, W, bias = torch.ones(4, 1), torch.tensor([[1.0]] * 3 + [[-1.0]] * 7), torch.zeros(10)
     for share, kind in ((0.31, SparseEntries), (0.29, DenseEntries)):
         entries = Encoder(dtype, dense_above=share).above(x, W, bias)
@@ -264,7 +262,7 @@ def test_dense_from_the_share_that_was_asked_for(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_buffers_are_reused_and_fit_whatever_comes(dtype: torch.dtype) -> None:
+def test_buffers_are_reused_and_resized(dtype: torch.dtype) -> None:
     encoder = Encoder(dtype, chunk=4, dense_above=1.0)
     for seed, shape in enumerate([(9, 5, 33), (3, 5, 33), (9, 5, 33), (4, 7, 8), (1, 7, 300)]):
         problem = Problem(seed, shape, "_plain")

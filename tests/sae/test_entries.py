@@ -124,6 +124,6 @@ def test_by_hand() -> None:
     assert entries.feature_sums(torch.tensor([1.0, -1.0, 1.0])).tolist() == [-1.0, 2.0]
 
 
-def test_a_zero_value_is_an_entry_that_did_not_fire() -> None:
+def test_zero_entries_do_not_count_as_firing() -> None:
     entries = SparseEntries(torch.tensor([0, 0]), torch.tensor([1, 3]), torch.tensor([0.0, 2.0]), (1, 4))
     assert entries.counts().tolist() == [0, 0, 0, 1]

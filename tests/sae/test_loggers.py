@@ -25,7 +25,7 @@ def open_log(folder: Path, **changes: Any) -> TrainingLog:
     return TrainingLog(folder, log=SILENT, **settings | changes)
 
 
-def test_an_unknown_logger_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_unknown_logger_is_refused_early(tmp_path: Path) -> None:
     with pytest.raises(UnknownName, match="none, tensorboard, wandb") as caught:
         open_log(tmp_path / "sae", logger="wandbb")
     assert "'wandb'" in str(caught.value.fix)
@@ -74,7 +74,7 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert "train/l0" not in found
 
 
-def test_tensorboard_told_late_still_gets_the_beginning(tmp_path: Path) -> None:
+def test_new_tensorboard_gets_earlier_rows(tmp_path: Path) -> None:
     with open_log(tmp_path) as log:
         log.metrics(0, {"mse": 4.0})
         log.metrics(20, {"mse": 99.0})
@@ -83,7 +83,7 @@ def test_tensorboard_told_late_still_gets_the_beginning(tmp_path: Path) -> None:
     assert events(tmp_path)["train/mse"] == [(0, 4.0), (20, 2.0)]
 
 
-def test_a_new_training_in_the_folder_hides_the_old_curve(tmp_path: Path) -> None:
+def test_new_training_hides_the_old_curve(tmp_path: Path) -> None:
     for value in (1.0, 2.0):
         with open_log(tmp_path, logger="tensorboard") as log:
             log.metrics(0, {"mse": value})

@@ -118,7 +118,7 @@ def test_topk_read_as_relu(kind: type[Any], saes: Any, find: Any) -> None:
     assert isinstance(mended(found), TopKSae)
 
 
-def test_an_sae_of_nothing_here_is_mended_by_nothing(x: Tensor, find: Any) -> None:
+def test_unrelated_sae_gets_no_change(x: Tensor, find: Any) -> None:
     generator = torch.Generator().manual_seed(3)
     noise = torch.randn(x.shape, generator=generator)[:, torch.randperm(32, generator=generator)]
     found = find(trained_sae(noise * 1e-3, steps=20))

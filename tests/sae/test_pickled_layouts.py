@@ -187,7 +187,7 @@ def test_code_is_named_and_not_run(tmp_path: Path, complains: Callable[..., Any]
     assert not (tmp_path / "out").exists()
 
 
-def test_a_pickle_in_place_of_a_folder_says_how_to_convert_it(tmp_path: Path, complains: Callable[..., Any]) -> None:
+def test_pickle_as_folder_suggests_conversion(tmp_path: Path, complains: Callable[..., Any]) -> None:
     (tmp_path / "ae.pt").write_bytes(pt(_dictionary("AutoEncoder")))
     with complains(BadFile, "can run anybody's code", "convert it: saeffect convert-sae ae.pt --out FOLDER"):
         load_sae(tmp_path / "ae.pt")

@@ -93,7 +93,7 @@ def test_rows_alternate_and_held_out_documents_are_apart(recipe: SaeRecipe, tiny
     assert not any(is_held_out(text, 0.2) for text in documents[False])
 
 
-def test_held_out_rows_of_streamed_text_are_read_no_further_than_needed(
+def test_streamed_held_out_rows_stop_when_enough(
     recipe: SaeRecipe, tiny_llama: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken = []
@@ -156,7 +156,7 @@ def test_held_out_text_is_measured_on_the_way(recipe: SaeRecipe, trained: tuple[
     assert 0 <= rows[-1]["dead"] <= 64
 
 
-def test_what_is_done_is_not_done_again(
+def test_finished_recipe_is_not_repeated(
     recipe: SaeRecipe, trained: tuple[Path, Any, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, measured, _ = trained
@@ -171,7 +171,7 @@ def test_what_is_done_is_not_done_again(
     assert train_from_recipe(recipe, folder / "sae", work=folder / "work", log=Log(said.append)) == measured
 
 
-def test_a_card_is_made_again_and_a_changed_one_stays(
+def test_card_is_restored_but_edits_stay(
     recipe: SaeRecipe, trained: tuple[Path, Any, list[str]], tmp_path: Path
 ) -> None:
     folder, measured, _ = trained
@@ -198,7 +198,7 @@ def test_a_card_is_made_again_and_a_changed_one_stays(
     assert any("README.md is not as it was written here, so it stays" in line for line in said)
 
 
-def test_another_recipes_sae_is_refused_before_anything_is_computed(
+def test_other_recipes_folder_is_refused_early(
     recipe: SaeRecipe, trained: tuple[Path, Any, list[str]], tmp_path: Path, complains: Callable[..., Any]
 ) -> None:
     folder, _, _ = trained
@@ -257,7 +257,7 @@ def test_every_architecture_has_its_card(
     assert ("as JumpReLU with the threshold" in card) == (architecture in ("batchtopk", "matryoshka"))
 
 
-def test_streamed_activations_leave_nothing_but_the_held_out_ones(recipe: SaeRecipe, tmp_path: Path) -> None:
+def test_streaming_writes_only_held_out_shards(recipe: SaeRecipe, tmp_path: Path) -> None:
     sae = {"steps": 40, "metrics_every": 10, "evaluate_every": 20}
     streamed = changed(recipe, activations="streamed", pool_rows=32, tokens=None, sae=sae)
     measured = train_from_recipe(streamed, tmp_path / "sae", work=tmp_path / "work")
@@ -271,7 +271,7 @@ def test_streamed_activations_leave_nothing_but_the_held_out_ones(recipe: SaeRec
     assert "40 steps of 128 tokens (5,120 in all)" in (tmp_path / "sae" / "README.md").read_text()
 
 
-def test_features_keep_their_index_when_training_starts_from_an_sae(
+def test_init_from_keeps_feature_indices(
     recipe: SaeRecipe, trained: tuple[Path, Any, list[str]], tmp_path: Path
 ) -> None:
     first = trained[0] / "sae"
@@ -377,7 +377,7 @@ BAD_SURROUNDINGS: dict[str, tuple[Callable[[Path], dict[str, Any]], type, str, s
 
 
 @pytest.mark.parametrize("case", BAD_SURROUNDINGS)
-def test_what_does_not_fit_is_refused_before_anything_is_written(
+def test_misfits_are_refused_before_writing(
     case: str,
     recipe: SaeRecipe,
     tmp_path: Path,

@@ -316,7 +316,7 @@ def test_missing_files(tmp_path: Path, folder: Path, complains: Callable[..., An
         ("notes", ("'notes' is a file; an SAE is a folder",)),
     ],
 )
-def test_a_file_in_place_of_a_folder_says_what_it_is(
+def test_file_as_folder_is_explained(
     tmp_path: Path, folder: Path, complains: Callable[..., Any], name: str, parts: tuple[str, ...]
 ) -> None:
     (tmp_path / name).write_bytes(b"x")
@@ -376,7 +376,7 @@ def test_missing_and_broken_tensors(folder: Path, complains: Callable[..., Any],
         load_sae(folder)
 
 
-def test_an_sae_of_centred_residuals_takes_the_mean_off_and_puts_it_back(tmp_path):
+def test_centred_sae_restores_the_mean(tmp_path):
     from saeffect.sae.base import SaeConfig
     from saeffect.sae.standard import StandardSae
 

@@ -149,7 +149,7 @@ def test_planted_features_are_found(planted: tuple[ActivationStore, Tensor], tmp
     assert (sae.encode(x) > 0).sum() / 2_000 < 6
 
 
-def test_the_scale_of_the_inputs_changes_nothing_but_the_scale(tmp_path: Path) -> None:
+def test_input_scale_only_rescales_the_sae(tmp_path: Path) -> None:
     """Inputs are brought to one size, and the SAE that is saved takes and gives them in their own."""
     found = []
     for factor in (1.0, 8.0):
@@ -210,7 +210,7 @@ def test_seeds_matter_and_global_randomness_does_not(store: ActivationStore, who
         assert (written == (whole / WEIGHTS).read_bytes()) is same
 
 
-def test_side_by_side_is_one_by_one(store: ActivationStore, whole: Path, tmp_path: Path) -> None:
+def test_side_by_side_equals_one_by_one(store: ActivationStore, whole: Path, tmp_path: Path) -> None:
     config = _but(SMALL, seed=1, data_seed=0)
     alone = train_one(store, config, tmp_path / "alone", metadata={}, dtype="float32")
     said: list[str] = []
@@ -264,7 +264,7 @@ def _times(folder: Path) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("name", "damage"), [(WEIGHTS, b"damaged"), ("sparsity.safetensors", None), ("metrics.jsonl", b"")]
 )
-def test_what_only_training_can_make_is_trained_again(
+def test_lost_weights_are_trained_again(
     short: Path, tmp_path: Path, store: ActivationStore, name: str, damage: bytes | None
 ) -> None:
     out = Path(shutil.copytree(short, tmp_path / "a"))
@@ -281,7 +281,7 @@ def test_what_only_training_can_make_is_trained_again(
     assert len(_rows(out)) == len(_rows(short))
 
 
-def test_what_needs_no_training_is_made_again_without(short: Path, tmp_path: Path, store: ActivationStore) -> None:
+def test_figure_and_cfg_are_restored_untrained(short: Path, tmp_path: Path, store: ActivationStore) -> None:
     out = Path(shutil.copytree(short, tmp_path / "a"))
     (out / "cfg.json").write_text('{"d_in": "many"}')
     (out / "training.png").write_bytes(b"")
@@ -331,7 +331,7 @@ def test_a_folder_with_somebody_elses_files_is_refused(
     assert path.read_text() == "mine"
 
 
-def test_somebody_elses_files_stay_where_they_are_not_in_the_way(store: ActivationStore, tmp_path: Path) -> None:
+def test_unrelated_files_are_kept(store: ActivationStore, tmp_path: Path) -> None:
     with pytest.raises(_Stop):
         train_one(store, _but(SHORT, checkpoint_every=1, metrics_every=1), tmp_path, metadata={}, log=_stop_at(2))
     mine = [tmp_path / "notes.md", tmp_path / ".draft.abcdefgh.txt", tmp_path / "checkpoint" / "mine.pt"]
@@ -424,7 +424,7 @@ def test_less_than_one_batch(store: ActivationStore, tmp_path: Path, complains: 
     assert not (tmp_path / "sae").exists()
 
 
-def test_what_is_measured_is_the_sae_that_would_be_saved(store: ActivationStore, tmp_path: Path) -> None:
+def test_evaluation_gets_the_saved_form(store: ActivationStore, tmp_path: Path) -> None:
     seen: list[SparseAutoencoder] = []
 
     def evaluate(sae: SparseAutoencoder) -> dict[str, float]:

@@ -66,7 +66,7 @@ TITLES = {
 }  # fmt: skip
 
 
-def test_every_metric_has_its_panel_and_its_last_value_in_both_files(tmp_path: Path) -> None:
+def test_every_metric_has_a_panel_and_last_value(tmp_path: Path) -> None:
     before = dict(matplotlib.rcParams)
     assert save_training_figure(training(tmp_path)) == tmp_path / "training.png"
     assert dict(matplotlib.rcParams) == before
@@ -149,12 +149,12 @@ def test_a_bad_start_does_not_flatten_the_curve(tmp_path: Path, drawn: list[Any]
     assert panel(drawn[0], "loss").get_yscale() == "log"
 
 
-def test_a_training_that_never_gets_good_shows_how_bad(tmp_path: Path, drawn: list[Any]) -> None:
+def test_bad_training_keeps_the_full_axis(tmp_path: Path, drawn: list[Any]) -> None:
     save_training_figure(write(tmp_path, *({"explained_variance": v} for v in (-4.0, -3.0, -2.0))))
     assert panel(drawn[0], "explained variance").get_ylim()[0] <= -4
 
 
-def test_a_part_that_is_nearly_always_zero_is_left_out(tmp_path: Path) -> None:
+def test_loss_part_of_zeros_is_left_out(tmp_path: Path) -> None:
     save_training_figure(write(tmp_path, *({"mse": 50.0, "auxiliary": 0.9 if i == 7 else 0.0} for i in range(30))))
     assert "mse" in texts(tmp_path) and "auxiliary" not in texts(tmp_path)
 
@@ -191,7 +191,7 @@ def test_the_bytes_are_equal_each_time(tmp_path: Path) -> None:
     assert [save_training_figure(folder).read_bytes(), (folder / "training.svg").read_bytes()] == first
 
 
-def test_what_the_log_writes_can_be_drawn_while_it_writes(tmp_path: Path) -> None:
+def test_unfinished_log_can_be_drawn(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"total_steps": 9, "batch_size": 4, "config": {}, "log": SILENT}
     with TrainingLog(tmp_path, first_step=0, **settings) as log:
         log.metrics(0, {"mse": float("inf"), "l0": 3.0})

@@ -111,7 +111,7 @@ def test_a_step_equal_to_the_first_is_done_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", [b"{torn\n", b"[1, 2]\n", b'{"mse": 1}\n', b"\xff\xfe\n", b'{"step": "5"}\n', b"7\n"])
-def test_a_damaged_file_is_refused_with_its_line_and_left_alone(tmp_path: Path, bad: bytes) -> None:
+def test_damaged_metrics_are_refused_with_line(tmp_path: Path, bad: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + bad + b'{"step": 3}\n')
     with pytest.raises(BadFile, match="line 2"), open_log(tmp_path, first_step=2):
@@ -159,7 +159,7 @@ def no_room() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("room", [0, 20])
-def test_a_full_disk_is_told_and_the_rows_before_stay(tmp_path: Path, no_room: Any, room: int) -> None:
+def test_full_disk_keeps_earlier_rows(tmp_path: Path, no_room: Any, room: int) -> None:
     path = tmp_path / "metrics.jsonl"
     with pytest.raises(BadFile, match="cannot be written"), open_log(tmp_path) as log:
         log.metrics(0, {"mse": 1.0})

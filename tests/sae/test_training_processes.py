@@ -104,7 +104,7 @@ def test_many_processes_end_as_one(
 @pytest.mark.parametrize(
     ("architecture", "before", "after"), [("standard", 2, 1), ("batchtopk", 2, 3), ("batchtopk", 1, 2)]
 )
-def test_any_number_goes_on_from_a_checkpoint(
+def test_other_number_of_processes_resumes(
     store: ActivationStore, alone: Mapping[str, Path], tmp_path: Path, architecture: str, before: int, after: int
 ) -> None:
     spec = Spec(((tmp_path, _config(architecture)),), store.folder)
@@ -128,9 +128,7 @@ def test_more_processes_than_tokens_of_a_batch(store: ActivationStore, tmp_path:
     assert not (tmp_path / "sae").exists()
 
 
-def test_a_signal_to_one_process_stops_all_and_saves_once(
-    store: ActivationStore, alone: Mapping[str, Path], tmp_path: Path
-) -> None:
+def test_signal_to_one_process_stops_all(store: ActivationStore, alone: Mapping[str, Path], tmp_path: Path) -> None:
     config = _config("topk", steps=2_000, evaluate_every=10_000)
     spec = Spec(((tmp_path, config),), store.folder)
     first, second = (Running(spec, variables) for variables in ranks(2))

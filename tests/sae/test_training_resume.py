@@ -101,7 +101,7 @@ def test_killed_at_random_moments(
     assert ("resampled" in events) == (config is STANDARD), "the run does what a resume could get wrong"
 
 
-def test_killed_before_the_first_checkpoint_and_while_one_is_written(
+def test_killed_before_or_during_a_checkpoint(
     store: ActivationStore, whole: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     spec = Spec(((tmp_path, TOPK),), store.folder)
@@ -137,7 +137,7 @@ def test_an_unreadable_checkpoint(store: ActivationStore, whole: Callable[..., d
     assert left_in(tmp_path) == whole(TOPK)
 
 
-def test_no_readable_checkpoint_is_an_error_and_no_new_start(store: ActivationStore, tmp_path: Path) -> None:
+def test_unreadable_checkpoints_are_an_error(store: ActivationStore, tmp_path: Path) -> None:
     spec = Spec(((tmp_path, TOPK),), store.folder)
     assert _kill_after(spec, 40, 0.0)
     for path in _checkpoints(tmp_path):

@@ -142,7 +142,7 @@ def test_density_before_any_step() -> None:
     assert torch.equal(_trainer().log10_density(), torch.full((12,), -10.0))
 
 
-def test_dead_features_are_told_to_the_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dead_features_reach_the_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, told = _trainer(dead_after=80), []
     real = trainer.sae.accumulate_gradients
 
@@ -157,7 +157,7 @@ def test_dead_features_are_told_to_the_architecture(monkeypatch: pytest.MonkeyPa
     assert told == [[], [], [3, 5], [3, 5]], "after 80 tokens without firing"
 
 
-def test_dead_features_are_started_anew_when_it_is_time() -> None:
+def test_dead_features_are_resampled_when_due() -> None:
     """At steps 4 and 8 of 10; what is dead is under 1 in 100 over the last window; not after the given share."""
     settings = {"dead_window": 2, "resample_every": 4, "dead_threshold": 0.01, "learning_rate": 1e-9}
     trainer = _trainer(total=10, resample_until=0.5, **settings)
@@ -187,7 +187,7 @@ def test_without_resampling_the_dead_stay_dead() -> None:
 
 
 @pytest.mark.parametrize("architecture", [name for name, kind in ARCHITECTURES.items() if kind.trainable])
-def test_a_loss_that_is_no_number_moves_nothing(architecture: Any) -> None:
+def test_nan_loss_leaves_weights_unchanged(architecture: Any) -> None:
     trainer = _trainer(architecture=architecture)
     trainer(0, _x(0))
     before = {name: leaf.detach().clone() for name, leaf in trainer.leaves.items()}

@@ -84,7 +84,7 @@ UNIT_TOO = [case for case in SAME if case[2] not in RANKED or case[1].get("resca
     ("source", "source_options", "target", "options", "unit_decoder"),
     [(*case, False) for case in SAME] + [(*case, True) for case in UNIT_TOO],
 )
-def test_without_a_step_it_is_the_source(
+def test_zero_steps_keep_the_source(
     tmp_path: Path,
     source: str,
     source_options: dict[str, Any],
@@ -148,7 +148,7 @@ def test_many_thresholds_become_their_median(tmp_path: Path) -> None:
     assert float(sae.topk_threshold) == pytest.approx(contribution * SCALE, rel=1e-6)
 
 
-def test_gates_that_are_always_open_are_no_threshold(tmp_path: Path) -> None:
+def test_open_gates_give_no_threshold(tmp_path: Path) -> None:
     gated = _sae("gated")
     with torch.no_grad():
         gated.b_gate.fill_(50.0)

@@ -13,10 +13,10 @@ from command_line import call
 from saeffect.errors import NotFound
 from saeffect.progress import Log
 from saeffect.review.store import NOT_BLIND, STORE, Given, VerdictStore
+from saeffect.study.review import import_verdicts, read_queue
 from saeffect.study.run import run_study
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.compare import compare_inputs
-from saeffect.study.stages.select import import_verdicts, read_queue
 from saeffect.study.study import Study
 from saeffect.study.verify import _recomputed
 from tiny_study import TWO_ARMS, make_study

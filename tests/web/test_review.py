@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from saeffect.review.store import NOT_BLIND, STORE, Given, VerdictStore
-from saeffect.study.stages.select import read_queue
+from saeffect.study.review import read_queue
 
 
 def join(client: Any, name: str, **more: str) -> Any:

@@ -24,7 +24,7 @@ verdicts = typer.Typer(cls=CommandGroup, no_args_is_help=True, rich_markup_mode=
 @verdicts.command("export", cls=Command, help="Write the verdicts that stand. Decoys without a feature are left out.")
 def export_verdicts(run: RunFolder, file: _File) -> None:
     """Write the verdicts of a run's review to a CSV file."""
-    from saeffect.study.stages.select import export_verdicts as write
+    from saeffect.study.review import export_verdicts as write
 
     written, gone = write(run, file)
     show(f"{written} verdicts: {file.resolve()}")
@@ -37,7 +37,7 @@ def export_verdicts(run: RunFolder, file: _File) -> None:
 )
 def import_verdicts(run: RunFolder, file: _File) -> None:
     """Add the verdicts of a CSV file to a run's review."""
-    from saeffect.study.stages.select import import_verdicts as add
+    from saeffect.study.review import import_verdicts as add
 
     added, before = add(run, file)
     show(f"{added} verdicts imported" + (f", {before} were there before." if before else "."))

@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 _TEXTS = ("unsteered", "steered")
-_NEEDED = {
+_REQUIRED_COLUMNS = {
     "features": ("feature", "top_tokens", "top_weights", "density", "mean_activation", "max_activation"),
     "coherence": ("feature", "coherence", "n_known", "reason"),
     "selection": ("feature", "matches", "matches_dot", "matches_cosine", "in_vocabulary", "is_domain"),
@@ -59,7 +59,7 @@ class ArmFacts:
         training_text_sha256: Two texts of one name may differ.
         bos: Whether texts begin with a BOS token, and how the SAE's training differed, if it did.
         explained_variance, ce_loss_score, l0, dead_share: On held-out tokens, see `saeffect.sae.metrics`.
-        same_as_control: Whether the model was seen to do what the control's does.
+        same_as_control: Whether the model was measured to equal the control's.
         same_sae: Whether it is read through the control's SAE.
     """
 
@@ -116,9 +116,9 @@ class ArmTables:
     seeds: pd.DataFrame | None = None
 
     def __post_init__(self) -> None:
-        for table, needed in _NEEDED.items():
+        for table, required in _REQUIRED_COLUMNS.items():
             frame = getattr(self, table)
-            missing = [] if frame is None else [column for column in needed if column not in frame.columns]
+            missing = [] if frame is None else [column for column in required if column not in frame.columns]
             if missing:
                 raise BadFile(
                     f"the {table} table of arm {self.name!r} has no column {', '.join(missing)}.",
@@ -139,16 +139,16 @@ class ArmTables:
 
     @property
     def saes(self) -> list[ArmTables]:
-        """This arm with each of its SAEs in turn, the first as it is; the others were not steered."""
+        """One arm per SAE, this arm's first; those of further seeds were not steered."""
         if self.seeds is None:
             return [self]
-        alone = replace(self, seeds=None)
-        unsteered = replace(alone, interventions=None, direct_effects=None, effects=None)
+        first = replace(self, seeds=None)
+        unsteered = replace(first, interventions=None, direct_effects=None, effects=None)
         others = [
             replace(unsteered, name=str(sae), features=rows, coherence=rows, selection=rows)
             for sae, rows in self.seeds.groupby("sae", sort=False)
         ]
-        return [alone, *others]
+        return [first, *others]
 
     def of_domain(self, table: pd.DataFrame) -> pd.DataFrame:
         """The rows of `table` that belong to domain features, ordered by feature."""
@@ -187,9 +187,9 @@ def roles_of(roles: Mapping[str, str]) -> Roles:
         by_role[role].append(name)
     for role in ("control", "treatment"):
         if len(by_role[role]) != 1:
-            found = ", ".join(by_role[role]) or "none"
+            names = ", ".join(by_role[role]) or "none"
             raise ConfigError(
-                f"a comparison needs exactly one {role} arm. Found: {found}.",
+                f"a comparison needs exactly one {role} arm. Found: {names}.",
                 at="arms",
                 fix=f"give one arm the role {role}, and repeats of the control the role placebo.",
             )
@@ -216,18 +216,18 @@ def pass_counts(arm: ArmTables) -> PassCounts:
     if arm.effects is None:
         return PassCounts(0, 0, 0, 0)
     tested = arm.effects[arm.effects["p"].notna()]
-    # Where one text of each kind is all there is, as in the paper, its rule judges what no test can.
-    judged = tested if len(tested) else arm.effects[arm.effects["feature"].isin(_compared(arm))]
+    # With one text of each kind, as in the paper, no test is possible; the paper's rule still applies.
+    judged = tested if len(tested) else arm.effects[arm.effects["feature"].isin(_features_with_both_texts(arm))]
     passed, by_paper = tested["passed"].eq(True), judged["paper_pass"].eq(True)
     return PassCounts(len(tested), int(passed.sum()), int(judged["paper_pass"].notna().sum()), int(by_paper.sum()))
 
 
-def _compared(arm: ArmTables) -> list[int]:
-    """Features of which a steered and an unsteered text have a similarity."""
+def _features_with_both_texts(arm: ArmTables) -> list[int]:
+    """Features with a similarity of a steered and of an unsteered text."""
     if arm.interventions is None:
         return []
-    known = arm.interventions[arm.interventions["similarity"].notna()]
-    return sorted(set.intersection(*(set(known.loc[known["condition"] == c, "feature"]) for c in _TEXTS)))
+    defined = arm.interventions[arm.interventions["similarity"].notna()]
+    return sorted(set.intersection(*(set(defined.loc[defined["condition"] == c, "feature"]) for c in _TEXTS)))
 
 
 def untested_reason(arm: ArmTables) -> str:
@@ -240,9 +240,9 @@ def untested_reason(arm: ArmTables) -> str:
         return arm.unsteered or f"no feature of {arm.name} was steered"
     reasons = arm.effects["reason"].replace("", pd.NA).dropna() if "reason" in arm.effects else pd.Series(dtype=str)
     n = len(arm.effects)
-    said = f"{'the one feature' if n == 1 else f'none of the {n} features'} steered in {arm.name} has "
-    said += "no effect that is defined" if n == 1 else "an effect that is defined"
-    return said + (f": {reasons.mode().iloc[0]}" if len(reasons) else "")
+    sentence = f"{'the one feature' if n == 1 else f'none of the {n} features'} steered in {arm.name} has "
+    sentence += "no effect that is defined" if n == 1 else "an effect that is defined"
+    return sentence + (f": {reasons.mode().iloc[0]}" if len(reasons) else "")
 
 
 def coherence_of(arm: ArmTables) -> FloatArray:

@@ -15,7 +15,7 @@ from scipy.special import stdtrit
 from scipy.stats import binom
 
 from saeffect.comparison.arms import ArmTables, Roles, pass_counts
-from saeffect.comparison.contrasts import Contrast, as_table, compared, pair_contrasts
+from saeffect.comparison.contrasts import Contrast, as_table, compared_pairs, pair_contrasts
 from saeffect.comparison.findings import MatchTables
 from saeffect.comparison.judgement import ALPHA, add_noise_p, judge
 from saeffect.comparison.quantities import QUANTITIES, sae_value
@@ -59,35 +59,37 @@ def calibration_table(
     headline rule counts each SAE in the treatment's place once, and fates every ordered pair. The test "any declared
     quantity" is the headline itself.
     """
-    compared = {row for quantity in QUANTITIES.values() for row in quantity.rows}
-    names = [name for name in dict.fromkeys((*tests, *CALIBRATED)) if name in compared]
+    comparable = {row for quantity in QUANTITIES.values() for row in quantity.rows}
+    names = [name for name in dict.fromkeys((*tests, *CALIBRATED)) if name in comparable]
     saes = control_saes(arms, roles)
-    pairs = _pairs(saes, names, min_matches, resampling)
+    pairs = _contrasts_by_pair(saes, names, min_matches, resampling)
     rows = list(_quantity_rows(names, tests, saes, pairs, tables, min_matches))
     if len(tables.get("fates_null", ())):
         rows += _fate_rows(tables["fates_null"], alpha, "fates" in tests)
     if len(tables.get("cross_activity", ())):
-        rows.append(_cross_row(tables["cross_activity"], alpha, "cross_activity" in tests))
+        rows.append(_cross_activity_row(tables["cross_activity"], alpha, "cross_activity" in tests))
     if len(tables.get("regression", ())):
         rows.append(_regression_row(tables["regression"], roles))
     return pd.DataFrame(rows)
 
 
-def _pairs(saes: Sequence[ArmTables], names: Sequence[str], min_matches: int, resampling: Resampling) -> _Pairs:
-    """Contrasts of every ordered pair of SAEs; the second of a pair is made of the same numbers as the first."""
-    chosen = [quantity for quantity in QUANTITIES.values() if set(quantity.rows) & set(names)]
-    found: _Pairs = {}
+def _contrasts_by_pair(
+    saes: Sequence[ArmTables], names: Sequence[str], min_matches: int, resampling: Resampling
+) -> _Pairs:
+    """Contrasts of every ordered pair of SAEs; each pair is computed once and swapped for the other order."""
+    quantities = [quantity for quantity in QUANTITIES.values() if set(quantity.rows) & set(names)]
+    contrasts: _Pairs = {}
     for a, b in itertools.combinations(sorted(saes, key=lambda sae: sae.name), 2):
-        rows = pair_contrasts("", a, b, chosen, min_matches=min_matches, resampling=resampling)
-        found[a.name, b.name] = {row.quantity: row for row in rows}
-        found[b.name, a.name] = {row.quantity: _reversed(row) for row in rows}
-    return found
+        rows = pair_contrasts("", a, b, quantities, min_matches=min_matches, resampling=resampling)
+        contrasts[a.name, b.name] = {row.quantity: row for row in rows}
+        contrasts[b.name, a.name] = {row.quantity: _swap_arms(row) for row in rows}
+    return contrasts
 
 
-def _reversed(row: Contrast) -> Contrast:
-    """The same contrast seen from the other arm. Ratios are never tested; of a change in % the sign matters."""
-    turned = replace(row, a=row.b, b=row.a, value_a=row.value_b, value_b=row.value_a)
-    return replace(turned, estimate=-row.estimate, low=-row.high, high=-row.low)
+def _swap_arms(row: Contrast) -> Contrast:
+    """The contrast with its arms swapped. Ratios are never tested, and of a change in % only the sign is used."""
+    swapped = replace(row, a=row.b, b=row.a, value_a=row.value_b, value_b=row.value_a)
+    return replace(swapped, estimate=-row.estimate, low=-row.high, high=-row.low)
 
 
 def _quantity_rows(
@@ -101,34 +103,34 @@ def _quantity_rows(
     """Every quantity by its interval and by the rule of the headline; then all declared ones together."""
     unit = "SAEs, each in the treatment's place"
     contrasts, judgements = tables["contrasts"], tables["judgements"].set_index("quantity")["status"]
-    alarms, together = _headline_alarms(names, tests, saes, pairs, min_matches)
-    real = {name: _judged([judgements[name]] if name in judgements.index else []) for name in names}
+    alarms, joint_alarms = _headline_alarms(names, tests, saes, pairs, min_matches)
+    treatment = {name: _count_beyond(judgements[judgements.index == name]) for name in names}
     reasons = {name: "" if alarms[name] else _too_few_saes(name, saes) for name in names}
     for name in names:
         null = [pairs[a.name, b.name].get(name) for a, b in itertools.combinations(saes, 2)]
         tuned = contrasts[(contrasts["quantity"] == name) & (contrasts["comparison"] == "fine-tuning")]
-        found = _excluding((row.low, row.high) for row in null if row is not None)
-        real_one = _excluding(zip(tuned["low"], tuned["high"], strict=True))
-        reason = "" if found[0] else _no_pair(saes)
-        yield _row(name, _INTERVAL, "pairs of SAEs", name in tests, 1 - LEVEL, found, real_one, reason)
-        yield _row(name, _BEYOND, unit, name in tests, ALPHA, _counted(alarms[name]), real[name], reasons[name])
+        null_count = _count_excluding_zero((row.low, row.high) for row in null if row is not None)
+        tuned_count = _count_excluding_zero(zip(tuned["low"], tuned["high"], strict=True))
+        reason = "" if null_count[0] else _no_pair(saes)
+        yield _row(name, _INTERVAL, "pairs of SAEs", name in tests, 1 - LEVEL, null_count, tuned_count, reason)
+        yield _row(name, _BEYOND, unit, name in tests, ALPHA, _count(alarms[name]), treatment[name], reasons[name])
     declared = [name for name in names if name in tests]
     if declared:
-        judged = int(any(real[name][0] for name in declared)), int(any(real[name][1] for name in declared))
-        yield _row("any declared quantity", f"{_BEYOND}, after Holm", unit, True, ALPHA, _counted(together), judged,
-                   "" if together else reasons[declared[0]])  # fmt: skip
+        judged = int(any(treatment[name][0] for name in declared)), int(any(treatment[name][1] for name in declared))
+        yield _row("any declared quantity", f"{_BEYOND}, after Holm", unit, True, ALPHA, _count(joint_alarms), judged,
+                   "" if joint_alarms else reasons[declared[0]])  # fmt: skip
 
 
 def _headline_alarms(
     names: Sequence[str], tests: Sequence[str], saes: Sequence[ArmTables], pairs: _Pairs, min_matches: int
 ) -> tuple[dict[str, list[bool]], list[bool]]:
-    """Alarms of the headline rule, per quantity and for all declared ones, each SAE in turn as the treatment's."""
-    usable = {name: _usable(name, saes, min_matches) for name in names}
+    """Alarms of the headline rule with each SAE in turn as the treatment's: per quantity, and for any declared one."""
+    usable = {name: _saes_with(name, saes, min_matches) for name in names}
     alarms: dict[str, list[bool]] = {name: [] for name in names}
     together = []
     for held_out in saes:
         rows = [row for name in names if held_out in usable[name]
-                for row in _as_a_study(name, held_out, usable[name], pairs, min_matches)]  # fmt: skip
+                for row in _held_out_contrasts(name, held_out, usable[name], pairs, min_matches)]  # fmt: skip
         if not rows:
             continue
         alone, corrected = as_table(rows, ()), add_noise_p(as_table(rows, tests))
@@ -140,25 +142,25 @@ def _headline_alarms(
     return alarms, together
 
 
-def _usable(quantity: str, saes: Sequence[ArmTables], min_matches: int) -> list[ArmTables]:
-    """SAEs that have the quantity; all for what only a pair has. None if they are fewer than three."""
-    of_a_pair = quantity in QUANTITIES and QUANTITIES[quantity].of_a_pair
-    having = [sae for sae in saes if of_a_pair or math.isfinite(sae_value(quantity, sae, min_matches))]
-    return having if len(having) > 2 else []
+def _saes_with(quantity: str, saes: Sequence[ArmTables], min_matches: int) -> list[ArmTables]:
+    """SAEs in which the quantity is defined (all of them if it is defined for pairs); [] if fewer than three."""
+    pairwise = quantity in QUANTITIES and QUANTITIES[quantity].pairwise
+    defined = [sae for sae in saes if pairwise or math.isfinite(sae_value(quantity, sae, min_matches))]
+    return defined if len(defined) > 2 else []
 
 
-def _as_a_study(
+def _held_out_contrasts(
     quantity: str, held_out: ArmTables, saes: Sequence[ArmTables], pairs: _Pairs, min_matches: int
 ) -> list[Contrast]:
-    """The contrasts of a study whose treatment has the held-out SAE, and its control the others; none if undefined."""
+    """Contrasts of a study with the held-out SAE as treatment and the others as control and placebos, or []."""
     control, *placebos = [sae for sae in saes if sae is not held_out]
-    asked = compared(control, held_out, placebos)
-    rows = [(comparison, pairs[a.name, b.name].get(quantity)) for comparison, a, b in asked]
-    known = [replace(row, comparison=comparison) for comparison, row in rows if row and math.isfinite(row.low)]
-    if len(known) < len(rows):
+    compared = compared_pairs(control, held_out, placebos)
+    rows = [(comparison, pairs[a.name, b.name].get(quantity)) for comparison, a, b in compared]
+    defined = [replace(row, comparison=comparison) for comparison, row in rows if row and math.isfinite(row.low)]
+    if len(defined) < len(rows):
         return []
-    over = all_saes_contrast(quantity, [control, *placebos], [held_out], min_matches=min_matches)
-    return [*known, over] if over.saes_b else known
+    all_saes = all_saes_contrast(quantity, [control, *placebos], [held_out], min_matches=min_matches)
+    return [*defined, all_saes] if all_saes.saes_b else defined
 
 
 def _too_few_saes(quantity: str, saes: Sequence[ArmTables]) -> str:
@@ -181,8 +183,8 @@ def _fate_rows(table: pd.DataFrame, alpha: float, declared: bool) -> Iterator[di
         sides = tested[tested["is_null"]], tested[~tested["is_null"]]
         reason = "" if len(sides[0]) else "it needs three SAEs of the control's model with what it takes"
         name = f"{names[str(side)]}, {measure}"
-        called = [(len(found), int((found["called"] > 0).sum())) for found in sides]
-        low_p = [(int(found["tested"].sum()), int(found["low_p"].sum())) for found in sides]
+        called = [(len(pairs), int((pairs["called"] > 0).sum())) for pairs in sides]
+        low_p = [(int(pairs["tested"].sum()), int(pairs["low_p"].sum())) for pairs in sides]
         for rule, unit, (null, treatment) in (
             ("a feature is called at q at most alpha", "ordered pairs of SAEs", called),
             ("p at most alpha", "features", low_p),
@@ -190,7 +192,7 @@ def _fate_rows(table: pd.DataFrame, alpha: float, declared: bool) -> Iterator[di
             yield _row(name, rule, unit, declared, alpha, null, treatment, reason)
 
 
-def _cross_row(table: pd.DataFrame, alpha: float, declared: bool) -> dict[str, Any]:
+def _cross_activity_row(table: pd.DataFrame, alpha: float, declared: bool) -> dict[str, Any]:
     treatment = int(table["q"].notna().sum()), int((table["q"] <= alpha).sum())
     reason = (
         "one SAE on one model twice gives equal activations, so only a further fine-tune on general text could show "
@@ -200,30 +202,27 @@ def _cross_row(table: pd.DataFrame, alpha: float, declared: bool) -> dict[str, A
 
 
 def _regression_row(terms: pd.DataFrame, roles: Roles) -> dict[str, Any]:
-    """Does the effect of steering depend on the arm, like features compared? In a placebo it should not."""
+    """Whether the effect of steering depends on the arm, properties of features held fixed (null: it does not)."""
     null, treatment = (
-        _excluding(zip(rows["low"], rows["high"], strict=True))
-        for rows in (
-            terms[terms["term"].isin([f"arm {name}" for name in names])]
-            for names in (roles.placebos, (roles.treatment,))
-        )
+        _count_excluding_zero(terms.loc[terms["term"].isin([f"arm {name}" for name in names]), ["low", "high"]].values)
+        for names in (roles.placebos, (roles.treatment,))
     )
     reason = "" if null[0] else "no placebo arm has an interval in the regression"
     return _row("arm term of the regression", _INTERVAL, "placebo arms", False, 1 - LEVEL, null, treatment, reason)
 
 
-def _counted(found: Iterable[bool]) -> _Count:
-    listed = list(found)
-    return len(listed), sum(listed)
+def _count(findings: Iterable[bool]) -> _Count:
+    outcomes = list(findings)
+    return len(outcomes), sum(outcomes)
 
 
-def _excluding(ends: Iterable[tuple[float, float]]) -> _Count:
+def _count_excluding_zero(intervals: Iterable[tuple[float, float]]) -> _Count:
     """Intervals that exclude zero, among those that are defined."""
-    return _counted(low > 0 or high < 0 for low, high in ends if math.isfinite(low))
+    return _count(low > 0 or high < 0 for low, high in intervals if math.isfinite(low))
 
 
-def _judged(statuses: Iterable[str]) -> _Count:
-    return _counted(status == "beyond" for status in statuses if status not in ("undefined", "unseparated"))
+def _count_beyond(statuses: Iterable[str]) -> _Count:
+    return _count(status == "beyond" for status in statuses if status not in ("undefined", "unseparated"))
 
 
 def _row(
@@ -249,86 +248,86 @@ def _row(
     }
 
 
-_ABSENT = {  # by side: the fate, and how it is called
+_UNMATCHED = {  # by side: the fate, and its name in the table
     "control": ("gone", "control's features without a counterpart"),
     "treatment": ("new", "treatment's features that match nothing of the control's"),
 }
 
 
 def chance_table(arms: Mapping[str, ArmTables], roles: Roles, matches: MatchTables, *, alpha: float) -> pd.DataFrame:
-    """What was found in the treatment, and how many such findings chance would give: another SAE of the control's model
-    for what is counted in whole SAEs, a feature without effect for tests of single features.
+    """How many findings the treatment has, and how many chance would give: chance is another SAE of the control's model
+    for counts per SAE, and a feature without effect for tests of single features.
 
-    One row a kind of finding: `finding`; `found` of them `among` so many; `expected` by chance, 95 % of the time from
-    `low` to `high` (NaN where unknown, with the `reason`); `bound`, whether `expected` is the most that chance gives
-    rather than its mean; `chance`, what chance is here; `source`, the table.
+    One row a kind of finding: `finding`; `found`, their number, `among` how many; `expected` by chance, and its 95 %
+    interval `low`, `high` (NaN where unknown, with the `reason`); `bound`, whether `expected` is an upper bound rather
+    than a mean; `chance`, what chance is here; `source`, the table.
     """
     treatment, saes = arms[roles.treatment], control_saes(arms, roles)
-    rows = [_domain(treatment, saes), *_steered(treatment, alpha), *_absent(matches.fate_counts)]
-    return pd.DataFrame([*rows, *_fire_more(matches.cross_activity, alpha)])
+    rows = [_domain_row(treatment, saes), *_steering_rows(treatment, alpha), *_unmatched_rows(matches.fate_counts)]
+    return pd.DataFrame([*rows, *_activity_rows(matches.cross_activity, alpha)])
 
 
-def _domain(treatment: ArmTables, saes: Sequence[ArmTables]) -> dict[str, Any]:
-    """Domain features of one more SAE of the control's model, as its SAEs so far predict."""
+def _domain_row(treatment: ArmTables, saes: Sequence[ArmTables]) -> dict[str, Any]:
+    """Domain features, beside the number predicted for one more SAE of the control's model."""
     shares = np.array([len(sae.domain) / sae.n_features for sae in saes if sae.n_features])
     n, source = treatment.n_features, "arms/*/selection.parquet: is_domain"
-    middle = float(shares.mean()) if len(shares) else math.nan
-    found = _finding("domain features", len(treatment.domain), n, n * middle, source)
+    mean = float(shares.mean()) if len(shares) else math.nan
+    row = _finding("domain features", len(treatment.domain), n, n * mean, source)
     if len(shares) < 2:
         reason = "one SAE of the control's model does not show how much seeds differ"
-        return found | {"chance": "another SAE of the control's model", "reason": reason}
-    # A prediction for one SAE more: its own spread and that of the mean.
+        return row | {"chance": "another SAE of the control's model", "reason": reason}
+    # Prediction interval: the spread of one more SAE and the error of the mean.
     half = float(stdtrit(len(shares) - 1, (1 + LEVEL) / 2)) * float(shares.std(ddof=1)) * math.sqrt(1 + 1 / len(shares))
     chance = f"one more SAE of the control's model, as its {len(shares)} SAEs predict"
-    return found | {"low": n * max(0.0, middle - half), "high": n * min(1.0, middle + half), "chance": chance}
+    return row | {"low": n * max(0.0, mean - half), "high": n * min(1.0, mean + half), "chance": chance}
 
 
-def _steered(treatment: ArmTables, alpha: float) -> Iterator[dict[str, Any]]:
+def _steering_rows(treatment: ArmTables, alpha: float) -> Iterator[dict[str, Any]]:
     counts, effects = pass_counts(treatment), treatment.effects
     if effects is None or not counts.tested:
         return
     source = f"arms/{treatment.name}/effects.parquet"
     n, n_low = counts.tested, int((pd.to_numeric(effects["p"], errors="coerce") <= alpha).sum())
-    found = _finding(f"steered features with p ≤ {alpha:g}", n_low, n, alpha * n, f"{source}: p")
-    yield found | _binomial(n, alpha) | {"chance": "steering that does nothing"}
+    row = _finding(f"steered features with p ≤ {alpha:g}", n_low, n, alpha * n, f"{source}: p")
+    yield row | _binomial(n, alpha) | {"chance": "steering that does nothing"}
     name = f"steered features that pass (q ≤ {alpha:g})"
-    found = _finding(name, counts.passed, n, alpha * counts.passed, f"{source}: q, passed")
-    yield found | {"bound": True, "chance": "false ones among those that pass, as Benjamini-Hochberg allows"}
+    row = _finding(name, counts.passed, n, alpha * counts.passed, f"{source}: q, passed")
+    yield row | {"bound": True, "chance": "false ones among those that pass, as Benjamini-Hochberg allows"}
     if n := counts.paper_tested:
         name = "steered features that pass by the paper's rule"
-        found = _finding(name, counts.paper_passed, n, n / 2, f"{source}: paper_pass")
-        yield found | _binomial(n, 0.5) | {"chance": "one text against another of the same kind: heads or tails"}
+        row = _finding(name, counts.paper_passed, n, n / 2, f"{source}: paper_pass")
+        yield row | _binomial(n, 0.5) | {"chance": "one text against another of the same kind: heads or tails"}
 
 
-def _absent(counts: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """Features without a counterpart, beside an SAE of another seed."""
+def _unmatched_rows(fate_counts: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """Features without a counterpart, beside those of an SAE of another seed."""
     source = "comparison/fate_counts.parquet: n_treatment, n_placebo, excess"
-    for count in counts.to_dict("records"):
-        fate, name = _ABSENT[str(count["side"])]
+    for count in fate_counts.to_dict("records"):
+        fate, name = _UNMATCHED[str(count["side"])]
         if count["fate"] != fate or math.isnan(float(count["n_placebo"])):
             continue
         n, expected = float(count["n_treatment"]), float(count["n_placebo"])
-        found = _finding(f"{name}, {count['measure']}", n, int(count["n_features"]), expected, source)
-        found |= {"low": n - float(count["high"]), "high": n - float(count["low"])}
-        yield found | {"chance": "an SAE of another seed in the treatment's place", "reason": str(count["reason"])}
+        row = _finding(f"{name}, {count['measure']}", n, int(count["n_features"]), expected, source)
+        row |= {"low": n - float(count["high"]), "high": n - float(count["low"])}
+        yield row | {"chance": "an SAE of another seed in the treatment's place", "reason": str(count["reason"])}
 
 
-def _fire_more(cross: pd.DataFrame, alpha: float) -> Iterator[dict[str, Any]]:
+def _activity_rows(cross: pd.DataFrame, alpha: float) -> Iterator[dict[str, Any]]:
     if cross.empty or cross["q"].notna().sum() == 0:
         return
-    n_tested, n_found = int(cross["q"].notna().sum()), int((cross["q"] <= alpha).sum())
+    n_tested, n_called = int(cross["q"].notna().sum()), int((cross["q"] <= alpha).sum())
     source = "comparison/cross_activity.parquet: q, difference, is_domain"
-    found = _finding(f"features that fire differently (q ≤ {alpha:g})", n_found, n_tested, alpha * n_found, source)
-    yield found | {"bound": True, "chance": "false ones among those found, as Benjamini-Hochberg allows"}
+    row = _finding(f"features that fire differently (q ≤ {alpha:g})", n_called, n_tested, alpha * n_called, source)
+    yield row | {"bound": True, "chance": "false ones among those found, as Benjamini-Hochberg allows"}
     changes = activity_changes(cross, alpha=alpha)
     more, domain = changes.more, changes.domain
     if not domain.any() or domain.all():
         return
     n, share = int(domain.sum()), float(more[~domain].mean())
     name = f"domain features that fire more (q ≤ {alpha:g})"
-    found = _finding(name, int(more[domain].sum()), n, n * share, source)
+    row = _finding(name, int(more[domain].sum()), n, n * share, source)
     chance = f"as often as features outside the domain, {100 * share:.0f} % of which fire more"
-    yield found | _binomial(n, share) | {"chance": chance}
+    yield row | _binomial(n, share) | {"chance": chance}
 
 
 def _finding(finding: str, found: float, among: int, expected: float, source: str) -> dict[str, Any]:

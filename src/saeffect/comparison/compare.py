@@ -57,8 +57,7 @@ def compare(
     highest q of findings about single features. `arms` by name: one control, one treatment, any number of placebos.
     `tests` is what was declared before the run (`quantities.declarable`); all else is exploration.
 
-    Raises `ConfigError` for other roles, or an arm whose name is not its key; `UnknownName` for a test that does not
-    exist.
+    Raises `ConfigError` for other roles, or an arm whose name is not its key; `UnknownName` for an unknown test.
     """
     _check_names(arms)
     limits = {"min_matches": (min_matches, 1), "n_boot": (n_boot, 40), "n_permutations": (n_permutations, 1)}
@@ -74,7 +73,7 @@ def compare(
 
 
 def check_tests(tests: Sequence[str]) -> None:
-    """Raise `UnknownName`, which lists the tests that exist, for a declared test that does not."""
+    """Raise `UnknownName`, which lists the valid tests, for an unknown declared test."""
     for name in tests:
         if name not in declarable():
             raise unknown_name("test", name, declarable(), at="comparison.tests")
@@ -90,17 +89,17 @@ def _tables(
 ) -> Comparison:
     min_matches, alpha = thresholds
     matches = matches or MatchTables()
-    differences = contrasts(arms, roles, min_matches=min_matches, resampling=resampling, tests=tests)
-    over_seeds = seed_contrasts(arms, roles, min_matches=min_matches, resampling=resampling)
-    if over_seeds:
-        differences = pd.concat([differences, as_table(over_seeds, tests)], ignore_index=True)
-    differences = add_noise_p(differences)
-    judgements = judgement_table(differences)
+    contrast_table = contrasts(arms, roles, min_matches=min_matches, resampling=resampling, tests=tests)
+    seed_rows = seed_contrasts(arms, roles, min_matches=min_matches, resampling=resampling)
+    if seed_rows:
+        contrast_table = pd.concat([contrast_table, as_table(seed_rows, tests)], ignore_index=True)
+    contrast_table = add_noise_p(contrast_table)
+    judgements = judgement_table(contrast_table)
     regression = effect_regression(arms, roles)
     return Comparison(
         table1=table1(arms, min_matches=min_matches, resampling=resampling),
         table2=table2(arms, resampling=resampling),
-        contrasts=differences,
+        contrasts=contrast_table,
         judgements=judgements,
         match_counts=match_counts(arms),
         weights=weights(arms),
@@ -110,7 +109,7 @@ def _tables(
             arms,
             roles,
             {
-                "contrasts": differences,
+                "contrasts": contrast_table,
                 "judgements": judgements,
                 "fates_null": matches.fates_null,
                 "cross_activity": matches.cross_activity,
@@ -121,7 +120,7 @@ def _tables(
             min_matches=min_matches,
             resampling=resampling,
         ),
-        power=power_table(arms, roles, differences, tests=tests, alpha=alpha, min_matches=min_matches),
+        power=power_table(arms, roles, contrast_table, tests=tests, alpha=alpha, min_matches=min_matches),
         by_chance=chance_table(arms, roles, matches, alpha=alpha),
         regression=regression.terms,
         partial_residuals=regression.partial_residuals,
@@ -130,7 +129,7 @@ def _tables(
 
 
 def _check_names(arms: Mapping[str, ArmTables]) -> None:
-    """Refuse an arm with two names or two roles: its numbers would end up in the wrong row."""
+    """Raise if an arm has two names or two roles: its numbers would end up in the wrong row."""
     for key, arm in arms.items():
         if key != arm.name or arm.role != arm.facts.role:
             raise ConfigError(
@@ -144,8 +143,8 @@ def table1(arms: Mapping[str, ArmTables], *, min_matches: int, resampling: Resam
     """Domain features, how many pass when steered, and the similarities: the paper's Table 1, one row an arm.
 
     Counts; shares from 0 to 1 (`pass_rate` with Wilson's interval, `paper_rate`); means of cosine similarity by
-    condition and of the effect, whose 95 % intervals resample whole features, with all their trials. NaN if nothing was
-    tested; `reason` says why.
+    condition and of the effect, with 95 % intervals that resample whole features. NaN if nothing was tested; `reason`
+    says why.
     """
     rows = []
     for name, arm in arms.items():
@@ -216,10 +215,10 @@ def table2(arms: Mapping[str, ArmTables], *, resampling: Resampling) -> pd.DataF
 
 def match_counts(arms: Mapping[str, ArmTables]) -> pd.DataFrame:
     """How many features (`n`, and `share` of the arm's) have 0, 1, 2, ... top tokens in the vocabulary: Figure 1."""
-    deepest = max(int(arm.features["top_tokens"].map(len).max()) if arm.n_features else 0 for arm in arms.values())
+    most_matches = max(int(arm.features["top_tokens"].map(len).max()) if arm.n_features else 0 for arm in arms.values())
     frames = []
     for name, arm in arms.items():
-        counts = np.bincount(match_counts_of(arm), minlength=deepest + 1)
+        counts = np.bincount(match_counts_of(arm), minlength=most_matches + 1)
         share = counts / arm.n_features if arm.n_features else np.full(len(counts), np.nan)
         frames.append(pd.DataFrame({"arm": name, "matches": np.arange(len(counts)), "n": counts, "share": share}))
     return pd.concat(frames, ignore_index=True)
@@ -239,7 +238,7 @@ def activity(arms: Mapping[str, ArmTables]) -> pd.DataFrame:
 
 
 def _stacked(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Tables of the arms below each other, with the arm in the first column."""
+    """The tables of all arms as one, with the arm in the first column."""
     frames = []
     for name, table in tables.items():
         rows = table.copy()

@@ -20,7 +20,7 @@ from saeffect.stats.estimate import Estimate, undefined
 from saeffect.stats.permutation import permutation_test
 from saeffect.stats.proportions import newcombe_difference, risk_ratio
 
-__all__ = ["ONE_SAE", "Contrast", "as_table", "compared", "contrasts", "pair_contrasts"]
+__all__ = ["ONE_SAE", "Contrast", "as_table", "compared_pairs", "contrasts", "pair_contrasts"]
 
 _T = TypeVar("_T")
 ONE_SAE = "one SAE on either side: the interval does not hold the noise of SAE training"
@@ -31,7 +31,7 @@ _BY_FEATURES = "bootstrap over features, permutation test"
 class Contrast:
     """One quantity in arm `a` and arm `b`; `estimate` is b against a, between `low` and `high` (95 %).
 
-    `reason` says why a number is NaN, else ""; `saes_a` and `saes_b` count SAEs on either side; `remark` says which
+    `reason` says why a number is NaN, else ""; `saes_a` and `saes_b` count the SAEs of each side; `remark` says which
     noise the interval leaves out.
     """
 
@@ -63,7 +63,7 @@ class Contrast:
 
 @dataclass(frozen=True, eq=False)
 class _Pair:
-    """Two arms and a quantity, with all that its rows need."""
+    """Two arms and a quantity, with the arguments of its rows."""
 
     comparison: str
     a: ArmTables
@@ -71,19 +71,19 @@ class _Pair:
     quantity: Quantity
     min_matches: int
     resampling: Resampling
-    known: dict[Any, Any]  # what was read before, by reader and arm
+    cache: dict[Any, Any]  # what was read, by reader and arm
 
     def read(self) -> tuple[Any, Any]:
         return self._read(self.a), self._read(self.b)
 
     def _read(self, arm: ArmTables) -> Any:
         key = self.quantity.read, id(arm)
-        if key not in self.known:
-            self.known[key] = self.quantity.read(arm, self.min_matches)
-        return self.known[key]
+        if key not in self.cache:
+            self.cache[key] = self.quantity.read(arm, self.min_matches)
+        return self.cache[key]
 
     def values(self) -> tuple[float, float]:
-        a, b = (self.quantity.value(found) for found in self.read())
+        a, b = (self.quantity.value(data) for data in self.read())
         return a, b
 
     @property
@@ -119,23 +119,23 @@ def contrasts(
     One row per quantity and pair of arms, columns as the fields of `Contrast`. Shares and rates are from 0 to 1.
     """
     control, treatment, *placebos = [arms[name] for name in roles.ordered]
-    known: dict[Any, Any] = {}
+    cache: dict[Any, Any] = {}
     rows = [
         row
-        for comparison, a, b in compared(control, treatment, placebos)
+        for comparison, a, b in compared_pairs(control, treatment, placebos)
         for row in pair_contrasts(
-            comparison, a, b, QUANTITIES.values(), min_matches=min_matches, resampling=resampling, known=known
+            comparison, a, b, QUANTITIES.values(), min_matches=min_matches, resampling=resampling, cache=cache
         )
     ]
     return as_table(rows, tests)
 
 
-def compared(control: _T, treatment: _T, placebos: Iterable[_T]) -> list[tuple[str, _T, _T]]:
+def compared_pairs(control: _T, treatment: _T, placebos: Iterable[_T]) -> list[tuple[str, _T, _T]]:
     """Pairs to compare: treatment minus control; placebo minus control (the same model, another SAE: SAE noise); and
     treatment minus placebo, as the control cancels in (treatment - control) - (placebo - control).
 
     Example:
-        >>> compared("base", "tuned", ["again"])[1:]
+        >>> compared_pairs("base", "tuned", ["again"])[1:]
         [('retraining', 'base', 'again'), ('beyond retraining', 'again', 'tuned')]
     """
     pairs = [("fine-tuning", control, treatment)]
@@ -152,14 +152,14 @@ def pair_contrasts(
     *,
     min_matches: int,
     resampling: Resampling,
-    known: dict[Any, Any] | None = None,
+    cache: dict[Any, Any] | None = None,
 ) -> list[Contrast]:
-    """Quantities of arm `b` against arm `a`, as rows of one comparison; `known` keeps what was read of arms."""
-    known = {} if known is None else known
+    """Quantities of arm `b` against arm `a`, as rows of one comparison; `cache` holds what was read of arms."""
+    cache = {} if cache is None else cache
     return [
         row
         for quantity in quantities
-        for row in _COMPARE[quantity.kind](_Pair(comparison, a, b, quantity, min_matches, resampling, known))
+        for row in _COMPARE[quantity.kind](_Pair(comparison, a, b, quantity, min_matches, resampling, cache))
     ]
 
 
@@ -176,7 +176,7 @@ def _shares(pair: _Pair) -> list[Contrast]:
     if n_a and n_b:
         difference = newcombe_difference(k_a, n_a, k_b, n_b)
         ratio = risk_ratio(k_a, n_a, k_b, n_b)
-        if not k_a:  # said with the arm's name
+        if not k_a:  # name the arm in the reason
             ratio = undefined(f"{pair.a.name} has none, so there is no ratio to it", n_a + n_b)
         ratio = replace(ratio, p=difference.p)
     else:
@@ -198,7 +198,7 @@ def _averages(pair: _Pair) -> list[Contrast]:
         estimate = undefined(_too_few(pair, a, b), len(a) + len(b), values[1] - values[0])
     else:
         resampling = pair.resampling
-        seeds = [resampling.seed_for(pair.name, what) for what in ("bootstrap", "permutation")]
+        seeds = [resampling.seed_for(pair.name, method) for method in ("bootstrap", "permutation")]
         estimate = bootstrap_difference(a, b, statistic, n_boot=resampling.n_boot, seed=seeds[0])
         n_permutations = resampling.n_permutations
         p = permutation_test(a, b, statistic=statistic, n_permutations=n_permutations, seed=seeds[1])

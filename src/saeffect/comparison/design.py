@@ -13,10 +13,10 @@ from saeffect.errors import ConfigError
 
 __all__ = ["design_check"]
 
-RESERVED = ("field", "differs", "status", "matters")
+_RESERVED = ("field", "differs", "status", "matters")
 
 # Settings that should be equal in every arm, and what goes wrong when they are not.
-_WHY = {
+_CONSEQUENCES = {
     "tokenizer": "all models read text as the control's cuts it, and a model with another one learnt from other pieces",
     "chat_template": "all models read chats in one template, and one that was tuned with another reads what it was not"
     " tuned on",
@@ -36,7 +36,7 @@ _NEW_TEMPLATE = (
     " fine-tuning taught."
 )
 _ONE_SAE = "One SAE reads both models: the features are the same, and what differs is how the models use them."
-# Measured properties: how far apart (absolute, or relative to the larger) before it matters, and why.
+# Measured properties: the largest difference that does not matter, whether relative to the larger value, and why.
 _MEASURED: dict[str, tuple[float, bool, str]] = {
     "explained_variance": (0.02, False, "an SAE that fits its model worse finds poorer features"),
     "ce_loss_score": (0.02, False, "an SAE that loses more of the model's behaviour tells less about the model"),
@@ -55,16 +55,16 @@ def design_check(arms: Mapping[str, ArmFacts]) -> pd.DataFrame:
     name of a column.
     """
     roles = roles_of({name: facts.role for name, facts in arms.items()})
-    clash = [name for name in arms if name in RESERVED]
-    if clash:
-        raise ConfigError(f"an arm cannot be called {clash[0]!r}.", at=f"arms.{clash[0]}", fix="rename the arm.")
+    reserved = [name for name in arms if name in _RESERVED]
+    if reserved:
+        raise ConfigError(f"an arm cannot be called {reserved[0]!r}.", at=f"arms.{reserved[0]}", fix="rename the arm.")
     rows = []
-    for field in (entry.name for entry in fields(ArmFacts) if not entry.name.startswith("same_")):
+    for field in (fact.name for fact in fields(ArmFacts) if not fact.name.startswith("same_")):
         if field == "chat_template" and not any(facts.chat_template for facts in arms.values()):
             continue  # no chats
         values = {name: getattr(arms[name], field) for name in roles.ordered}
-        seen_same = field == "model" and arms[roles.treatment].same_as_control
-        judged = values | {roles.treatment: values[roles.control]} if seen_same else values
+        same_model = field == "model" and arms[roles.treatment].same_as_control
+        judged = values | {roles.treatment: values[roles.control]} if same_model else values
         status, matters = _judge(field, judged, roles)
         if field == "seed" and arms[roles.treatment].same_sae:
             status, matters = "intended", _ONE_SAE
@@ -83,19 +83,19 @@ def design_check(arms: Mapping[str, ArmFacts]) -> pd.DataFrame:
 def _judge(field: str, values: Mapping[str, object], roles: Roles) -> tuple[str, str]:
     if field == "role":
         return "intended", "The roles say what each arm is for."
-    if field in ("k", "tokenizer", "bos") and not any(_known(value) for value in values.values()):
-        return "same", ""  # only TopK has a k; tokenizers that were not compared, and no word of a BOS
-    unknown = [name for name, value in values.items() if not _known(value)]
+    if field in ("k", "tokenizer", "bos") and not any(_is_known(value) for value in values.values()):
+        return "same", ""  # only TopK has a k; tokenizers were not compared; no BOS recorded
+    unknown = [name for name, value in values.items() if not _is_known(value)]
     if unknown:
         if len(unknown) == len(values):
             return "unknown", "No arm recorded it, so nobody can check it."
-        return "unknown", f"Not recorded for {_and(unknown)}, so nobody can check it."
+        return "unknown", f"Not recorded for {_join(unknown)}, so nobody can check it."
     if field == "model":
         return _judge_model(values, roles)
     if field == "seed":
         return _judge_seed(values, roles)
     if field == "bos" and any("trained" in str(value) for value in values.values()):
-        return "flaw", f"The text does not begin as in the SAE's training: {_WHY[field]}."
+        return "flaw", f"The text does not begin as in the SAE's training: {_CONSEQUENCES[field]}."
     if len({str(value) for value in values.values()}) == 1:
         return "same", ""
     if field == "chat_template" and not any("another" in str(value) for value in values.values()):
@@ -109,7 +109,7 @@ def _judge(field: str, values: Mapping[str, object], roles: Roles) -> tuple[str,
         if spread <= margin * (max(abs(number) for number in numbers) if relative else 1.0):
             return "small", "The values differ too little to matter."
         return "flaw", f"The values differ by {spread:.3g}: {why}."
-    return "flaw", f"It should be equal in every arm: {_WHY[field]}."
+    return "flaw", f"It should be equal in every arm: {_CONSEQUENCES[field]}."
 
 
 def _judge_model(values: Mapping[str, object], roles: Roles) -> tuple[str, str]:
@@ -117,7 +117,7 @@ def _judge_model(values: Mapping[str, object], roles: Roles) -> tuple[str, str]:
     others = [name for name in roles.placebos if values[name] != control]
     if others:
         verb = "has" if len(others) == 1 else "have"
-        return "flaw", f"{_and(others)} {verb} another model than the control, so that is not only SAE noise."
+        return "flaw", f"{_join(others)} {verb} another model than the control, so that is not only SAE noise."
     if values[roles.treatment] == control:
         return "flaw", "Control and treatment have the same model, so nothing found here can come from fine-tuning."
     return "intended", "Control and treatment differ in the model: that is the comparison."
@@ -128,26 +128,26 @@ def _judge_seed(values: Mapping[str, object], roles: Roles) -> tuple[str, str]:
     same = [name for name in roles.placebos if values[name] == control]
     if same:
         verb = "has" if len(same) == 1 else "have"
-        return "flaw", f"{_and(same)} {verb} the control's seed, so retraining changed nothing and shows no SAE noise."
-    treated = (
+        return "flaw", f"{_join(same)} {verb} the control's seed, so retraining changed nothing and shows no SAE noise."
+    sentence = (
         "Treatment and control share a seed: both SAEs start alike, which keeps noise down"
         if values[roles.treatment] == control
         else "Treatment and control have different seeds, which is fine: it adds SAE noise, as in a placebo"
     )
     if roles.placebos:
-        return "intended", f"{treated}. The placebo has another seed on purpose: what differs there is SAE noise."
-    return ("same" if values[roles.treatment] == control else "intended"), f"{treated}."
+        return "intended", f"{sentence}. The placebo has another seed on purpose: what differs there is SAE noise."
+    return ("same" if values[roles.treatment] == control else "intended"), f"{sentence}."
 
 
-def _known(value: object) -> bool:
+def _is_known(value: object) -> bool:
     return value is not None and not (isinstance(value, float) and math.isnan(value))
 
 
 def _text(value: object) -> str:
-    if not _known(value):
+    if not _is_known(value):
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _and(names: list[str]) -> str:
+def _join(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -26,8 +26,8 @@ class EffectRegression:
         terms: One row a term (`intercept`, the properties, `arm <name>`, 1 for that arm's features): `term`, `estimate`
             (cosine similarity per unit of the term), `low`, `high`, `p`, `n` features, `errors` ("HC3" or "clustered by
             SAE"), `reason` (why a number is NaN, or which noise an interval leaves out), `n_left_out` features.
-        partial_residuals: One row a feature and property: `feature`, `arm`, `term`, `x`, and `residual` (with the
-            term's own part). Its slope is the estimate.
+        partial_residuals: One row a feature and property: `feature`, `arm`, `term`, `x`, and `residual` (including the
+            term's part), whose slope is the estimate.
     """
 
     terms: pd.DataFrame
@@ -38,12 +38,12 @@ def effect_regression(arms: Mapping[str, ArmTables], roles: Roles) -> EffectRegr
     """Regress the effect of each steered feature on its properties (activity is log10 of the density) and its arm.
 
     Features without an effect, a coherence or an activity are left out; so is a property that is the same in every
-    feature. Errors are clustered by SAE where there are more SAEs than terms. Otherwise each feature counts on its own
-    (HC3), and every arm but the control has a term. Source: `ols_robust`; partial residuals: Larsen & McCleary (1972).
+    feature. Errors are clustered by SAE where there are more SAEs than terms. Otherwise features are independent (HC3),
+    and every arm but the control has a term. Source: `ols_robust`; partial residuals: Larsen & McCleary (1972).
     """
-    data = _data(arms, roles)
+    data = _feature_rows(arms, roles)
     usable = data.dropna(subset=["effect", *_PROPERTIES]).reset_index(drop=True)
-    # With a term for every arm the residuals of each arm add up to 0: no spread between arms is left.
+    # With a term for every arm the residuals of each arm sum to 0, which leaves no spread between arms.
     clustered = usable["arm"].nunique() > len(_PROPERTIES) + 2
     dummies = [f"arm {name}" for name in ([roles.treatment] if clustered else roles.ordered[1:])]
     columns = [*_PROPERTIES, *dummies]
@@ -52,40 +52,42 @@ def effect_regression(arms: Mapping[str, ArmTables], roles: Roles) -> EffectRegr
     X = usable[terms].astype(np.float64)
     fit = ols_robust(usable["effect"].to_numpy(), X, usable["arm"].tolist() if clustered else None)
     fit.insert(len(fit.columns) - 1, "errors", "clustered by SAE" if clustered else "HC3")
-    partial = _partial(usable, X, fit)
+    partial = _partial_residuals(usable, X, fit)
     if clustered:
-        alone = fit["term"] == f"arm {roles.treatment}"
-        fit.loc[alone, ["low", "high", "p"]] = np.nan
-        fit.loc[alone, "reason"] = "the treatment has one steered SAE, so nothing shows how much another would differ"
+        treatment_term = fit["term"] == f"arm {roles.treatment}"
+        fit.loc[treatment_term, ["low", "high", "p"]] = np.nan
+        fit.loc[treatment_term, "reason"] = (
+            "the treatment has one steered SAE, so nothing shows how much another would differ"
+        )
     else:  # beside an interval the reason is a remark
-        of_arm = fit["term"].str.startswith("arm ") & fit["low"].notna()
-        fit.loc[of_arm, "reason"] = "one SAE an arm: the interval does not hold the noise of SAE training"
+        arm_terms = fit["term"].str.startswith("arm ") & fit["low"].notna()
+        fit.loc[arm_terms, "reason"] = "one SAE an arm: the interval does not hold the noise of SAE training"
     left_out = len(data) - len(usable)
     if flat:
         fit = pd.concat([fit, _flat_rows(flat, usable, str(fit["errors"].iloc[0]))], ignore_index=True)
     order = {name: i for i, name in enumerate(["intercept", *columns])}
     fit = fit.sort_values("term", key=lambda names: names.map(order), kind="stable", ignore_index=True)
     if not len(usable):
-        why = "nothing was steered" if not len(data) else "no steered feature has an effect and all properties"
-        fit["reason"] = why
+        reason = "nothing was steered" if not len(data) else "no steered feature has an effect and all properties"
+        fit["reason"] = reason
     fit["n_left_out"] = left_out
     return EffectRegression(fit, partial)
 
 
-def _data(arms: Mapping[str, ArmTables], roles: Roles) -> pd.DataFrame:
-    """One row a steered feature: its effect, its properties, and a column of 0 and 1 an arm but the control's."""
+def _feature_rows(arms: Mapping[str, ArmTables], roles: Roles) -> pd.DataFrame:
+    """One row a steered feature: its effect, its properties, and a 0/1 column for every arm but the control."""
     columns = ["feature", "arm", "effect", *_PROPERTIES]
     frames = [pd.DataFrame(columns=columns)]
     for name in roles.ordered:
         arm = arms[name]
         if arm.effects is None or arm.effects.empty:
             continue
-        known = [column for column in ("density", "decoder_norm") if column in arm.features]
+        present = [column for column in ("density", "decoder_norm") if column in arm.features]
         rows = arm.effects[["feature", "effect"]].merge(arm.coherence[["feature", "coherence"]], "left", "feature")
-        rows = rows.merge(arm.features[["feature", *known]], "left", "feature").assign(arm=name)
+        rows = rows.merge(arm.features[["feature", *present]], "left", "feature").assign(arm=name)
         density = rows["density"].to_numpy(dtype=np.float64)
         rows["log10_density"] = np.log10(np.where(density > 0, density, np.nan))
-        if "decoder_norm" not in rows:  # tables of others may not have it; then it says nothing
+        if "decoder_norm" not in rows:  # optional column: constant, so left out as flat
             rows["decoder_norm"] = 1.0
         frames.append(rows[columns])
     data = pd.concat(frames[1:] or frames, ignore_index=True)
@@ -105,11 +107,11 @@ def _flat_rows(flat: list[str], usable: pd.DataFrame, errors: str) -> pd.DataFra
         else f"{name} is the same in every feature"
         for name in flat
     ]
-    nothing = dict.fromkeys(("estimate", "low", "high", "p"), np.nan)
-    return pd.DataFrame({"term": flat, **nothing, "n": len(usable), "errors": errors, "reason": reasons})
+    undefined = dict.fromkeys(("estimate", "low", "high", "p"), np.nan)
+    return pd.DataFrame({"term": flat, **undefined, "n": len(usable), "errors": errors, "reason": reasons})
 
 
-def _partial(usable: pd.DataFrame, X: pd.DataFrame, fit: pd.DataFrame) -> pd.DataFrame:
+def _partial_residuals(usable: pd.DataFrame, X: pd.DataFrame, fit: pd.DataFrame) -> pd.DataFrame:
     estimates = fit.set_index("term")["estimate"]
     names = [name for name in X.columns if name in _PROPERTIES]
     if estimates.isna().any() or not names:
@@ -117,6 +119,6 @@ def _partial(usable: pd.DataFrame, X: pd.DataFrame, fit: pd.DataFrame) -> pd.Dat
         return pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in kinds.items()})
     slopes = estimates[list(X.columns)].to_numpy()
     residual = usable["effect"].to_numpy() - estimates["intercept"] - X.to_numpy() @ slopes
-    own = {name: residual + estimates[name] * X[name].to_numpy() for name in names}
-    frames = [usable[["feature", "arm"]].assign(term=name, x=X[name], residual=own[name]) for name in names]
+    residuals = {name: residual + estimates[name] * X[name].to_numpy() for name in names}
+    frames = [usable[["feature", "arm"]].assign(term=name, x=X[name], residual=residuals[name]) for name in names]
     return pd.concat(frames, ignore_index=True)

@@ -6,11 +6,11 @@ control and t for the treatment. The paper compares (t,t) with (c,c), where both
 - model: ½[(c,t) − (c,c) + (t,t) − (t,c)], the same features in two models, paired;
 - dictionary: ½[(t,c) − (c,c) + (t,t) − (c,t)], the features of two SAEs, which are not the same features;
 - both: (t,t) − (c,c), which is model + dictionary exactly;
-- rest: ½[(t,t) − (t,c) − (c,t) + (c,c)], half of how much the model's part depends on the SAE. It is what is left
-  where the split is one-sided: (c,t) − (c,c) is model − rest, and (t,t) − (t,c) is model + rest.
+- rest: ½[(t,t) − (t,c) − (c,t) + (c,c)], half of how much the model's effect depends on the SAE:
+  (c,t) − (c,c) is model − rest, and (t,t) − (t,c) is model + rest.
 
 Intervals are over features and prompts (or rows of text) together, see `two_way_mean`. They hold for these two SAEs:
-what other seeds of an SAE would give is in none of them, and matters for the dictionary's part alone.
+none includes the noise of SAE seeds, which matters for the dictionary's effect alone.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from saeffect.stats.estimate import Estimate, undefined
 from saeffect.stats.nested import complete_tables, two_way_mean
 from saeffect.stats.permutation import permutation_test, sign_flip_many
 from saeffect.stats.proportions import bounded_mean, newcombe_difference, paired_difference, sum_of_independent
+from saeffect.stats.student import cautious_difference
 
 __all__ = [
     "CROSSED",
@@ -63,7 +64,7 @@ class CrossedQuantity:
     """One quantity that is measured in all four cells.
 
     Attributes:
-        asked: The word in a study's `comparison.crossed` that asks for it.
+        group: Its word in a study's `comparison.crossed`.
         kind: "table": a number for every feature and prompt (or row of text); "features": one a feature; "share": of
             features, each 0 or 1; "whole": a number for every row of text, of the SAE as a whole.
         over: What features are crossed with: "prompts", "rows of text" or "".
@@ -72,7 +73,7 @@ class CrossedQuantity:
     name: str
     label: str
     unit: str
-    asked: str
+    group: str
     kind: Literal["table", "features", "share", "whole"]
     over: str = ""
 
@@ -97,20 +98,19 @@ def factorial(
     crossed: Mapping[str, pd.DataFrame],
     roles: Roles,
     *,
-    asked: Iterable[str] = ("direct_effect", "activity", "coherence", "reconstruction", "steering"),
+    groups: Iterable[str] = ("direct_effect", "activity", "coherence", "reconstruction", "steering"),
     nulls: Mapping[str, Sequence[float]] | None = None,
     unmeasured: str = "",
     resampling: Resampling | None = None,
 ) -> pd.DataFrame:
-    """The effects of model and dictionary on every quantity that was `asked` for, as in the study's
-    `comparison.crossed`.
+    """The effects of model and dictionary on every quantity of the requested `groups` (a study's `comparison.crossed`).
 
     Args:
         crossed: By arm (control and treatment), its SAE on both models, `CROSSED_COLUMNS`: feature; model (an arm's
             name); quantity; value (mean of `values`, or of one number a feature that number); values (list of float, by
             prompt or row of text, the same ones everywhere; empty where there are none); unit; reason.
-        nulls: By quantity, (c,n) − (c,c) of fine-tunes n that learnt nothing new: see `against_nulls`.
-        unmeasured: Why features' quantities were not measured, for `reason` where a table has none.
+        nulls: By quantity, (c,n) − (c,c) of null fine-tunes n: see `against_nulls`.
+        unmeasured: Why features' quantities were not measured: the `reason` of cells without values.
         resampling: For p of shares.
 
     Returns:
@@ -122,54 +122,49 @@ def factorial(
 
     `ShapeMismatch` if a column is missing, or the cells have other numbers of values.
     """
-    wanted, resampling = set(asked), resampling or Resampling()
+    wanted, resampling = set(groups), resampling or Resampling()
     rows: list[dict[str, Any]] = []
     for quantity in CROSSED.values():
-        if quantity.asked in wanted:
+        if quantity.group in wanted:
             cells = _cells(crossed, roles, quantity)
-            if not cells.there and unmeasured:
+            if not cells.available and unmeasured:
                 cells = replace(cells, reason=unmeasured)
             rows += split_cells(quantity, cells, resampling, (nulls or {}).get(quantity.name, ()))
     return pd.DataFrame(rows, columns=list(FACTORIAL_COLUMNS))
 
 
-def no_factorial(asked: Iterable[str], reason: str) -> pd.DataFrame:
-    """The table of `factorial` where nothing could be measured, and why."""
-    wanted, nothing = set(asked), Cells((), (), reason)
+def no_factorial(groups: Iterable[str], reason: str) -> pd.DataFrame:
+    """The table of `factorial` where nothing could be measured, with the `reason`."""
+    wanted, no_cells = set(groups), Cells((), (), reason)
     rows = [
         row
         for quantity in CROSSED.values()
-        if quantity.asked in wanted
-        for row in split_cells(quantity, nothing, Resampling())
+        if quantity.group in wanted
+        for row in split_cells(quantity, no_cells, Resampling())
     ]
     return pd.DataFrame(rows, columns=list(FACTORIAL_COLUMNS))
 
 
 def against_nulls(value: float, nulls: Sequence[float]) -> Estimate:
-    """How far a number of one fine-tune is from the same number of fine-tunes that learnt nothing new.
+    """Distance of one fine-tune's number from the numbers of null fine-tunes.
 
     Value: the number minus the nulls' mean, with a 95 % interval for one more null (Student's t; NaN for fewer than
-    two). p: the share of all K + 1 numbers that lie at least as far from their mean, never below 1 / (K + 1).
+    two, or equal ones). p: the share of all K + 1 numbers that lie at least as far from their mean, never below
+    1 / (K + 1).
 
     Example:
-        >>> found = against_nulls(-0.8, [0.1, 0.0, -0.1, 0.0])
-        >>> round(found.value, 6), found.p, found.high < 0
+        >>> excess = against_nulls(-0.8, [0.1, 0.0, -0.1, 0.0])
+        >>> round(excess.value, 6), excess.p, excess.high < 0
         (-0.8, 0.2, True)
     """
-    from scipy.special import stdtrit
-
-    others = np.asarray(nulls, dtype=np.float64)
-    everything = np.append(others, value)
-    if not len(others) or not np.isfinite(everything).all():
-        return undefined("no null fine-tune was measured" if not len(others) else "a value is not finite", len(others))
-    distance = np.abs(everything - everything.mean())
+    numbers = np.array([*nulls, value], dtype=np.float64)
+    if not len(nulls) or not np.isfinite(numbers).all():
+        return undefined("no null fine-tune was measured" if not len(nulls) else "a value is not finite", len(nulls))
+    distance = np.abs(numbers - numbers.mean())
     p = float((distance >= distance[-1] * (1 - 1e-12)).mean())
-    excess, reach = value - float(others.mean()), math.nan
-    if len(others) > 1:
-        spread = float(others.std(ddof=1)) * math.sqrt(1 + 1 / len(others))
-        reach = float(stdtrit(len(others) - 1, 0.975)) * spread
-    reason = "" if len(others) > 1 else "one null shows no spread"
-    return Estimate(excess, excess - reach, excess + reach, len(others), reason, p)
+    excess = cautious_difference(numbers[:-1], numbers[-1:])
+    reason = "one null shows no spread" if len(nulls) == 1 else excess.reason
+    return replace(excess, n=len(nulls), p=p, reason=reason)
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,7 +172,7 @@ class Cells:
     """Values of the control's and of the treatment's SAE, in the control's and in the treatment's model.
 
     Each is a complete float64 [n_features, n_prompts] (one column without prompts, one row for a whole SAE). `reason`:
-    what was left out, or why there is nothing.
+    what was left out, or why the cells are empty.
     """
 
     on_control: tuple[FloatArray, ...]
@@ -185,18 +180,18 @@ class Cells:
     reason: str = ""
 
     @property
-    def there(self) -> bool:
+    def available(self) -> bool:
         return len(self.on_control) == 2 and all(table.size for table in self.on_control)
 
     def means(self) -> dict[str, float]:
         names = ("mean_cc", "mean_tc", "mean_ct", "mean_tt")
-        values = (
-            [float(table.mean()) for table in (*self.on_control, *self.on_treatment)] if self.there else [math.nan] * 4
-        )
-        return dict(zip(names, values, strict=True))
+        if not self.available:
+            return dict.fromkeys(names, math.nan)
+        tables = (*self.on_control, *self.on_treatment)
+        return {name: float(table.mean()) for name, table in zip(names, tables, strict=True)}
 
     def tables(self, effect: str) -> list[FloatArray]:
-        """One table a SAE whose means, weighted as `_WEIGHTS` says, add up to the effect."""
+        """One table per SAE; the sum of their means, weighted by `_WEIGHTS`, is the effect."""
         pairs = list(zip(self.on_control, self.on_treatment, strict=True))
         if effect in ("model", "rest"):
             return [after - before for before, after in pairs]
@@ -206,7 +201,7 @@ class Cells:
 
 
 def _cells(crossed: Mapping[str, pd.DataFrame], roles: Roles, quantity: CrossedQuantity) -> Cells:
-    models, found, reasons = (roles.control, roles.treatment), [], []
+    models, measured, reasons = (roles.control, roles.treatment), [], []
     for sae in models:
         table = crossed[sae]
         missing = [name for name in CROSSED_COLUMNS if name not in table]
@@ -216,19 +211,24 @@ def _cells(crossed: Mapping[str, pd.DataFrame], roles: Roles, quantity: CrossedQ
         reasons += [reason for reason in rows["reason"] if reason]
         parts = [rows[rows["model"] == model].set_index("feature").sort_index() for model in models]
         common = parts[0].index.intersection(parts[1].index)
-        found.append([_matrix(part.loc[common], quantity) for part in parts])
-    if not all(len(part) for pair in found for part in pair):
+        measured.append([_matrix(part.loc[common], quantity) for part in parts])
+    if not all(len(part) for pair in measured for part in pair):
         return Cells((), (), reasons[0] if reasons else f"no {quantity.name.replace('_', ' ')} was measured")
-    if len({part.shape[1] for pair in found for part in pair}) > 1:
+    if len({part.shape[1] for pair in measured for part in pair}) > 1:
         raise ShapeMismatch(f"the cells of {quantity.name} have other numbers of values.", at="values")
-    rows_kept, columns = complete_tables([before + after for before, after in found])
-    kept = [[part[np.ix_(rows, columns)] for part in pair] for pair, rows in zip(found, rows_kept, strict=True)]
-    left = sum(len(pair[0]) for pair in found) - sum(map(len, rows_kept)), found[0][0].shape[1] - len(columns)
-    named = zip(("features", quantity.over), left, strict=True)
-    said = [f"{what} left out, being undefined in a cell: {n}" for what, n in named if n]
-    why = f"; {reasons[0]}" if said and reasons else ""
-    before, after = zip(*kept, strict=True)
-    return Cells(before, after, "; ".join(said) + why)
+    complete_rows, columns = complete_tables([before + after for before, after in measured])
+    complete = [
+        [part[np.ix_(rows, columns)] for part in pair] for pair, rows in zip(measured, complete_rows, strict=True)
+    ]
+    n_dropped = (
+        sum(len(pair[0]) for pair in measured) - sum(map(len, complete_rows)),
+        measured[0][0].shape[1] - len(columns),
+    )
+    dropped = zip(("features", quantity.over), n_dropped, strict=True)
+    notes = [f"{what} left out, being undefined in a cell: {n}" for what, n in dropped if n]
+    cause = f"; {reasons[0]}" if notes and reasons else ""
+    before, after = zip(*complete, strict=True)
+    return Cells(before, after, "; ".join(notes) + cause)
 
 
 def _matrix(rows: pd.DataFrame, quantity: CrossedQuantity) -> FloatArray:
@@ -247,56 +247,61 @@ def split_cells(
     means, rows = cells.means(), list[dict[str, Any]]()
     for effect in EFFECTS:
         error = freedom = math.nan
-        if not cells.there:
-            found = undefined(cells.reason)
+        if not cells.available:
+            estimate = undefined(cells.reason)
         elif quantity.kind == "share":
-            found = _SHARES[effect](cells, resampling)
+            estimate = _SHARES[effect](cells, resampling)
         else:
             tables, weights = cells.tables(effect), _WEIGHTS[effect]
-            if quantity.kind == "whole":  # the same rows of text in all cells: one number a row
+            if quantity.kind == "whole":  # all cells have the same rows of text: one number a row
                 result = two_way_mean([(weights[0] * tables[0] + weights[1] * tables[1]).T])
             else:
                 result = two_way_mean(tables, weights)
-            found, error, freedom = result.estimate, result.error, result.freedom
+            estimate, error, freedom = result.estimate, result.error, result.freedom
             if effect in ("model", "rest") and not any(table.any() for table in tables):
-                found = undefined("no value differs between the models", found.n, 0.0)
-        n_columns = cells.on_control[0].shape[1] if cells.there and quantity.over else 0
-        n_features = sum(map(len, cells.on_control)) if cells.there and quantity.kind != "whole" else 0
-        row: dict[str, Any] = {"quantity": quantity.name, "label": quantity.label, "effect": effect}
-        row |= {"unit": quantity.unit, "estimate": found.value, "low": found.low, "high": found.high, "p": found.p}
+                estimate = undefined("no value differs between the models", estimate.n, 0.0)
+        n_columns = cells.on_control[0].shape[1] if cells.available and quantity.over else 0
+        n_features = sum(map(len, cells.on_control)) if cells.available and quantity.kind != "whole" else 0
+        row: dict[str, Any] = {
+            "quantity": quantity.name,
+            "label": quantity.label,
+            "effect": effect,
+            "unit": quantity.unit,
+        }
+        row |= {"estimate": estimate.value, "low": estimate.low, "high": estimate.high, "p": estimate.p}
         row |= {"n_features": n_features, "n_prompts": n_columns, "error": error, "freedom": freedom, **means}
-        said = (cells.reason, found.reason) if cells.there else (found.reason,)
-        row["reason"] = "; ".join(filter(None, said))
-        rows.append(row | _null(means["mean_ct"] - means["mean_cc"], nulls if effect == "model" else ()))
+        reasons = (cells.reason, estimate.reason) if cells.available else (estimate.reason,)
+        row["reason"] = "; ".join(filter(None, reasons))
+        rows.append(row | _null_columns(means["mean_ct"] - means["mean_cc"], nulls if effect == "model" else ()))
     return rows
 
 
-def _null(value: float, nulls: Sequence[float]) -> dict[str, Any]:
-    found = against_nulls(value, nulls)
-    mean = value - found.value if len(nulls) else math.nan
-    return {"null_mean": mean, "null_p": found.p, "n_nulls": len(nulls)}
+def _null_columns(value: float, nulls: Sequence[float]) -> dict[str, Any]:
+    estimate = against_nulls(value, nulls)
+    mean = value - estimate.value if len(nulls) else math.nan
+    return {"null_mean": mean, "null_p": estimate.p, "n_nulls": len(nulls)}
 
 
-# Shares of features: each SAE's features are its own, so parts of the two SAEs are independent of each other.
+# Shares of features: the two SAEs have different features, so their shares are independent.
 def _model_share(cells: Cells, resampling: Resampling) -> Estimate:
-    parts, changes = _paired(cells)
-    found = sum_of_independent(parts, _WEIGHTS["model"])
-    # The sign of a feature's change is as likely either way; features of the smaller SAE weigh more.
+    parts, changes = _paired_changes(cells)
+    estimate = sum_of_independent(parts, _WEIGHTS["model"])
+    # Under the null a feature's change has a random sign; features of the smaller SAE weigh more.
     weighted = np.concatenate([change[change != 0] / len(change) for change in changes])
     seed, n = resampling.seed_for("crossed", "model"), resampling.n_permutations
     p = sign_flip_many(weighted[None], alternative="two-sided", n_permutations=n, seed=seed)
-    return replace(found, p=float(p[0]) if len(weighted) else 1.0)
+    return replace(estimate, p=float(p[0]) if len(weighted) else 1.0)
 
 
 def _rest_share(cells: Cells, resampling: Resampling) -> Estimate:
-    parts, changes = _paired(cells)
-    return _with_permutations(sum_of_independent(parts, _WEIGHTS["rest"]), changes, resampling, "rest")
+    parts, changes = _paired_changes(cells)
+    return _add_permutation_p(sum_of_independent(parts, _WEIGHTS["rest"]), changes, resampling, "rest")
 
 
 def _dictionary_share(cells: Cells, resampling: Resampling) -> Estimate:
     values = [table[:, 0] for table in cells.tables("dictionary")]
-    found = sum_of_independent([bounded_mean(part) for part in values], _WEIGHTS["dictionary"])
-    return _with_permutations(found, values, resampling, "dictionary")
+    estimate = sum_of_independent([bounded_mean(part) for part in values], _WEIGHTS["dictionary"])
+    return _add_permutation_p(estimate, values, resampling, "dictionary")
 
 
 def _both_share(cells: Cells, _: Resampling) -> Estimate:
@@ -304,17 +309,17 @@ def _both_share(cells: Cells, _: Resampling) -> Estimate:
     return newcombe_difference(int(a.sum()), len(a), int(b.sum()), len(b))
 
 
-def _paired(cells: Cells) -> tuple[list[Estimate], list[FloatArray]]:
+def _paired_changes(cells: Cells) -> tuple[list[Estimate], list[FloatArray]]:
     pairs = [(before[:, 0], after[:, 0]) for before, after in zip(cells.on_control, cells.on_treatment, strict=True)]
     return [paired_difference(*pair) for pair in pairs], [after - before for before, after in pairs]
 
 
-def _with_permutations(
-    found: Estimate, parts: Sequence[npt.NDArray[np.float64]], resampling: Resampling, name: str
+def _add_permutation_p(
+    estimate: Estimate, parts: Sequence[npt.NDArray[np.float64]], resampling: Resampling, name: str
 ) -> Estimate:
     seed = resampling.seed_for("crossed", name)
     p = permutation_test(parts[0], parts[1], n_permutations=resampling.n_permutations, seed=seed)
-    return replace(found, p=p)
+    return replace(estimate, p=p)
 
 
 _SHARES: Mapping[str, Callable[[Cells, Resampling], Estimate]] = {

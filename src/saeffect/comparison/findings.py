@@ -26,8 +26,8 @@ class CitedNumber(TypedDict):
 
 
 class Answer(TypedDict):
-    """The answer as plain text: what fine-tuning taught, against null fine-tunes ("" without them); what two
-    dictionaries trained apart show, in a sentence and in about ninety words; and the threats to it, gravest first.
+    """The answer as plain text: what fine-tuning taught, tested against null fine-tunes ("" without them); what the two
+    separately trained dictionaries show, in one sentence and in about ninety words; and the threats, gravest first.
     """
 
     learned: str
@@ -38,29 +38,25 @@ class Answer(TypedDict):
     caveats: list[str]
 
 
-def _none() -> pd.DataFrame:
-    return pd.DataFrame()
-
-
 def _no_answer() -> Answer:
     return Answer(learned="", headline="", paragraph="", traces=[], sentences=[], caveats=[])
 
 
 @dataclass(frozen=True, eq=False)
 class MatchTables:
-    """Which feature became which; a table without columns was not made.
+    """Which feature became which; a table that was not made has no columns.
 
     The fates are made by `saeffect.diffing.correspondence.measure`, cross_activity by `CrossActivity.result` (with
     `is_domain`), absorption and stagewise by the methods of these names; `further` are all others by name.
     """
 
-    fates_control: pd.DataFrame = field(default_factory=_none)
-    fates_treatment: pd.DataFrame = field(default_factory=_none)
-    fate_counts: pd.DataFrame = field(default_factory=_none)
-    fates_null: pd.DataFrame = field(default_factory=_none)
-    cross_activity: pd.DataFrame = field(default_factory=_none)
-    absorption: pd.DataFrame = field(default_factory=_none)
-    stagewise: pd.DataFrame = field(default_factory=_none)
+    fates_control: pd.DataFrame = field(default_factory=pd.DataFrame)
+    fates_treatment: pd.DataFrame = field(default_factory=pd.DataFrame)
+    fate_counts: pd.DataFrame = field(default_factory=pd.DataFrame)
+    fates_null: pd.DataFrame = field(default_factory=pd.DataFrame)
+    cross_activity: pd.DataFrame = field(default_factory=pd.DataFrame)
+    absorption: pd.DataFrame = field(default_factory=pd.DataFrame)
+    stagewise: pd.DataFrame = field(default_factory=pd.DataFrame)
     further: Mapping[str, pd.DataFrame] = field(default_factory=dict)
 
     @classmethod
@@ -71,7 +67,7 @@ class MatchTables:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Comparison:
-    """All that the comparison found; rows are ordered control, treatment, placebos.
+    """All results of the comparison; rows are ordered control, treatment, placebos.
 
     `table1` to `activity` are made by the functions of these names, `judgements` by `judgement_table`, `design` by
     `design_check`, `calibration` and `by_chance` by `saeffect.comparison.calibration`, `power` by `power_table`,
@@ -87,12 +83,12 @@ class Comparison:
     weights: pd.DataFrame
     activity: pd.DataFrame
     design: pd.DataFrame
-    calibration: pd.DataFrame = field(default_factory=_none)
-    power: pd.DataFrame = field(default_factory=_none)
-    by_chance: pd.DataFrame = field(default_factory=_none)
-    threats: pd.DataFrame = field(default_factory=_none)
-    regression: pd.DataFrame = field(default_factory=_none)
-    partial_residuals: pd.DataFrame = field(default_factory=_none)
+    calibration: pd.DataFrame = field(default_factory=pd.DataFrame)
+    power: pd.DataFrame = field(default_factory=pd.DataFrame)
+    by_chance: pd.DataFrame = field(default_factory=pd.DataFrame)
+    threats: pd.DataFrame = field(default_factory=pd.DataFrame)
+    regression: pd.DataFrame = field(default_factory=pd.DataFrame)
+    partial_residuals: pd.DataFrame = field(default_factory=pd.DataFrame)
     matches: MatchTables = field(default_factory=MatchTables)
     answer: Answer = field(default_factory=_no_answer)
 

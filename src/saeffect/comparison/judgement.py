@@ -1,5 +1,5 @@
-"""When may a difference be credited to fine-tuning? When the treatment's SAEs lie outside of where another SAE of the
-control's model would: `noise_p` gives the p, `judge` the status."""
+"""When a difference may be credited to fine-tuning: when the treatment's SAEs lie outside the range predicted for
+another SAE of the control's model. `noise_p` gives the p, `judge` the status."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ALL_SEEDS = "all seeds"
 """The comparison of every SAE of the treatment's model with every SAE of the control's, placebos included."""
 
 ALPHA = 0.05
-"""How often a study in which fine-tuning did nothing may credit it with something."""
+"""Highest rate at which studies of a fine-tune without effect may credit it with one."""
 
 Status = Literal["undefined", "unclear", "unseparated", "noise", "beyond"]
 
@@ -61,8 +61,8 @@ class Judgement(NanEqual):
         seeds: All SAEs of the treatment's model minus all of the control's, with an interval that includes the noise of
             SAE training; None where there is none.
         n_saes: SAEs of the control's and of the treatment's model behind it.
-        p: How likely SAE noise alone would give a difference this large; for declared quantities after Holm's
-            correction for their number. NaN where unknown.
+        p: Probability of a difference this large under SAE noise alone; for declared quantities after Holm's correction
+            for their number. NaN where unknown.
     """
 
     quantity: str
@@ -92,15 +92,16 @@ def exceeds_noise(change: Estimate, beyond: Iterable[Estimate], p: float) -> boo
     """Whether one SAE of the treatment's model differs from the control's by more than SAE noise.
 
     The intervals of treatment minus control (`change`) and minus each placebo (`beyond`) must exclude zero on the same
-    side, and the treatment must lie outside of where the control model's SAEs predict one more (`p` of `noise_p` at
-    most 5 %; NaN exceeds nothing). With one placebo that needs a change eleven times the placebo's; two placebos need
-    about five standard deviations, three 3.6. If fine-tuning did nothing, a quantity passes in at most 5 % of studies.
+    side, and the treatment must lie outside the range that the control model's SAEs predict for one more (`p` of
+    `noise_p` at most 5 %; NaN exceeds nothing). With one placebo that needs a change eleven times the placebo's; two
+    placebos need about five standard deviations, three 3.6. If fine-tuning did nothing, a quantity passes in at most
+    5 % of studies.
     """
-    return change.sign != 0 and all(apart.sign == change.sign for apart in beyond) and p <= ALPHA
+    return change.sign != 0 and all(difference.sign == change.sign for difference in beyond) and p <= ALPHA
 
 
 def noise_p(change: Estimate, retraining: Iterable[Estimate]) -> float:
-    """How likely one more SAE of the control's model would lie as far off as the treatment's (Student's t, two-sided).
+    """Probability that one more SAE of the control's model differs as much as the treatment's (Student's t, two-sided).
 
     `change` is treatment minus control, `retraining` placebo minus control. NaN without a placebo that differs from it.
 
@@ -115,16 +116,16 @@ def noise_p(change: Estimate, retraining: Iterable[Estimate]) -> float:
 
 
 def add_noise_p(contrasts: pd.DataFrame) -> pd.DataFrame:
-    """The contrasts with `p_noise` and `p_noise_holm`, on the rows of "fine-tuning" alone.
+    """The contrasts with `p_noise` and `p_noise_holm`, both NaN outside the rows of "fine-tuning".
 
     `p_noise` is p over all SAEs where there is such a row, else `noise_p`; `p_noise_holm` is Holm's correction over the
     declared quantities: a study in which fine-tuning did nothing credits it with anything in at most 5 %.
     """
     tuned = contrasts["comparison"] == "fine-tuning"
-    quantities, known = contrasts["quantity"], _by_quantity(contrasts)
+    quantities, by_quantity = contrasts["quantity"], _by_quantity(contrasts)
     rows = np.flatnonzero(tuned & ~quantities.str.endswith(("_seeds", "_ratio")))
     p = np.full(len(contrasts), np.nan)
-    p[rows] = [_noise_p_of(known, str(quantities.iloc[row])) for row in rows]
+    p[rows] = [_quantity_noise_p(by_quantity, str(quantities.iloc[row])) for row in rows]
     adjusted = np.full(len(contrasts), np.nan)
     declared = rows[contrasts["declared"].to_numpy(dtype=bool)[rows]]
     adjusted[declared] = holm(p[declared])
@@ -135,19 +136,19 @@ def judge(contrasts: pd.DataFrame, quantity: str) -> Judgement:
     """Judge one quantity of the contrasts, which may include the rows of `seed_contrasts`.
 
     With several SAEs of both models these alone decide (p at most 5 %), else `exceeds_noise`. Declared quantities are
-    corrected for their number where `add_noise_p` did so.
+    corrected for their number if the contrasts come from `add_noise_p`.
     """
-    return _judged(_by_quantity(contrasts), quantity)
+    return _judge_rows(_by_quantity(contrasts), quantity)
 
 
-def _judged(contrasts: _Rows, quantity: str) -> Judgement:
-    row = next(row for row in contrasts[quantity] if row["comparison"] == "fine-tuning")
+def _judge_rows(by_quantity: _Rows, quantity: str) -> Judgement:
+    row = next(row for row in by_quantity[quantity] if row["comparison"] == "fine-tuning")
     if "p_noise" in row:
         p = float(row["p_noise_holm"] if row["declared"] else row["p_noise"])
     else:
-        p = _noise_p_of(contrasts, quantity)
-    judged = _evidence(contrasts, quantity, p)
-    change, others = judged.change, [*judged.retraining.values(), *judged.beyond.values()]
+        p = _quantity_noise_p(by_quantity, quantity)
+    judged = _evidence(by_quantity, quantity, p)
+    change, to_placebos = judged.change, [*judged.retraining.values(), *judged.beyond.values()]
     status: Status
     if judged.by_seeds and p <= ALPHA:
         status = "beyond"
@@ -157,7 +158,7 @@ def _judged(contrasts: _Rows, quantity: str) -> Judgement:
         status = "noise" if change.sign or judged.headline.sign else "unclear"
     elif change.sign == 0:
         status = "unclear"
-    elif not (judged.retraining or judged.seeds) or not all(other.defined for other in others) or math.isnan(p):
+    elif not (judged.retraining or judged.seeds) or not all(other.defined for other in to_placebos) or math.isnan(p):
         status = "unseparated"
     else:
         status = "beyond" if exceeds_noise(change, judged.beyond.values(), p) else "noise"
@@ -168,12 +169,12 @@ def judgement_table(contrasts: pd.DataFrame) -> pd.DataFrame:
     """Every quantity judged once, from the contrasts of `add_noise_p`: `quantity`, `label`, `declared`, `status`, `p`,
     and the columns of the row that was judged ("fine-tuning", or "all seeds" where these decide).
     """
-    rows, known = [], _by_quantity(contrasts)
+    rows, by_quantity = [], _by_quantity(contrasts)
     for first in contrasts[contrasts["comparison"] == "fine-tuning"].to_dict("records"):
         if first["quantity"].endswith(("_seeds", "_ratio")):
             continue
-        judged = _judged(known, first["quantity"])
-        row = _over_seeds(known, judged.quantity)[0] if judged.by_seeds else first
+        judged = _judge_rows(by_quantity, first["quantity"])
+        row = _all_seeds_rows(by_quantity, judged.quantity)[0] if judged.by_seeds else first
         head = {name: first[name] for name in ("quantity", "label", "declared")}
         rows.append({**head, "status": judged.status, "p": judged.p, **{name: row[name] for name in _HEADLINE}})
     return pd.DataFrame(rows, columns=["quantity", "label", "declared", "status", "p", *_HEADLINE])
@@ -181,9 +182,9 @@ def judgement_table(contrasts: pd.DataFrame) -> pd.DataFrame:
 
 def judgements_of(table: pd.DataFrame, contrasts: pd.DataFrame) -> dict[str, Judgement]:
     """Judgements by quantity, from a `judgement_table` and the contrasts that it was made of."""
-    known = _by_quantity(contrasts)
+    by_quantity = _by_quantity(contrasts)
     return {
-        str(row.quantity): replace(_evidence(known, str(row.quantity), float(row.p)), status=row.status)
+        str(row.quantity): replace(_evidence(by_quantity, str(row.quantity), float(row.p)), status=row.status)
         for row in table.itertuples()
     }
 
@@ -198,18 +199,18 @@ _Rows = Mapping[str, list[dict[str, Any]]]
 
 
 def _by_quantity(contrasts: pd.DataFrame) -> _Rows:
-    found: dict[str, list[dict[str, Any]]] = {}
+    grouped: dict[str, list[dict[str, Any]]] = {}
     for row in contrasts.to_dict("records"):
-        found.setdefault(row["quantity"], []).append({str(name): value for name, value in row.items()})
-    return found
+        grouped.setdefault(row["quantity"], []).append({str(name): value for name, value in row.items()})
+    return grouped
 
 
-def _evidence(contrasts: _Rows, quantity: str, p: float) -> Judgement:
-    """All differences behind a judgement, without the status."""
-    rows = contrasts[quantity]
+def _evidence(by_quantity: _Rows, quantity: str, p: float) -> Judgement:
+    """A judgement with all its differences; its status is not yet set."""
+    rows = by_quantity[quantity]
     first = next(row for row in rows if row["comparison"] == "fine-tuning")
-    over = _over_seeds(contrasts, quantity)
-    seeds = next(iter(_estimates(over, "b").values()), None)
+    all_seeds = _all_seeds_rows(by_quantity, quantity)
+    seeds = next(iter(_estimates(all_seeds, "b").values()), None)
     return Judgement(
         quantity=quantity,
         unit=str(first["unit"]),
@@ -220,25 +221,25 @@ def _evidence(contrasts: _Rows, quantity: str, p: float) -> Judgement:
         retraining=_estimates([row for row in rows if row["comparison"] == "retraining"], "b"),
         beyond=_estimates([row for row in rows if row["comparison"] == "beyond retraining"], "a"),
         seeds=seeds if seeds is not None and seeds.defined else None,
-        n_saes=(int(over[0]["saes_a"]), int(over[0]["saes_b"])) if over else (1, 1),
+        n_saes=(int(all_seeds[0]["saes_a"]), int(all_seeds[0]["saes_b"])) if all_seeds else (1, 1),
         p=p,
     )
 
 
-def _noise_p_of(contrasts: _Rows, quantity: str) -> float:
-    over = _over_seeds(contrasts, quantity)
-    if over:
-        return float(over[0]["p"])
-    judged = _evidence(contrasts, quantity, math.nan)
-    return noise_p(judged.change, judged.retraining.values())
+def _quantity_noise_p(by_quantity: _Rows, quantity: str) -> float:
+    all_seeds = _all_seeds_rows(by_quantity, quantity)
+    if all_seeds:
+        return float(all_seeds[0]["p"])
+    evidence = _evidence(by_quantity, quantity, math.nan)
+    return noise_p(evidence.change, evidence.retraining.values())
 
 
-def _over_seeds(contrasts: _Rows, quantity: str) -> list[dict[str, Any]]:
-    return [row for row in contrasts.get(f"{quantity}_seeds", ()) if row["comparison"] == ALL_SEEDS]
+def _all_seeds_rows(by_quantity: _Rows, quantity: str) -> list[dict[str, Any]]:
+    return [row for row in by_quantity.get(f"{quantity}_seeds", ()) if row["comparison"] == ALL_SEEDS]
 
 
 def _estimates(rows: Iterable[Mapping[str, Any]], by: str) -> dict[str, Estimate]:
-    """The differences of rows by the arm in column `by`."""
+    """The differences by the arm in column `by`."""
     return {
         str(row[by]): Estimate(float(row["estimate"]), float(row["low"]), float(row["high"]), reason=str(row["reason"]))
         for row in rows

@@ -37,7 +37,7 @@ difference of means over the mean of the two ranges; "dominance": Cliff's delta.
 
 @dataclass(frozen=True)
 class Wording:
-    """How a quantity is named in sentences. `{control}` is replaced by what steered features had to beat.
+    """How a quantity is named in sentences. `{control}` is replaced by the condition that steering is tested against.
 
     Attributes:
         short: Without an article, "pass rate"; `phrase` with one: "the share of tested features that pass".
@@ -62,7 +62,6 @@ def _wording(
     first: tuple[str, str] | None = None,
     goes: tuple[str, str, str] | None = None,
 ) -> Wording:
-    """A wording; what is not given has a default."""
     larger, smaller = changed or (f"the {short} is larger", f"the {short} is smaller")
     first, goes = first or (f"The {short} is ", ""), goes or (f"The {short} goes from ", " to ", "")
     return Wording(short, phrase or f"the {short}", larger, smaller, first, goes)
@@ -79,8 +78,8 @@ class Quantity:
             "token variance": values and the feature of each, both [n]; otherwise one number a feature, float64 [n].
         seed_values: One number a feature, in a Series whose index may name further levels (feature, prompt), for rows
             over SAE seeds in every comparison of arms; None for the row over all SAEs alone.
-        steered: Whether an arm has it only if its features were steered.
-        words: How it is named, where "the <name>" does not do.
+        steered: Whether it is defined only where features were steered.
+        words: How it is named in sentences; None for "the <name>".
     """
 
     name: str
@@ -93,15 +92,15 @@ class Quantity:
     words: Wording | None = None
 
     @property
-    def of_a_pair(self) -> bool:
-        """Whether only two arms together have it."""
+    def pairwise(self) -> bool:
+        """Whether it is defined for two arms together only."""
         return self.kind in ("mean range", "dominance")
 
-    def value(self, found: Any) -> float:
-        """What was read of an SAE as one number; NaN where there is nothing to count or average."""
+    def value(self, data: Any) -> float:
+        """The statistic of what `read` gave, as one number; NaN where there is nothing to count or average."""
         if self.kind == "share":
-            return float(found[0] / found[1]) if found[1] else math.nan
-        values = np.asarray(found[0] if self.kind.startswith("token") else found, dtype=np.float64)
+            return float(data[0] / data[1]) if data[1] else math.nan
+        values = np.asarray(data[0] if self.kind.startswith("token") else data, dtype=np.float64)
         if len(values) < (2 if self.kind == "token variance" else 1):
             return math.nan
         if self.kind == "token variance":
@@ -111,15 +110,15 @@ class Quantity:
     @property
     def rows(self) -> tuple[str, ...]:
         """Names of its rows in the contrasts: its own, and its ratio or change in %."""
-        more = {"share": "_ratio", "token mean": "_change", "token variance": "_change"}.get(self.kind)
-        return (self.name, f"{self.name}{more}") if more else (self.name,)
+        suffix = {"share": "_ratio", "token mean": "_change", "token variance": "_change"}.get(self.kind)
+        return (self.name, f"{self.name}{suffix}") if suffix else (self.name,)
 
 
 _VOCABULARY = "Share of features with {min_matches} or more vocabulary tokens"
 
 
 def _is_domain(arm: ArmTables) -> pd.Series[Any]:
-    # In the order of the numbers, as all that is resampled: the order of a table's rows must not change an interval.
+    # Sorted by feature: the row order of a table must not change a resampled interval.
     return arm.selection.sort_values("feature")["is_domain"].astype(np.float64).reset_index(drop=True)
 
 
@@ -128,8 +127,8 @@ def _coherence(arm: ArmTables, _: int) -> Any:
 
 
 def _weights(arm: ArmTables, _: int) -> Any:
-    found = weights_of(arm)
-    return found["weight"].to_numpy(), found["feature"].to_numpy()
+    weights = weights_of(arm)
+    return weights["weight"].to_numpy(), weights["feature"].to_numpy()
 
 
 _ALL = (
@@ -244,19 +243,19 @@ def declarable() -> tuple[str, ...]:
 
 
 def wording(name: str) -> Wording:
-    """How a quantity is named in sentences; for unknown names made from the name.
+    """How a quantity is named in sentences; unknown quantities get words made from their name.
 
     Example:
         >>> wording("pass_rate").phrase, wording("weight_mean").larger
         ('the share of tested features that pass', 'the weight mean is larger')
     """
-    known = QUANTITIES.get(name)
-    return (known.words if known else None) or _wording(name.replace("_", " "))
+    quantity = QUANTITIES.get(name)
+    return (quantity.words if quantity else None) or _wording(name.replace("_", " "))
 
 
-def sae_value(quantity: str, arm: ArmTables, min_matches: int) -> float:
-    """One number of a whole SAE: a share, a mean, a median or a variance over its features. NaN where there is nothing
-    to count or average, for what only a pair of SAEs has, and for unknown names.
+def sae_value(name: str, arm: ArmTables, min_matches: int) -> float:
+    """A quantity as one number of a whole SAE: a share, mean, median or variance over its features. NaN where there is
+    nothing to count or average, for pairwise quantities, and for unknown names.
     """
-    known = QUANTITIES.get(quantity)
-    return math.nan if known is None or known.of_a_pair else known.value(known.read(arm, min_matches))
+    quantity = QUANTITIES.get(name)
+    return math.nan if quantity is None or quantity.pairwise else quantity.value(quantity.read(arm, min_matches))

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,7 @@ class Tracer:
         limit: Which positions count; the first of a row never does.
         keep: Keep what the base model computes for the next trace: its logits, some 1.2 GB for 12,288 tokens of 49,152.
         residuals: Keeps the activations at the hook, for whoever reads the same text next.
+        earlier: A trace with an equal `made_by`: what the base model wrote, and how it read that, are taken from it.
     """
 
     base: LanguageModel
@@ -142,6 +144,7 @@ class Tracer:
     log: Log = SILENT
     keep: bool = False
     residuals: Residuals = field(default_factory=lambda: Residuals(0))
+    earlier: Trace | None = None
 
     @cached_property
     def made_by(self) -> str:
@@ -158,6 +161,10 @@ class Tracer:
             "hook": self.hook,
             "text": self.rows.identity(),
         }
+
+    def beside(self, nulls: Sequence[Trace]) -> Tracer:
+        """The same for a fine-tune that is judged against `nulls`: all are compared with one set of base texts."""
+        return replace(self, earlier=nulls[0]) if nulls else self
 
     @torch.inference_mode()
     def trace(self, tuned: LanguageModel, name: str) -> Trace:
@@ -216,6 +223,8 @@ class Tracer:
 
     @cached_property
     def _base_writes(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        if self.earlier is not None:
+            return self.earlier.base_texts, self.earlier.written[[0, 2]]  # mean activation, density
         texts = _write(self.base, "writing with base", self.log)
         return texts, self._read_texts(texts)
 

@@ -1,4 +1,4 @@
-"""Checks on a model as it is loaded: no tensor missing, left over or NaN, true sizes; and loading errors as ours."""
+"""Checks while a model loads: no tensor missing, left over or NaN, plausible sizes; loading errors as SaeffectError."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from saeffect.io import read_json
 from saeffect.progress import Log
 
 __all__ = [
-    "BOTH",
+    "MODEL_AND_ADAPTER",
     "account_for",
     "check_folder_sizes",
     "check_sizes",
@@ -28,16 +28,16 @@ __all__ = [
     "tensor_shapes",
 ]
 
-# A folder with a model and an adapter: what is wrong, and what to do.
-BOTH = (
-    "this is both a model and an adapter, and nothing says which of them is meant.",
+# Message and fix for a folder that holds a model and an adapter.
+MODEL_AND_ADAPTER = (
+    "this is both a model and an adapter, and it is unclear which of them is meant.",
     "move the adapter into a folder of its own, and write model: {path: <base model>, adapter: <that folder>}.",
 )
 _FETCH_AGAIN = "copy or download it again, or convert it to safetensors; pickles are never loaded."
 # Buffers that older versions of a model saved; they are recomputed.
 _HARMLESS = re.compile(r"rotary_emb\.|inv_freq$|masked_bias$|\.attn\.bias$|\.attention\.bias$|position_ids$")
-# Sizes in config.json and in headers of GGUF files, and how many times the widest tensor they may be. Mixtures of
-# experts name a width of dense layers that they need not have.
+# Sizes in config.json and in GGUF headers, and by what factor they may exceed the widest tensor. Mixtures of experts
+# may give the width of dense layers that they do not have.
 _WIDTHS = {
     "vocab_size": 1,
     "hidden_size": 1,
@@ -59,9 +59,7 @@ def tensor_shapes(tensors: Any) -> dict[str, tuple[int, ...]]:
 
 
 def check_folder_sizes(folder: Path, at: str | None = None) -> None:
-    """Refuse (BadFile) a config.json that is none, or has sizes that the safetensors files lack; transformers would
-    allocate them.
-    """
+    """BadFile if config.json is no JSON object, or names sizes that no tensor has; transformers would allocate them."""
     shapes: dict[str, tuple[int, ...]] = {}
     for file in folder.glob("*.safetensors"):
         with open_tensors(file, str(file), at=at, fix=_FETCH_AGAIN) as tensors:
@@ -78,7 +76,7 @@ def check_folder_sizes(folder: Path, at: str | None = None) -> None:
 
 
 def check_sizes(sizes: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], at: Path) -> None:
-    """Refuse (BadFile) a width larger than the widest tensor, or more layers than tensors."""
+    """BadFile for a width larger than the widest tensor, or more layers than tensors."""
     widest = max((int(size) for shape in shapes.values() for size in shape), default=0)
     for name, size in sizes.items():
         key = name.rpartition(".")[2]
@@ -93,36 +91,38 @@ def check_sizes(sizes: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
 
 
 def account_for(model: Any, info: Mapping[str, Any], at: str, log: Log) -> None:
-    """Check that the model got all its tensors from the file, and has a place for every tensor of the file.
+    """Check that the file has every tensor of the model, and the model a place for every tensor of the file.
 
-    transformers draws missing ones at random and ignores others. `info` is `from_pretrained`'s loading info; `log`
-    hears of parts left out, such as an image encoder. BadFile for a tensor missing or without a place in the language
-    model; ConfigError if transformers found an adapter beside the model and loaded it unmerged.
+    transformers draws missing tensors at random and ignores unknown ones. `info` is `from_pretrained`'s loading info;
+    parts left out, such as an image encoder, are logged. BadFile for a tensor that is missing or has no place in the
+    language model; ConfigError if transformers loaded an adapter beside the model, unmerged.
     """
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise ConfigError(BOTH[0], at=at, fix=BOTH[1])
+        raise ConfigError(MODEL_AND_ADAPTER[0], at=at, fix=MODEL_AND_ADAPTER[1])
     missing = sorted({*info["missing_keys"], *(str(key[0]) for key in info["mismatched_keys"])})
-    spare = sorted(name for name in info["unexpected_keys"] if not _HARMLESS.search(name))
+    unexpected = sorted(name for name in info["unexpected_keys"] if not _HARMLESS.search(name))
     if missing:
-        has = f"; it has {len(spare)} that the model does not know, such as {spare[0]}" if spare else ""
+        example = (
+            f"; it has {len(unexpected)} that the model does not know, such as {unexpected[0]}" if unexpected else ""
+        )
         raise BadFile(
             f"the file lacks {len(missing)} of the {len(model.state_dict())} tensors that the model needs, such as"
-            f" {missing[0]}{has}.",
+            f" {missing[0]}{example}.",
             at=at,
             fix="save the model itself with save_pretrained, unwrapped and any adapter merged, or download it again.",
         )
     modules = {name for name, _ in model.named_modules()}
     lists = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList))
-    own = [name for name in spare if name.rpartition(".")[0] in modules or name.startswith(lists)]
-    if own:
+    unplaced = [name for name in unexpected if name.rpartition(".")[0] in modules or name.startswith(lists)]
+    if unplaced:
         raise BadFile(
-            f"the file holds {len(own)} tensors that the model has no place for, such as {own[0]}: config.json"
-            " describes another model.",
+            f"the file holds {len(unplaced)} tensors that the model has no place for, such as {unplaced[0]}:"
+            " config.json describes another model.",
             at=at,
             fix="restore the config.json that was saved with these weights, or merge an adapter before saving.",
         )
-    if spare:
-        log(f"not part of the language model, left out: {len(spare)} tensors, such as {spare[0]}")
+    if unexpected:
+        log(f"not part of the language model, left out: {len(unexpected)} tensors, such as {unexpected[0]}")
 
 
 def refuse_nan(model: Any, at: str) -> None:
@@ -139,19 +139,19 @@ def refuse_nan(model: Any, at: str) -> None:
 
 @contextlib.contextmanager
 def loading_errors(config: ModelConfig, at: str | None, base: Path | str) -> Iterator[None]:
-    """Turn what transformers, safetensors and the hub raise into our errors."""
+    """Turn errors of transformers, safetensors and the hub into SaeffectErrors."""
     try:
         yield
     except SaeffectError:
         raise
     except Exception as error:
         text, name = first_line(error), type(error).__name__
-        ours: type[SaeffectError] = BadFile
+        error_type: type[SaeffectError] = BadFile
         if name == "SafetensorError" or ("safetensors" in text.lower() and "no file named" not in text.lower()):
             message = f"the weights of {config.path!r} cannot be read: {text}"
             fix = _FETCH_AGAIN
         elif isinstance(error, OSError) or name in {"RepositoryNotFoundError", "HFValidationError"}:
-            ours, message = NotFound, f"cannot load {config.path!r}: {text}"
+            error_type, message = NotFound, f"cannot load {config.path!r}: {text}"
             fix = "check the name and your connection, or give a local folder with safetensors weights."
         elif "ignore_mismatched_sizes" in text or "size mismatch" in str(error):  # newer and older transformers
             message = f"the tensors of {config.path!r} have other shapes than its config.json asks for."
@@ -161,7 +161,7 @@ def loading_errors(config: ModelConfig, at: str | None, base: Path | str) -> Ite
             fix = "check that the folder is whole, and that your version of transformers knows this kind of model."
             if not config.trust_remote_code and (_asks_for_code(base) or "trust_remote_code" in str(error)):
                 fix = "this model brings code of its own; set trust_remote_code if you trust it."
-        raise ours(message, at=at or config.path, fix=fix) from error
+        raise error_type(message, at=at or config.path, fix=fix) from error
 
 
 def _asks_for_code(base: Path | str) -> bool:
@@ -173,21 +173,21 @@ def _asks_for_code(base: Path | str) -> bool:
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence transformers' progress bars and notices while the block runs."""
-    from transformers import modeling_gguf_pytorch_utils as of_gguf
+    from transformers import modeling_gguf_pytorch_utils as gguf_loader
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    own_bar = of_gguf.tqdm  # which does not ask whether bars are wanted
+    gguf_bar = gguf_loader.tqdm  # which does not ask whether bars are wanted
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    of_gguf.tqdm = lambda tensors, **_: tensors
+    gguf_loader.tqdm = lambda tensors, **_: tensors
     try:
         with warnings.catch_warnings():
             # Deprecation warnings between transformers and peft.
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        of_gguf.tqdm = own_bar
+        gguf_loader.tqdm = gguf_bar
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()

@@ -38,11 +38,11 @@ __all__ = [
     "shuffled",
 ]
 
-# A typical residual varies by some 20 %; attention sinks are 40 times as long. Three keeps the two apart.
+# Residual norms vary by some 20 %; those of attention sinks are 40 times as long. A factor of three separates them.
 _OUTLIER_FACTOR = 3.0
-# Share of a pool's tokens (without each row's first) that is used. The rest allows for outliers of the norm: with a
-# fixed number, the place of batch n is known without running the model.
-_GIVEN_OUT = 0.99
+# Share of a pool's tokens (without each row's first) that is used. The rest allows for norm outliers: with a fixed
+# number of tokens a pool, the position of batch n is known without running the model.
+_USED_SHARE = 0.99
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +61,7 @@ class TokenRows:
     counts: NDArray[np.bool_] | None = None
 
     @classmethod
-    def of(
+    def from_rows(
         cls, rows: Sequence[Row], sources: Sequence[int], names: tuple[str, ...], positions: Sequence[str] = ("all",)
     ) -> TokenRows:
         """Rows as `cut_rows` makes them; EmptySelection if none of their tokens is at `positions`."""
@@ -72,7 +72,7 @@ class TokenRows:
         return len(self.ids)
 
     def head(self, n_rows: int) -> TokenRows:
-        """The first rows, as many as there are up to `n_rows`."""
+        """The first `n_rows` rows, or all if there are fewer."""
         return self.part(slice(n_rows))
 
     def part(self, rows: slice | NDArray[np.integer[Any]], width: int | None = None) -> TokenRows:
@@ -91,7 +91,7 @@ class TokenRows:
 
     @property
     def n_rows(self) -> int:
-        """The same as `len`; with `rows`, activations can be streamed from these rows as from a `StreamedText`."""
+        """`len`; with `rows()` it lets activations be streamed from these rows as from a `StreamedText`."""
         return len(self)
 
     def rows(self) -> Iterator[NDArray[np.int32]]:
@@ -129,12 +129,14 @@ class ActivationSource(Protocol):
         """Batches an epoch; None if unknown before the text ends."""
 
     def batches(self, batch_size: int, *, seed: int, epoch: int, start: int = 0) -> Iterator[Tensor]:
-        """One epoch from batch `start` on, float32 `[batch_size, d_in]`, without a short rest. Skipping is cheap."""
+        """One epoch from batch `start` on, float32 `[batch_size, d_in]`; a short last batch is dropped. Skipping is
+        cheap.
+        """
 
 
 @dataclass(frozen=True)
 class NormLimit:
-    """Which positions count: those with a residual no longer than `limit`; longer ones are attention sinks."""
+    """The largest residual norm of a position that counts; longer residuals are attention sinks."""
 
     median_norm: float
     limit: float
@@ -152,18 +154,17 @@ def first_limit(lm: LanguageModel, hook: str, ids: NDArray[np.int32]) -> NormLim
 
 
 def kept_positions(activations: Tensor, limit: NormLimit, counts: Tensor | None = None) -> Tensor:
-    """Bool `[batch, sequence]`: true where the residual is no outlier, and `counts`; never the first position,
-    mostly an attention sink, whose residual is some 40 times as long as the others.
+    """Bool `[batch, sequence]`: the positions whose residual is no outlier and that `counts`; never the first one,
+    usually an attention sink.
     """
-    kept = activations.float().norm(dim=-1) <= limit.limit
-    kept[:, 0] = False
-    return kept if counts is None else kept & counts.to(kept.device)
+    mask = activations.float().norm(dim=-1) <= limit.limit
+    mask[:, 0] = False
+    return mask if counts is None else mask & counts.to(mask.device)
 
 
 def check_rows(lm: LanguageModel, hook: str, rows: TokenRows) -> None:
-    """Refuse rows that cannot be harvested: EmptySelection if there are none; ConfigError without such a hook or
-    token ids, for rows longer than the model's positions or shorter than two tokens, or without the model's BOS
-    token.
+    """Refuse rows that cannot be harvested: EmptySelection if there are none; ConfigError if the model lacks the hook
+    or a token id, or for rows longer than its context, shorter than two tokens, or without its BOS token.
     """
     parse_hook(hook, lm.n_layers)
     if not rows.ids.size:
@@ -185,7 +186,7 @@ def run_pass(
     lm: LanguageModel, hook: str, ids: NDArray[np.int32], limit: NormLimit, counts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """One forward pass over rows `[n_rows, context_size]`: the activations that count, `[n_kept, d_model]` in text
-    order, of the model's dtype, on the CPU; and which positions those are, bool.
+    order, of the model's dtype, on the CPU; and the mask of their positions, bool `[n_rows, context_size]`.
     """
     x = capture(lm, hook, torch.from_numpy(ids.astype(np.int64))).cpu()
     mask = kept_positions(x, limit, counts)
@@ -194,8 +195,8 @@ def run_pass(
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """Activations in memory, `[n_tokens, d_in]` of any float dtype, and the numbers of the tokens in the order in
-    which they are used, int64 `[n]`; some may be left out or repeated.
+    """Activations in memory, `[n_tokens, d_in]` of any float dtype, and the order in which tokens are used: row
+    indices, int64 `[n]`, some left out or repeated.
     """
 
     activations: Tensor
@@ -210,29 +211,29 @@ class Pool:
 
 
 def shuffled(activations: Tensor, *seed: int) -> Pool:
-    """A pool in an order that depends on the seeds and the number of tokens alone."""
+    """A pool in a random order, which depends only on the seeds and the number of tokens."""
     order = np.random.default_rng(seed).permutation(len(activations))
     return Pool(activations, torch.from_numpy(order))
 
 
 def cut_batches(pools: Iterable[Pool], batch_size: int, *, skip: int = 0) -> Iterator[Tensor]:
-    """Batches across pools, float32 `[batch_size, d_in]`, the first `skip` tokens and a short rest left out."""
-    left: list[Tensor] = []
-    at = skip
+    """Batches across pools, float32 `[batch_size, d_in]`, without the first `skip` tokens and a short last batch."""
+    pending: list[Tensor] = []
+    position = skip
     for pool in pools:
-        missing = batch_size - sum(map(len, left))
-        while at + missing <= len(pool):
-            left.append(pool.part(at, at + missing))
-            yield left[0] if len(left) == 1 else torch.cat(left)
-            at, missing, left = at + missing, batch_size, []
-        if at < len(pool):
-            left.append(pool.part(at, len(pool)))
-        at = 0
-        del pool  # before the next one is made
+        missing = batch_size - sum(map(len, pending))
+        while position + missing <= len(pool):
+            pending.append(pool.part(position, position + missing))
+            yield pending[0] if len(pending) == 1 else torch.cat(pending)
+            position, missing, pending = position + missing, batch_size, []
+        if position < len(pool):
+            pending.append(pool.part(position, len(pool)))
+        position = 0
+        del pool  # free it before the next one is made
 
 
 def read_ahead(makers: Iterable[Callable[[], Pool]]) -> Iterator[Pool]:
-    """The pools in order; a thread makes the next one meanwhile, so that two are in memory, never three."""
+    """The pools in order, the next one made meanwhile by a thread: two are in memory, never three."""
     with ThreadPoolExecutor(1, thread_name_prefix="pool") as thread:
         waiting = None
         for make in makers:
@@ -240,18 +241,18 @@ def read_ahead(makers: Iterable[Callable[[], Pool]]) -> Iterator[Pool]:
             waiting = thread.submit(make)
             if pool is not None:
                 yield pool
-            del pool  # the caller holds it no longer, so neither do we while the next but one is made
+            del pool  # free it before the one after next is made
         if waiting is not None:
             yield waiting.result()
 
 
 @dataclass(frozen=True, eq=False)
 class StreamedActivations(ActivationSource):
-    """Activations taken from a model as it runs over text; nothing is written to disk.
+    """Activations of a model while it runs over text; nothing is written to disk.
 
-    A pool is `pool_rows` rows of text, run `rows_a_pass` at once, then shuffled. 99 of 100 of its tokens are used;
-    where outliers leave fewer, some twice. It takes `pool_rows` x context_size x d_in numbers in the model's dtype,
-    briefly twice that. Under `torchrun` each process runs its share of the passes and gets the whole pool.
+    A pool is `pool_rows` rows of text, run `rows_a_pass` at once, then shuffled. 99 % of its tokens are used; where
+    outliers leave fewer, some twice. It takes `pool_rows` x context_size x d_in numbers in the model's dtype, briefly
+    twice that. Under `torchrun` each process runs its share of the passes and gets the whole pool.
     """
 
     lm: LanguageModel
@@ -276,7 +277,7 @@ class StreamedActivations(ActivationSource):
         check_rows(lm, hook, TokenRows(ids, np.zeros(len(ids), dtype=np.int64), ()))
         with fused(lm):
             limit = first_limit(lm, hook, ids)
-        # Processes differ in the last digit; all use the first one's.
+        # Processes differ in the last digit: all use the limit of the first.
         return cls(lm, hook, text, from_all(limit)[0], pool_rows, rows_a_pass)
 
     @property
@@ -296,60 +297,60 @@ class StreamedActivations(ActivationSource):
         return fingerprint([lm.name, lm.identity, self.hook, str(lm.dtype), self.text.identity(), self.pool_rows])
 
     def sample(self, n_tokens: int) -> Tensor:
-        found: list[Tensor] = []
-        wanted = n_tokens
+        parts: list[Tensor] = []
+        n_left = n_tokens
         rows = self.text.rows()
-        while wanted > 0 and (ids := list(islice(rows, -(-wanted // (self.text.context_size - 1))))):
-            found.append(self._kept(np.stack(ids)).float())
-            wanted -= len(found[-1])
-        return torch.cat([torch.empty(0, self.d_in), *found])[:n_tokens]
+        while n_left > 0 and (ids := list(islice(rows, -(-n_left // (self.text.context_size - 1))))):
+            parts.append(self._run_rows(np.stack(ids)).float())
+            n_left -= len(parts[-1])
+        return torch.cat([torch.empty(0, self.d_in), *parts])[:n_tokens]
 
     def n_batches(self, batch_size: int) -> int | None:
         n_rows = self.text.n_rows
         if n_rows is None:
             return None
         pools, rest = divmod(n_rows, self.pool_rows)
-        return (pools * self._given_out(self.pool_rows) + self._given_out(rest)) // batch_size
+        return (pools * self._tokens_used(self.pool_rows) + self._tokens_used(rest)) // batch_size
 
     def batches(self, batch_size: int, *, seed: int, epoch: int, start: int = 0) -> Iterator[Tensor]:
         """See `ActivationSource`. Text before `start` is tokenised, but the model does not run on it. EmptySelection
         if the text is shorter than declared, or every position of a pool is an outlier.
         """
-        number, skip = divmod(start * batch_size, self._given_out(self.pool_rows))
+        number, skip = divmod(start * batch_size, self._tokens_used(self.pool_rows))
         yield from cut_batches(self._pools(seed, epoch, number), batch_size, skip=skip)
 
-    def _given_out(self, n_rows: int) -> int:
-        """Tokens that a pool of so many rows gives: known before the model has run."""
-        return max(1, int(_GIVEN_OUT * n_rows * (self.text.context_size - 1))) if n_rows else 0
+    def _tokens_used(self, n_rows: int) -> int:
+        """Tokens used of a pool of `n_rows` rows: known before the model has run."""
+        return max(1, int(_USED_SHARE * n_rows * (self.text.context_size - 1))) if n_rows else 0
 
     def _pools(self, seed: int, epoch: int, first: int) -> Iterator[Pool]:
         rows = islice(self.text.rows(), first * self.pool_rows, None)
         number = first
         while ids := list(islice(rows, self.pool_rows)):
-            pool = shuffled(self._kept(np.stack(ids)), seed, epoch, number)
+            pool = shuffled(self._run_rows(np.stack(ids)), seed, epoch, number)
             if not len(pool):
                 raise EmptySelection(
                     f"every residual of rows {number * self.pool_rows:,} and on is an outlier.",
                     at=self.hook,
                     fix="look at the text there, and at the model.",
                 )
-            # Cyclic where outliers leave fewer tokens than are used.
-            yield Pool(pool.activations, torch.from_numpy(np.resize(pool.order.numpy(), self._given_out(len(ids)))))
+            # `resize` repeats the order where outliers leave fewer tokens than are used.
+            yield Pool(pool.activations, torch.from_numpy(np.resize(pool.order.numpy(), self._tokens_used(len(ids)))))
             del pool
             number += 1
 
-    def _kept(self, ids: NDArray[np.int32]) -> Tensor:
-        """Kept activations of the rows in text order, `[n, d_in]`: the same whatever the number of processes."""
+    def _run_rows(self, ids: NDArray[np.int32]) -> Tensor:
+        """Kept activations of the rows in text order, `[n, d_in]`; the same for any number of processes."""
         rank, world = rank_and_world()
         starts = range(0, len(ids), self.rows_a_pass)
         with fused(self.lm):
-            mine = [self.run(ids[start : start + self.rows_a_pass]) for start in starts[rank::world]]
+            local = [self.run(ids[start : start + self.rows_a_pass]) for start in starts[rank::world]]
         if world == 1:
-            return torch.cat(mine)
+            return torch.cat(local)
         device = device_of_process()
-        lengths = gathered(torch.tensor([len(x) for x in mine], dtype=torch.int64, device=device)).tolist()
-        nothing = torch.empty(0, self.d_in, dtype=self.dtype)
-        together = gathered(torch.cat([nothing, *mine]).to(device)).cpu()
-        numbers = [number for other in range(world) for number in range(len(starts))[other::world]]
-        parts = dict(zip(numbers, together.split(lengths), strict=True))
+        lengths = gathered(torch.tensor([len(x) for x in local], dtype=torch.int64, device=device)).tolist()
+        empty = torch.empty(0, self.d_in, dtype=self.dtype)
+        joined = gathered(torch.cat([empty, *local]).to(device)).cpu()
+        numbers = [number for process in range(world) for number in range(len(starts))[process::world]]
+        parts = dict(zip(numbers, joined.split(lengths), strict=True))
         return torch.cat([parts[number] for number in range(len(starts))])

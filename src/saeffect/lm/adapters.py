@@ -1,4 +1,4 @@
-"""PEFT adapters: read, compared with the base model before anything large is loaded, and merged into its weights."""
+"""PEFT adapters: read, checked against the base model before anything large is loaded, and merged into its weights."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ __all__ = ["ADAPTER_CONFIG", "AdapterFile", "keep_adapter", "merge_adapter", "re
 
 ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
-# They act on activations or input while the model runs, so they cannot be merged into weights (nor can prompts).
+# Kinds that act on activations or input while the model runs, so they cannot be merged into weights (nor can prompts).
 _NEVER_MERGED = {"ADAPTION_PROMPT", "LILY", "POLY", "SHADOW", "XLORA"}
-# Above these, relative to the largest logit, merging has changed the model: float32 rounds to some 1e-6.
-_ROUNDING, _MOST = 1e-4, 1e-3
+# Differences of logits after merging, relative to the largest logit: always accepted below the first, never above the
+# second. Float32 rounds to some 1e-6.
+_ROUNDING, _MAX_ROUNDING = 1e-4, 1e-3
 _COPY_AGAIN = "copy or download it again."
 _MERGE_IT = "merge it where it was trained, save the whole model, and give that as path."
 _FROM_PEFT = (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError, re.error)
@@ -52,8 +53,8 @@ class AdapterFile:
             "the adapter names 'org/other' as its base model, not 'org/mine': on another model it means nothing"
         """
         named = self.config.get("base_model_name_or_path")
-        known = {_last_part(name) for name in (model, own_name) if isinstance(name, str) and name}
-        if not isinstance(named, str) or not named or _last_part(named) in known:
+        own_names = {_last_part(name) for name in (model, own_name) if isinstance(name, str) and name}
+        if not isinstance(named, str) or not named or _last_part(named) in own_names:
             return None
         return f"the adapter names {named!r} as its base model, not {model!r}: on another model it means nothing"
 
@@ -64,17 +65,17 @@ def read_adapter(adapter: Path | str, where: str) -> AdapterFile:
     NotFound: it cannot be fetched. BadFile: no safetensors, truncated or infinite weights, an invalid configuration.
     ConfigError: a kind of adapter that cannot be merged, or sizes that its weights do not have.
     """
-    folder = _on_this_machine(adapter, where)
+    folder = _fetched_folder(adapter, where)
     config = read_json(folder / ADAPTER_CONFIG)
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise BadFile(f"{ADAPTER_CONFIG} names no peft_type, so it is no adapter's.", at=where)
     _refuse_kind(config, where)
-    found = AdapterFile(folder, config, _shapes(folder / _WEIGHTS, where))
-    _refuse_numbers(found, where)
-    return found
+    adapter_file = AdapterFile(folder, config, _shapes(folder / _WEIGHTS, where))
+    _refuse_numbers(adapter_file, where)
+    return adapter_file
 
 
-def _on_this_machine(adapter: Path | str, where: str) -> Path:
+def _fetched_folder(adapter: Path | str, where: str) -> Path:
     if isinstance(adapter, Path):
         return adapter
     from huggingface_hub import snapshot_download
@@ -90,18 +91,18 @@ def _on_this_machine(adapter: Path | str, where: str) -> Path:
 
 
 def _refuse_kind(config: Mapping[str, Any], where: str) -> None:
-    """Refuse kinds of adapter that no change of the weights can replace."""
+    """Refuse kinds of adapter that cannot be expressed as a change of the weights."""
     from peft.config import PromptLearningConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    known = {str(kind.value): options for kind, options in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    configs = {str(kind.value): options for kind, options in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     kind = config["peft_type"]
-    if kind not in known:
-        raise unknown_name("kind of adapter (peft_type)", kind, known, at=where)
-    never = kind in _NEVER_MERGED or issubclass(known[kind], PromptLearningConfig)
+    if kind not in configs:
+        raise unknown_name("kind of adapter (peft_type)", kind, configs, at=where)
+    unsupported = kind in _NEVER_MERGED or issubclass(configs[kind], PromptLearningConfig)
     if config.get("alora_invocation_tokens"):  # it acts after these tokens alone
-        never, kind = True, "aLoRA"
-    if never:
+        unsupported, kind = True, "aLoRA"
+    if unsupported:
         raise ConfigError(
             f"adapters of the kind {kind} cannot be merged into the weights, and are not supported.",
             at=where,
@@ -137,13 +138,13 @@ def _shapes(file: Path, where: str) -> dict[str, tuple[int, ...]]:
 
 
 def _values(config: Mapping[str, Any], key: str, pattern: str) -> list[Any]:
-    """What a key says of all layers, and its pattern of some."""
+    """A key's value for all layers, and the values of its pattern for some layers."""
     of_some = config.get(pattern) or {}
     return [config.get(key), *(of_some.values() if isinstance(of_some, dict) else [of_some])]
 
 
 def _refuse_numbers(adapter: AdapterFile, where: str) -> None:
-    """Refuse a rank that no tensor of the file has, which PEFT would allocate first, and a scale that is no number."""
+    """Refuse a rank larger than any tensor of the file, which PEFT would allocate, and a scale that is no number."""
     for alpha in _values(adapter.config, "lora_alpha", "alpha_pattern"):
         number = isinstance(alpha, int | float) and not isinstance(alpha, bool) and math.isfinite(alpha)
         if alpha is not None and not number:
@@ -178,13 +179,13 @@ def require_fit(adapter: AdapterFile, base_config: Any, where: str) -> None:
         expected = _adapter_tensors(adapted)
         _refuse_shapes(adapter, {name: tuple(tensor.shape) for name, tensor in expected.items()}, where)
         result: Any = set_peft_model_state_dict(adapted, tensors, low_cpu_mem_usage=True)
-    except NotImplementedError:  # a kind that computes on the weights when it is put in: loading will tell
+    except NotImplementedError:  # a kind that computes on the weights when attached: only loading can tell
         return
     except _FROM_PEFT as error:
         raise _misfit(_reason(error), where) from error
-    # Loading may merge tensors (mixtures of experts): then there are fewer than in the file.
+    # Loading may merge tensors (mixtures of experts): the model then has fewer than the file.
     missing = set(expected) - set(tensors) if len(tensors) < len(expected) else set()
-    _refuse_lost(adapter, set(result.unexpected_keys) - set(expected), missing, where)
+    _refuse_unloaded(adapter, set(result.unexpected_keys) - set(expected), missing, where)
 
 
 def merge_adapter(model: Any, adapter: AdapterFile, where: str) -> tuple[Any, MergedAdapter]:
@@ -196,7 +197,7 @@ def merge_adapter(model: Any, adapter: AdapterFile, where: str) -> tuple[Any, Me
     """
     model = model.float().eval()
     plain = probe_logits(model)
-    adapted = _put_in(model, adapter, where, torch_device="cpu")
+    adapted = _attached(model, adapter, where, torch_device="cpu")
     unmerged = probe_logits(adapted)
     _refuse_overflow(unmerged, where)
     _untie(adapted)
@@ -208,39 +209,40 @@ def merge_adapter(model: Any, adapter: AdapterFile, where: str) -> tuple[Any, Me
             at=where,
             fix="use an adapter that changes weights, such as LoRA.",
         ) from error
-    seen = MergedAdapter(_largest(unmerged - plain), _largest(probe_logits(merged) - unmerged))
+    effect = MergedAdapter(_largest(unmerged - plain), _largest(probe_logits(merged) - unmerged))
     scale = _largest(plain - plain.mean())
-    if not seen.error <= max(_ROUNDING * scale, min(_MOST * scale, 0.1 * seen.effect)):
+    if not effect.error <= max(_ROUNDING * scale, min(_MAX_ROUNDING * scale, 0.1 * effect.effect)):
         raise ConfigError(
             f"merged into the weights, the adapter ({adapter.kind}) gives another model: logits differ by up to"
-            f" {seen.error:.3g} from the unmerged one's, where the adapter changes them by up to {seen.effect:.3g}.",
+            f" {effect.error:.3g} from the unmerged one's, where the adapter changes them by up to"
+            f" {effect.effect:.3g}.",
             at=where,
             fix="use an adapter without options that act only while the model runs.",
         )
-    return merged, seen
+    return merged, effect
 
 
 def keep_adapter(model: Any, adapter: AdapterFile, where: str) -> tuple[Any, MergedAdapter]:
-    """Load an adapter beside the model's weights, which stay as they are: quantised, or spread over devices.
+    """Load an adapter beside the model's weights, which stay unchanged: quantised, or spread over devices.
 
     IncompatibleModels as `merge_adapter`. ConfigError: it changes the embedding or unembedding, which are read as
-    matrices; or part of the model lies on disk.
+    matrices; or part of the model is on disk.
     """
-    _refuse_ends(model, adapter, where)
+    _refuse_adapted_embeddings(model, adapter, where)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ConfigError(
-            "part of the model lies on disk, where no adapter can stand beside it.",
+            "part of the model is on disk, where no adapter can be kept beside it.",
             at=where,
             fix="give more memory, quantise the model, or merge the adapter into it with PEFT and save it whole.",
         )
-    adapted = _put_in(model, adapter, where)
-    inside = adapted.get_base_model()
-    # Only now: bitsandbytes packs its weights for the CPU in the first pass, and PEFT cannot wrap packed ones.
+    adapted = _attached(model, adapter, where)
+    base = adapted.get_base_model()
+    # After attaching: bitsandbytes packs its weights for the CPU in the first pass, and PEFT cannot wrap packed ones.
     with adapted.disable_adapter():
-        plain = probe_logits(inside)
-    adapted_logits = probe_logits(inside)
+        plain = probe_logits(base)
+    adapted_logits = probe_logits(base)
     _refuse_overflow(adapted_logits, where)
-    return inside, MergedAdapter(_largest(adapted_logits - plain), 0.0)
+    return base, MergedAdapter(_largest(adapted_logits - plain), 0.0)
 
 
 def _refuse_overflow(logits: Tensor, where: str) -> None:
@@ -249,8 +251,8 @@ def _refuse_overflow(logits: Tensor, where: str) -> None:
         raise BadFile(message, at=where, fix=_COPY_AGAIN)
 
 
-def _put_in(model: Any, adapter: AdapterFile, where: str, **options: Any) -> Any:
-    """The model with the adapter beside its weights, every tensor as in the file."""
+def _attached(model: Any, adapter: AdapterFile, where: str, **options: Any) -> Any:
+    """The model with the adapter attached, every tensor as in the file."""
     from peft import PeftModel
 
     try:
@@ -259,14 +261,14 @@ def _put_in(model: Any, adapter: AdapterFile, where: str, **options: Any) -> Any
     except _FROM_PEFT as error:
         raise _misfit(_reason(error), where) from error
     adapted.eval()
-    placed = _adapter_tensors(adapted)
+    loaded = _adapter_tensors(adapted)
     # Older PEFT draws VeRA's projections again and calls the file's unexpected; their values are compared below.
-    _refuse_lost(adapter, set(result.unexpected_keys) - set(placed), result.missing_keys, where)
-    _refuse_other_values(_tensors(adapted) | placed, adapter, where)
+    _refuse_unloaded(adapter, set(result.unexpected_keys) - set(loaded), result.missing_keys, where)
+    _refuse_changed_values(_tensors(adapted) | loaded, adapter, where)
     return adapted
 
 
-def _refuse_ends(model: Any, adapter: AdapterFile, where: str) -> None:
+def _refuse_adapted_embeddings(model: Any, adapter: AdapterFile, where: str) -> None:
     ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
     names = [name for name, module in model.named_modules() if id(module) in ends]
     touched = sorted(name for name in names if any(f".{name}." in tensor for tensor in adapter.shapes))
@@ -302,49 +304,49 @@ def _tensors(model: Any) -> dict[str, Tensor]:
 
 def _refuse_shapes(adapter: AdapterFile, expected: Mapping[str, tuple[int, ...]], where: str) -> None:
     for name, shape in adapter.shapes.items():
-        wanted = expected.get(name, shape)
-        if shape == wanted or adapter.kind == "ADALORA":  # whose ranks were pruned on the way
+        model_shape = expected.get(name, shape)
+        if shape == model_shape or adapter.kind == "ADALORA":  # which prunes ranks during training
             continue
-        rows = ("embed" in name or "lm_head" in name) and shape[1:] == wanted[1:]
+        other_vocabulary = ("embed" in name or "lm_head" in name) and shape[1:] == model_shape[1:]
         why = (
-            f"; it was trained with {shape[0]:,} tokens, the base has {wanted[0]:,} rows of embeddings."
-            if rows
+            f"; it was trained with {shape[0]:,} tokens, the base has {model_shape[0]:,} rows of embeddings."
+            if other_vocabulary
             else "."
         )
         raise IncompatibleModels(
             f"the adapter does not fit the base model: {name} has shape {list(shape)} in the adapter and"
-            f" {list(wanted)} in the model{why}",
+            f" {list(model_shape)} in the model{why}",
             at=where,
-            fix=_MERGE_IT if rows else "use the base model named in its adapter_config.json.",
+            fix=_MERGE_IT if other_vocabulary else "use the base model named in its adapter_config.json.",
         )
 
 
-def _refuse_lost(adapter: AdapterFile, unexpected: Iterable[str], missing: Iterable[str], where: str) -> None:
-    if lost := sorted(unexpected):
+def _refuse_unloaded(adapter: AdapterFile, unexpected: Iterable[str], missing: Iterable[str], where: str) -> None:
+    if names := sorted(unexpected):
         raise _misfit(
-            f"{len(lost)} of its {len(adapter.shapes)} tensors find no place in the model, such as {lost[0]}", where
+            f"{len(names)} of its {len(adapter.shapes)} tensors find no place in the model, such as {names[0]}", where
         )
-    if lost := sorted(missing):
-        raise _misfit(f"its file lacks {len(lost)} tensors, such as {lost[0]}", where)
+    if names := sorted(missing):
+        raise _misfit(f"its file lacks {len(names)} tensors, such as {names[0]}", where)
 
 
-def _refuse_other_values(placed: Mapping[str, Tensor], adapter: AdapterFile, where: str) -> None:
+def _refuse_changed_values(loaded: Mapping[str, Tensor], adapter: AdapterFile, where: str) -> None:
     """Refuse a model in which a tensor of the file differs."""
     with open_tensors(adapter.folder / _WEIGHTS, _WEIGHTS, at=where, fix=_COPY_AGAIN) as file:
         for name in adapter.shapes:
-            found = placed.get(name)
-            if found is None or found.shape != adapter.shapes[name]:  # converted on the way in
+            tensor = loaded.get(name)
+            if tensor is None or tensor.shape != adapter.shapes[name]:  # converted while loading
                 continue
-            if not torch.equal(found, file.get_tensor(name).to(found.dtype)):
+            if not torch.equal(tensor, file.get_tensor(name).to(tensor.dtype)):
                 raise _misfit(f"{name} has other values in the model than in the adapter's file", where)
 
 
 def _untie(adapted: Any) -> None:
-    """Give the unembedding weights of its own where it shares them with the embedding and an adapter sits on one."""
+    """Give the unembedding its own weights if it shares them with the embedding and an adapter changes one of them."""
     model = adapted.get_base_model()
-    inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
-    first, second = getattr(inner, "base_layer", inner), getattr(outer, "base_layer", outer)
-    if (first is inner and second is outer) or second is None or first.weight is not second.weight:
+    embedding, unembedding = model.get_input_embeddings(), model.get_output_embeddings()
+    first, second = getattr(embedding, "base_layer", embedding), getattr(unembedding, "base_layer", unembedding)
+    if (first is embedding and second is unembedding) or second is None or first.weight is not second.weight:
         return
     second.weight = torch.nn.Parameter(second.weight.detach().clone(), requires_grad=False)
     for config in (model.config, model.config.get_text_config()):
@@ -360,7 +362,7 @@ def _misfit(reason: str, where: str) -> IncompatibleModels:
 
 
 def _reason(error: Exception) -> str:
-    """The informative line of an error: PyTorch's first one only counts."""
+    """The informative line of an error: PyTorch's first line only counts the errors."""
     lines = [text.strip() for text in str(error).splitlines() if text.strip()] or [type(error).__name__]
     line = lines[1] if lines[0].startswith("Error(s) in loading") and len(lines) > 1 else lines[0]
     return (f"there is no {line}" if isinstance(error, KeyError) else line).rstrip(".")

@@ -1,4 +1,4 @@
-"""Conversations as tokens: the chat template writes them, and each token is told apart by who says it."""
+"""Conversations as tokens: written by the chat template, with the speaker of each token."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from saeffect.paths import decode_utf8, read_bytes
 __all__ = ["ChatFormat", "Encoded", "Segment", "Parts", "has_part", "messages_of", "own_template", "segments"]
 
 Parts = NDArray[np.int8]
-"""Who says each token: a number for whose it is (the bits of `_WHO`), and bits for what else it is."""
+"""The speaker of each token (the bits of `_WHO`), and further bits for its role in the conversation."""
 
 _TEMPLATE, _SYSTEM, _USER, _ASSISTANT, _TOOL = range(5)
 _WHO, _END, _FIRST, _SPECIAL = 7, 8, 16, 32  # ends the assistant's turn; the first of it; a special token
@@ -35,14 +35,14 @@ _MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
 
 
 class Encoded(NamedTuple):
-    """A conversation's token ids, and who says each, int8 of the same length."""
+    """A conversation's token ids, and the part of each, int8 of the same length (see `Parts`)."""
 
     ids: list[int]
     parts: Parts
 
 
 class Segment(NamedTuple):
-    """`n` tokens in a row that one side says, decoded."""
+    """`n` consecutive tokens of one speaker, decoded."""
 
     who: str
     text: str
@@ -63,16 +63,16 @@ def has_part(parts: Parts, positions: Sequence[str]) -> NDArray[np.bool_]:
     }
     for name in set(positions) - masks.keys():
         raise unknown_name("part of a chat", name, PARTS, at="positions")
-    found: NDArray[np.bool_] = np.any([masks[name] for name in positions], axis=0)
-    return found
+    mask: NDArray[np.bool_] = np.any([masks[name] for name in positions], axis=0)
+    return mask
 
 
 def messages_of(document: str) -> list[dict[str, Any]]:
-    """The messages of a document, which is their JSON; SaeffectError, quoting its beginning, if they are none."""
+    """The messages of a document, which is their JSON; SaeffectError, quoting its beginning, if it is not."""
     try:
         return plain_messages(json.loads(document))
     except SaeffectError as error:
-        raise error.placed(_called(document)) from None
+        raise error.placed(_quoted(document)) from None
     except (ValueError, RecursionError) as error:
         raise BadFile(
             f"this is no list of messages: {document[:60]!r}.",
@@ -82,21 +82,21 @@ def messages_of(document: str) -> list[dict[str, Any]]:
 
 def own_template(tokenizer: Any) -> str | None:
     """The tokenizer's chat template (of several the default one), None if it has none."""
-    found = getattr(tokenizer, "chat_template", None)
-    if isinstance(found, Mapping):
-        found = found.get("default")
-    return found if isinstance(found, str) and found.strip() else None
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, Mapping):
+        template = template.get("default")
+    return template if isinstance(template, str) and template.strip() else None
 
 
 @dataclass(frozen=True, eq=False)
 class ChatFormat:
     """A tokenizer and the chat template (Jinja, as transformers renders it) that writes conversations for it;
-    `whose` says where the template comes from.
+    `origin` describes where the template comes from.
     """
 
     tokenizer: Any
     template: str
-    whose: str = "of the tokenizer"
+    origin: str = "of the tokenizer"
 
     @classmethod
     def of(cls, tokenizer: Any, template: str | None = None, *, at: str = "chat_template") -> Self:
@@ -118,39 +118,39 @@ class ChatFormat:
         return cls._checked(cls(tokenizer, text, Path(template).name), template)
 
     @classmethod
-    def _checked(cls, made: Self, at: str) -> Self:
+    def _checked(cls, chat: Self, at: str) -> Self:
         from jinja2 import TemplateSyntaxError
 
-        if not made.template.strip():
+        if not chat.template.strip():
             raise ConfigError("the chat template is empty.", at=at)
         try:
-            made.written([{"role": "user", "content": "a"}])
+            chat.render([{"role": "user", "content": "a"}])
         except TemplateSyntaxError as error:
             raise ConfigError(
                 f"the chat template is no valid Jinja: {error.message} (line {error.lineno}).", at=at
             ) from error
-        except SaeffectError:  # a template may want more than one turn
+        except SaeffectError:  # a template may require more than one turn
             pass
-        return made
+        return chat
 
     def identity(self) -> str:
         """SHA-256 of the template."""
         return fingerprint(self.template)
 
-    def written(self, messages: Sequence[Mapping[str, Any]], *, reply: bool = False, **variables: Any) -> str:
-        """A conversation as text; with `reply` up to where the assistant goes on. ConfigError if the template
-        refuses it, such as a system message that it has no place for.
+    def render(self, messages: Sequence[Mapping[str, Any]], *, reply: bool = False, **variables: Any) -> str:
+        """A conversation as text; with `reply`, up to where the assistant continues. ConfigError if the template
+        refuses it, for example a system message that it does not support.
         """
         from jinja2 import TemplateError, TemplateSyntaxError
 
-        begun = reply and messages[-1]["role"] == "assistant"
+        continues = reply and messages[-1]["role"] == "assistant"
         try:
             text = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 chat_template=self.template,
                 tokenize=False,
-                add_generation_prompt=reply and not begun,
-                continue_final_message=begun,
+                add_generation_prompt=reply and not continues,
+                continue_final_message=continues,
                 **variables,
             )
         except TemplateSyntaxError:
@@ -159,7 +159,7 @@ class ChatFormat:
             roles = ", ".join(str(message["role"]) for message in messages[:6]) + (", ..." if messages[6:] else "")
             raise ConfigError(
                 f"the chat template refuses a conversation of {roles}: {first_line(error).rstrip('.')}.",
-                at=_called(messages),
+                at=_quoted(messages),
                 fix="many templates take no system message, or want user and assistant in turn: change such"
                 " conversations or leave them out, or give another chat_template.",
             ) from error
@@ -172,50 +172,49 @@ class ChatFormat:
         if not bos:
             return False
         turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
-        text = self.written(turns)
-        # SmolLM2's BOS is the mark before every turn: that one is no beginning of a text.
+        text = self.render(turns)
+        # SmolLM2's BOS is the mark before every turn, not the beginning of a text.
         return text.startswith(bos) and text.count(bos) == 1
 
     def encode(self, messages: Sequence[Mapping[str, Any]], *, reply: bool = False) -> Encoded:
-        """Token ids of a conversation, exactly those of transformers' `apply_chat_template`, and who says each
-        token.
+        """Token ids of a conversation, exactly those of transformers' `apply_chat_template`, and each token's part.
 
-        A token belongs to the side that says its last character. Where the template marks the assistant's text with `{%
-        generation %}`, that decides; elsewhere it is the content and the special token that ends the turn. `messages`
-        are as `plain_messages` gives them; with `reply`, up to where the assistant goes on. ConfigError: the template
-        refuses the conversation, or the tokenizer does not say where tokens begin.
+        A token belongs to the speaker of its last character. The assistant's text is what the template marks with
+        `{% generation %}`; without such marks, the content and the special token that ends the turn. `messages` are as
+        `plain_messages` gives them; with `reply`, up to where the assistant continues. ConfigError: the template
+        refuses the conversation, or the tokenizer does not give character offsets.
         """
-        text = self.written(messages, reply=reply)
+        text = self.render(messages, reply=reply)
         if not getattr(self.tokenizer, "is_fast", False):
             raise ConfigError(
-                "this tokenizer does not say where in a text its tokens stand, so nothing says whose they are.",
+                "this tokenizer does not give the positions of its tokens in a text, so their speakers are unknown.",
                 at="format",
                 fix="save a fast tokenizer (tokenizer.json) beside the model.",
             )
-        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = list(found["input_ids"])
-        ends = np.array([stop if stop > start else 0 for start, stop in found["offset_mapping"]], dtype=np.int64) - 1
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = list(encoding["input_ids"])
+        ends = np.array([stop if stop > start else 0 for start, stop in encoding["offset_mapping"]], dtype=np.int64) - 1
         parts = np.array([_SPECIAL if i in self._special else 0 for i in ids], dtype=np.int8)
         marked = None if reply else self._marked_spans(messages)
-        of_assistant = np.zeros(len(ids), dtype=bool)
+        in_marked = np.zeros(len(ids), dtype=bool)
         for start, stop in marked or ():
-            of_assistant |= (ends >= start) & (ends < stop)
+            in_marked |= (ends >= start) & (ends < stop)
         for number, start, stop in self._spans(messages, text):
             inside = (ends >= start) & (ends < stop)
             code = _CODES[messages[number]["role"]]
             if code == _ASSISTANT and marked is not None:
-                inside &= of_assistant
+                inside &= in_marked
             parts[inside] |= code
-            places = np.flatnonzero(inside)
-            if code == _ASSISTANT and len(places):
-                parts[places[0]] |= _FIRST
+            positions = np.flatnonzero(inside)
+            if code == _ASSISTANT and len(positions):
+                parts[positions[0]] |= _FIRST
                 if marked is None:
-                    _mark_end(parts, int(places[-1]) + 1)
-        parts[of_assistant & (parts & _WHO == _TEMPLATE)] |= _END
+                    _mark_end(parts, int(positions[-1]) + 1)
+        parts[in_marked & (parts & _WHO == _TEMPLATE)] |= _END
         return Encoded(ids, parts)
 
     @property
-    def mark(self) -> Parts:
+    def special_part(self) -> Parts:
         """The part of one special token of the template, int8 `[1]`."""
         return np.array([_TEMPLATE | _SPECIAL], dtype=np.int8)
 
@@ -229,33 +228,33 @@ class ChatFormat:
             return None
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        made: Any = render_jinja_template(
+        rendered: Any = render_jinja_template(
             [[dict(message) for message in messages]],
             chat_template=self.template,
             return_assistant_tokens_mask=True,
             **self.tokenizer.special_tokens_map,
         )
-        return [(int(start), int(stop)) for start, stop in made[1][0]]
+        return [(int(start), int(stop)) for start, stop in rendered[1][0]]
 
     def _spans(self, messages: Sequence[Mapping[str, Any]], text: str) -> Iterator[tuple[int, int, int]]:
-        """Which message's content stands from where to where in the text.
+        """(message index, start, stop) of each message's content in the text.
 
-        The template is asked with marks in place of contents. What stands around them is the template's own, in the
-        order in which it writes messages: some put a system message into the user's turn.
+        The template is rendered with marks in place of contents. The text around the marks is the template's own, in
+        the order in which it writes messages: some put a system message into the user's turn.
         """
-        marks = [
+        marked = [
             dict(message) | {"content": f"{_OPEN}{number}{_CLOSE}" if message["content"].strip() else ""}
             for number, message in enumerate(messages)
         ]
-        pieces = _MARK.split(self.written(marks))  # template, number, template, number, ..., template
+        pieces = _MARK.split(self.render(marked))  # template, number, template, number, ..., template
         at = 0
         for before, number, after in zip(pieces[0::2], pieces[1::2], pieces[2::2], strict=False):
-            found = text.find(before, at)
-            if found < 0:
+            start_before = text.find(before, at)
+            if start_before < 0:
                 return
-            start = found + len(before)
+            start = start_before + len(before)
             content = str(messages[int(number)]["content"])
-            # A template may drop spaces at the ends, or more (the reasoning in earlier turns).
+            # A template may strip the content, or drop more of it (the reasoning in earlier turns).
             exact = (start + len(c) for c in (content, content.strip()) if text.startswith(c + after, start))
             at = next(exact, text.find(after, start) if after else len(text))
             at = len(text) if at < 0 else at
@@ -263,15 +262,15 @@ class ChatFormat:
 
 
 def _mark_end(parts: Parts, after: int) -> None:
-    """Mark the special token that ends a turn, right after its content or after one other token."""
-    for place in range(after, min(after + 2, len(parts))):
-        if parts[place] & _SPECIAL:
-            parts[place] |= _END
+    """Mark the special token that ends a turn: the first or second token after its content."""
+    for position in range(after, min(after + 2, len(parts))):
+        if parts[position] & _SPECIAL:
+            parts[position] |= _END
             return
 
 
 def segments(tokenizer: Any, encoded: Encoded) -> list[Segment]:
-    """The tokens, decoded, in pieces of one side each."""
+    """The decoded tokens, in pieces of one speaker each."""
     sides = [_NAMES[int(part) & _WHO] for part in encoded.parts]
     found = []
     for who, group in itertools.groupby(zip(sides, encoded.ids, strict=True), key=lambda pair: pair[0]):
@@ -280,7 +279,7 @@ def segments(tokenizer: Any, encoded: Encoded) -> list[Segment]:
     return found
 
 
-def _called(conversation: Any) -> str:
-    """A conversation by its beginning."""
+def _quoted(conversation: Any) -> str:
+    """A name for a conversation in messages: its beginning."""
     text = conversation if isinstance(conversation, str) else str(conversation[0].get("content", ""))
     return f"the conversation that begins {text[:50]!r}"

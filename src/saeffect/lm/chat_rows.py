@@ -19,17 +19,17 @@ __all__ = ["Row", "chat_prepends", "counted", "cut_rows", "lm_for_chats", "with_
 
 
 class Row(NamedTuple):
-    """Token ids, int32 `[context_size]`, and of a chat who says each, int8 `[context_size]`."""
+    """Token ids, int32 `[context_size]`, and for a chat the part of each, int8 `[context_size]`."""
 
     ids: NDArray[np.int32]
     parts: Parts | None = None
 
 
 def cut_rows(lm: LanguageModel, documents: Iterable[str], context_size: int, how: ChatKeys) -> Iterator[Row]:
-    """Rows without padding, each with a BOS token in front, if there is one; the last, if short, is dropped.
+    """Rows without padding, each beginning with the BOS token, if there is one; a short last row is dropped.
 
-    A row of chats begins where a conversation does; others follow after a separator, and what goes beyond the row's end
-    is left out. EmptySelection: shorter than a row. SaeffectError: no conversation, or the chat template refuses it.
+    A row of chats begins with a conversation; others follow after a separator, and what exceeds the row is left out.
+    EmptySelection: less text than a row. SaeffectError: no conversation, or the chat template refuses it.
     """
     if how.format == "text":
         yield from (Row(ids) for ids in lm.pack(documents, context_size))
@@ -38,12 +38,12 @@ def cut_rows(lm: LanguageModel, documents: Iterable[str], context_size: int, how
     ids: list[int] = []
     parts: list[Parts] = []
     for document in documents:
-        found = lm.encode_chat(with_system(messages_of(document), how.system), begins=not ids)
+        encoded = lm.encode_chat(with_system(messages_of(document), how.system), begins=not ids)
         if ids:
             ids.append(separator)
-            parts.append(lm.chat_format.mark)
-        ids += found.ids
-        parts.append(found.parts)
+            parts.append(lm.chat_format.special_part)
+        ids += encoded.ids
+        parts.append(encoded.parts)
         if len(ids) >= context_size:
             yield Row(np.asarray(ids[:context_size], dtype=np.int32), np.concatenate(parts)[:context_size])
             rows += 1
@@ -63,24 +63,22 @@ def with_system(messages: list[dict[str, Any]], system: str | None) -> list[dict
 
 
 def counted(rows: Sequence[Row], positions: Sequence[str]) -> NDArray[np.bool_] | None:
-    """The tokens of rows on which activations count, bool `[n_rows, context_size]`; None for all; EmptySelection for
-    none.
-    """
+    """Which tokens of the rows are at `positions`, bool `[n_rows, context_size]`; None: all. EmptySelection: none."""
     if "all" in positions:
         return None
-    found = np.stack([has_part(row.parts, positions) for row in rows if row.parts is not None])
-    if not found[:, 1:].any():  # a row's first token never counts
+    mask = np.stack([has_part(row.parts, positions) for row in rows if row.parts is not None])
+    if not mask[:, 1:].any():  # a row's first token never counts
         raise EmptySelection(
             f"no token of the text is of {' or '.join(positions)}.",
             at="positions",
             fix="choose others, longer rows (context_size), or other conversations.",
         )
-    return found
+    return mask
 
 
-def chat_prepends(said: bool | None, chat: ChatFormat | None) -> bool | None:
-    """Whether rows and prompts begin with BOS: as said; else as the chat template (if any) writes conversations."""
-    return chat.writes_bos if said is None and chat is not None else said
+def chat_prepends(setting: bool | None, chat: ChatFormat | None) -> bool | None:
+    """Whether rows and prompts begin with BOS: as set; if None, as the chat template (if any) writes conversations."""
+    return chat.writes_bos if setting is None and chat is not None else setting
 
 
 def lm_for_chats(lm: LanguageModel, how: ChatKeys, *, at: str = "chat_template") -> LanguageModel:

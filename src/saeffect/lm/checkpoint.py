@@ -1,4 +1,4 @@
-"""The folder that a training writes to: its owner, its checkpoints, and whether its results are whole."""
+"""The folder that a training writes to: its owner, its checkpoints, and whether its results are complete."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ __all__ = ["Checkpoint", "TrainingFolder"]
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _PATTERN, _MARK = "step-*.safetensors", "run.json"
 _FINISHED = "finished.json"
-# Settings of models, adapters and SAEs: beside another one of these it is unclear what a folder is.
-_OF_OTHERS = ("config.json", "adapter_config.json", "cfg.json")
+# Settings of models, adapters and SAEs: with two of these it is unclear what a folder holds.
+_CONFIG_FILES = ("config.json", "adapter_config.json", "cfg.json")
 _ANOTHER_FOLDER = "choose another output folder, or move away what is there."
 
 
 class Checkpoint:
     """Weights, Adam's moments, other tensors, and the number of finished steps, in files that are whole or absent.
 
-    `folder` keeps the `keep` newest. `made_by` is a fingerprint of all that decides the run; another's is refused.
+    `folder` keeps the `keep` newest. `made_by` is a fingerprint of everything that decides the run; checkpoints with
+    another fingerprint are refused.
     """
 
     def __init__(self, folder: Path, made_by: str, *, keep: int = 1) -> None:
@@ -50,7 +51,7 @@ class Checkpoint:
             write_json(self.folder / _MARK, {"made_by": self._made_by})
 
     def steps(self) -> list[int]:
-        """Finished steps that have a checkpoint, rising."""
+        """Numbers of the finished steps that have a checkpoint, ascending."""
         numbers = [path.stem.removeprefix("step-") for path in self.folder.glob(_PATTERN)]
         return sorted(int(number) for number in numbers if number.isdecimal())
 
@@ -59,36 +60,36 @@ class Checkpoint:
         step: int,
         weights: Mapping[str, Tensor],
         optimizer: torch.optim.Optimizer,
-        others: Mapping[str, Tensor],
+        extra: Mapping[str, Tensor],
         *,
         drop_old: bool = True,
     ) -> None:
-        """Save the state after `step` steps: weights by name, Adam's moments of each, and other tensors.
+        """Save the state after `step` steps: weights by name, Adam's moments of each, and extra tensors.
 
-        Runs that resume together set `drop_old` to False and call it when all have saved. BadFile if the disk is full
-        or not writable; older checkpoints stay.
+        Runs that resume together pass `drop_old=False` and call `drop_old` when all have saved. BadFile if the disk is
+        full or not writable; older checkpoints stay.
         """
-        tensors = {f"other.{name}": t for name, t in others.items()}
+        tensors = {f"other.{name}": t for name, t in extra.items()}
         for name, p in weights.items():
             tensors[f"weight.{name}"] = p.detach()
             tensors |= {f"{key}.{name}": optimizer.state[p][key] for key in _MOMENTS}
         try:
             save_tensors(self._file(step), tensors, {"step": str(step), "made_by": self._made_by})
         except BadFile as error:
-            last = self.steps()
+            steps = self.steps()
             raise BadFile(
                 f"the checkpoint after step {step:,} cannot be written: {error.message}",
                 at=str(self.folder),
-                fix=f"{error.fix}" + (f" It goes on from step {last[-1]:,}." if last else ""),
+                fix=f"{error.fix}" + (f" It goes on from step {steps[-1]:,}." if steps else ""),
             ) from error
         if drop_old:
             self.drop_old(step)
 
     def drop_old(self, newest: int) -> None:
-        """Keep as many as wanted up to step `newest`, none after it (left from before a return to an older step)."""
+        """Delete all but the newest checkpoints up to step `newest`, and all after it (from before a return to it)."""
         steps = self.steps()
-        kept = [step for step in steps if step <= newest][-self._keep :]
-        for step in set(steps) - set(kept):
+        keep = [step for step in steps if step <= newest][-self._keep :]
+        for step in set(steps) - set(keep):
             self._file(step).unlink(missing_ok=True)
 
     def drop_all(self) -> None:
@@ -104,12 +105,12 @@ class Checkpoint:
         self,
         weights: Mapping[str, Tensor],
         optimizer: torch.optim.Optimizer,
-        others: Mapping[str, Tensor],
+        extra: Mapping[str, Tensor],
         *,
         step: int | None = None,
     ) -> int:
-        """Restore in place what `save` was given, from step `step` (0 for none) or the newest; the number of that
-        step. ConfigError if the checkpoint is another run's; BadFile if it is damaged.
+        """Restore in place what `save` was given, from step `step` (0: nothing) or the newest; returns that step.
+        ConfigError if the checkpoint is another run's; BadFile if it is damaged.
         """
         if step is None:
             step = max(self.steps(), default=0)
@@ -119,21 +120,21 @@ class Checkpoint:
         fix = "delete it; the run goes on from the one before, or starts anew if there is none."
         tensors, metadata = read_tensors(path, "this checkpoint", fix=fix)
         if metadata.get("made_by") != self._made_by:
-            raise self.of_another_run()
+            raise self.another_run_error()
         try:
             with torch.no_grad():
-                for name, tensor in others.items():
+                for name, tensor in extra.items():
                     tensor.copy_(tensors[f"other.{name}"])
                 for name, p in weights.items():
                     p.copy_(tensors[f"weight.{name}"])
-                    # Copies: what is read may be the file itself, mapped into memory.
+                    # Copied, since the tensors read may be the file itself, mapped into memory.
                     moments = {key: torch.empty_like(p).copy_(tensors[f"{key}.{name}"]) for key in _MOMENTS}
                     optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **moments}
         except KeyError as error:
             raise BadFile(f"this checkpoint cannot be read: it has no {error}.", at=str(path), fix=fix) from error
         return step
 
-    def of_another_run(self) -> ConfigError:
+    def another_run_error(self) -> ConfigError:
         return ConfigError(
             "this folder holds a checkpoint of another run: of another recipe, or of this one before model or text"
             " were exchanged.",
@@ -148,8 +149,9 @@ class Checkpoint:
 class TrainingFolder:
     """One training's folder: one writer at a time, the newest `keep` checkpoints, and a note of the results.
 
-    Other people's files stay; a folder where they are in the way is refused. `made_by` is a fingerprint of everything
-    that decides the results, contents of files included; `leaves` names the files that such a training leaves.
+    Files that no training wrote are never touched; a folder where they have our file names is refused. `made_by` is a
+    fingerprint of everything that decides the results, contents of files included; `leaves` names the files that such
+    a training leaves.
     """
 
     def __init__(self, path: Path, made_by: str, leaves: Sequence[str], *, keep: int = 1) -> None:
@@ -157,14 +159,14 @@ class TrainingFolder:
         self.checkpoint = Checkpoint(path / "checkpoint", made_by, keep=keep)
 
     def refuse_strangers(self) -> None:
-        """ConfigError if no training wrote the files under our names; BadFile if the note is damaged."""
+        """ConfigError if files with our names were not written by a training; BadFile if the note is damaged."""
         if self.checkpoint.owner() is not None or self.note() is not None:
             return
-        names = dict.fromkeys((*self._leaves, self.checkpoint.folder.name, *_OF_OTHERS))
-        there = [name for name in names if os.path.lexists(self.path / name)]
-        if there:
+        names = dict.fromkeys((*self._leaves, self.checkpoint.folder.name, *_CONFIG_FILES))
+        present = [name for name in names if os.path.lexists(self.path / name)]
+        if present:
             raise ConfigError(
-                f"this folder holds {', '.join(there)}, and nothing says that a training wrote it here.",
+                f"this folder holds {', '.join(present)}, and nothing says that a training wrote it here.",
                 at=str(self.path),
                 fix=_ANOTHER_FOLDER,
             )
@@ -180,11 +182,11 @@ class TrainingFolder:
                 fix=_ANOTHER_FOLDER,
             )
         if owner not in (None, self._made_by):
-            raise self.checkpoint.of_another_run()
+            raise self.checkpoint.another_run_error()
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Keep others out while the block runs; half-written files are removed. Errors of `refuse_others`; InUse if
+        """Lock the folder while the block runs; half-written files are removed. Errors of `refuse_others`; InUse if
         another process trains here; BadFile if the folder is not writable.
         """
         with sole_writer(self.path):
@@ -192,10 +194,10 @@ class TrainingFolder:
             remove_leftovers(self.path)
             yield
 
-    def finish(self, files: Iterable[str], **also: Any) -> None:
-        """Note that the training is finished, with hashes of files that only training again could make."""
+    def finish(self, files: Iterable[str], **details: Any) -> None:
+        """Note that the training is finished, with hashes of the files that cannot be remade without training."""
         hashes = {name: hash_file(self.path / name) for name in files}
-        write_json(self.path / _FINISHED, {"made_by": self._made_by, "files": hashes, **also})
+        write_json(self.path / _FINISHED, {"made_by": self._made_by, "files": hashes, **details})
 
     def remove(self) -> None:
         """Delete what a training left, and the folder if it is empty then."""
@@ -222,9 +224,9 @@ class TrainingFolder:
         )
 
     def damaged(self) -> list[str] | None:
-        """Names of files that differ from what this training left, None if unfinished. BadFile: a damaged note."""
+        """Names of files missing or changed since this training finished, None if unfinished. BadFile: damaged note."""
         note = self.note()
         if note is None or note["made_by"] != self._made_by:
             return None
-        places = {self.path / name: digest for name, digest in note["files"].items()}
-        return [path.name for path, digest in places.items() if not path.is_file() or hash_file(path) != digest]
+        digests = {self.path / name: digest for name, digest in note["files"].items()}
+        return [path.name for path, digest in digests.items() if not path.is_file() or hash_file(path) != digest]

@@ -1,4 +1,4 @@
-"""Text from wherever people have it (files of many formats, folders of them, saved datasets, the hub), also as rows."""
+"""Text from files of many formats, folders, saved datasets or the hub: as documents, and as rows of tokens."""
 
 from __future__ import annotations
 
@@ -42,25 +42,25 @@ __all__ = [
 T = TypeVar("T")
 
 _READ = f"what is read: {FORMATS}."
-_SUFFIXES = (".gz", ".zst", *SUFFIXES)  # of files; ids of datasets may contain dots too
+_SUFFIXES = (".gz", ".zst", *SUFFIXES)  # tell files from dataset ids, which may contain dots too
 _HUB = "hf:"
 _SPLIT = "train"  # of datasets
+_SAVED_DATASET = ("dataset_dict.json", "dataset_info.json", "state.json")
 _PATTERN = re.compile(r"[*?\[]")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-# Of duplicates: words of a run, as those who clean test sets of language models count; share of a document's runs that
-# stand elsewhere too; characters that are looked at.
-_RUN, _REPEATED, _LOOKED_AT = 13, 0.5, 40_000_000
+# Duplicates: words of a run (13-grams, as in decontamination of test sets); share of a document's runs that occur
+# elsewhere too; most characters compared.
+_RUN_WORDS, _REPEATED_SHARE, _MAX_CHARACTERS = 13, 0.5, 40_000_000
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
 def read_corpus(source: TextSource | str, *, field: str = "text", chat: bool = False) -> Iterator[str]:
-    """Documents, one string each, in the order of the files; half a character becomes U+FFFD, empty ones are left
-    out.
+    """Documents, one string each, in the order of the files, without empty ones; lone surrogates become U+FFFD.
 
     `source` is as in a study's `text.sources`, or its path alone: a file of `FORMATS`; a folder or pattern of such
-    files, read by name; a folder from `save_to_disk` of datasets; or a dataset on the hub (streamed), `org/name` or
-    `hf:name`. `field` (or a template) holds the text where `source` is a path. With `chat` a document is a list of
-    messages, or its JSON in a text, and comes as JSON: see `messages_of`.
+    files, read in the order of their names; a folder from `save_to_disk` of datasets; or a dataset on the hub
+    (streamed), `org/name` or `hf:name`. `field` (or a template) holds the text where `source` is a path. With `chat` a
+    document is a list of messages, or its JSON as a string, and is yielded as JSON: see `messages_of`.
 
     NotFound: no such file or dataset. BadFile: another encoding or format, damaged, too long a line, or a row without
     text (with its line). ConfigError: an impossible path or template. EmptySelection: no document.
@@ -80,25 +80,26 @@ def read_corpus(source: TextSource | str, *, field: str = "text", chat: bool = F
 
 
 def documents_of(sources: Iterable[TextSource], how: ChatKeys) -> Iterator[str]:
-    """The documents of sources, one source after the other; errors as `read_corpus`."""
+    """The documents of all sources, one source after the other; errors as `read_corpus`."""
     for source in sources:
         yield from read_corpus(source, chat=how.format == "chat")
 
 
 def read_rows(source: TextSource) -> Iterator[Record]:
-    """The rows of a source, each with its place; of tables at least the columns of its field. Errors as
-    `read_corpus`.
+    """The rows of a source, each with its position in it; tables give at least the columns of `source.field`. Errors
+    as `read_corpus`.
     """
     field = TextField.parse(source.field)
     path = user_path(source.path)
+    names_dataset = source.path.startswith(_HUB) or source.path.count("/") == 1
     refuse_special(path, "text")
-    if path.is_dir() and _is_saved(path):
+    if any((path / name).is_file() for name in _SAVED_DATASET):
         yield from _saved_dataset(path, source.split)
     elif is_local(source):
         for file in source_files(source):
             refuse_special(file, "text")
             yield from file_rows(file, field, source.encoding)
-    elif path.suffix in _SUFFIXES or path.is_absolute() or not _is_id(source.path):
+    elif path.suffix in _SUFFIXES or path.is_absolute() or not names_dataset:
         raise NotFound(
             f"there is no text file {source.path!r}.",
             at=source.path,
@@ -109,60 +110,60 @@ def read_rows(source: TextSource) -> Iterator[Record]:
 
 
 def is_local(source: TextSource) -> bool:
-    """Whether a source lies on this machine, or is a pattern of files, and not a dataset on the hub."""
+    """Whether a source is an existing path or a pattern of files, not a dataset on the hub."""
     return not source.path.startswith(_HUB) and (
         user_path(source.path).exists() or _PATTERN.search(source.path) is not None
     )
 
 
 def source_files(source: TextSource) -> list[Path]:
-    """The files that a local source stands for, by name; NotFound if a pattern or a folder has none.
+    """The files of a local source, sorted by name; NotFound if a pattern or a folder has none.
 
-    Of a folder those with a known ending; if names say of which split (`train-00000.parquet`), those of the source's.
+    Of a folder, those with a known suffix; if names give a split (`train-00000.parquet`), those of `source.split`.
     """
     path = user_path(source.path)
     if path.is_file() or (path.exists() and not path.is_dir()):
         return [path]
     if not path.is_dir():
         matching = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 - a pattern may be absolute
-        found = [Path(name) for name in matching if Path(name).is_file()]
-        if not found:
+        files = [Path(name) for name in matching if Path(name).is_file()]
+        if not files:
             raise NotFound("no file matches this pattern.", at=source.path, fix="check it; ** stands for any folders.")
-        return found
+        return files
     everything = sorted(p for p in path.rglob("*") if p.is_file())
     visible = [p for p in everything if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-    known = [p for p in visible if format_of(p) in SUFFIXES]
-    if not known:
+    text_files = [p for p in visible if format_of(p) in SUFFIXES]
+    if not text_files:
         names = ", ".join(p.name for p in visible[:3]) or "nothing"
         raise NotFound(f"this folder has no file of text; it has: {names}.", at=source.path, fix=_READ)
-    if any(_of_split(p.relative_to(path), _SPLIT) for p in known):
-        known = [p for p in known if _of_split(p.relative_to(path), source.split)]
-        if not known:
+    if any(_is_of_split(p.relative_to(path), _SPLIT) for p in text_files):
+        text_files = [p for p in text_files if _is_of_split(p.relative_to(path), source.split)]
+        if not text_files:
             raise NotFound(f"no file of this folder is of the split {source.split!r}.", at=source.path)
-    return known
+    return text_files
 
 
-def _of_split(path: Path, split: str) -> bool:
+def _is_of_split(path: Path, split: str) -> bool:
     return re.search(rf"(?:^|[/_.-]){re.escape(split)}(?:[/_.-]|$)", path.as_posix()) is not None
 
 
 def source_identity(source: TextSource) -> Any:
-    """What decides the rows of a source beside its field: hashes of its files; of a dataset on the hub, its name."""
+    """What decides the rows of a source, except its field: hashes of its files; for a hub dataset, its name."""
     path = user_path(source.path)
     if not is_local(source):
-        found: Any = source.path
+        content: Any = source.path
     elif path.exists():
-        found = hash_folder(path)
+        content = hash_folder(path)
     else:
-        found = [(file.name, hash_file(file)) for file in source_files(source)]
-    usual = TextSource.model_fields
+        content = [(file.name, hash_file(file)) for file in source_files(source)]
+    fields = TextSource.model_fields
     changed = {key: getattr(source, key) for key in ("subset", "split", "encoding")}
-    changed = {key: value for key, value in changed.items() if value != usual[key].default}
-    return [found, changed] if changed else found
+    changed = {key: value for key, value in changed.items() if value != fields[key].default}
+    return [content, changed] if changed else content
 
 
 def is_held_out(text: str, share: float) -> bool:
-    """Whether a document is held out: decided by its content, so that duplicates stay together.
+    """Whether a document is held out, decided by a hash of its content, so that duplicates stay together.
 
     Example:
         >>> sum(is_held_out(str(i), 0.1) for i in range(1000))
@@ -172,30 +173,22 @@ def is_held_out(text: str, share: float) -> bool:
     return int.from_bytes(head, "big") < share * 2**32
 
 
-def _is_id(text: str) -> bool:
-    return text.startswith(_HUB) or text.count("/") == 1
-
-
-def _is_saved(path: Path) -> bool:
-    return any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json", "state.json"))
-
-
 def _saved_dataset(path: Path, split: str) -> Iterator[Record]:
     from datasets import DatasetDict, load_from_disk
 
     try:
-        found: Any = load_from_disk(str(path))
+        dataset: Any = load_from_disk(str(path))
     except Exception as error:  # of many kinds
         raise BadFile(f"this saved dataset cannot be read: {first_line(error).rstrip('.')}.", at=str(path)) from error
-    if isinstance(found, DatasetDict):
-        if split not in found:
+    if isinstance(dataset, DatasetDict):
+        if split not in dataset:
             raise BadFile(
-                f"this saved dataset has no split {split!r}; it has: {', '.join(sorted(found))}.",
+                f"this saved dataset has no split {split!r}; it has: {', '.join(sorted(dataset))}.",
                 at=str(path),
-                fix="say which: split: " + sorted(found)[0] + "." if found else None,
+                fix="say which: split: " + sorted(dataset)[0] + "." if dataset else None,
             )
-        found = found[split]
-    for number, row in enumerate(found, start=1):
+        dataset = dataset[split]
+    for number, row in enumerate(dataset, start=1):
         yield Record(row, f"{path}, row {number}")
 
 
@@ -227,10 +220,11 @@ def interleave(*streams: Iterator[T]) -> Iterator[tuple[int, T]]:
 
 @dataclass(frozen=True, eq=False)
 class StreamedText:
-    """A corpus that is read and tokenised as its rows are asked for: it may be larger than memory.
+    """A corpus that is read and tokenised while its rows are iterated over: it may be larger than memory.
 
     Rows of `context_size` tokens come from each source in turn, until one ends or there are `tokens` in all, without
-    the share `held_out` of documents. The seed mixes `buffer` documents of each source; 1 keeps file order.
+    the share `held_out` of documents. Documents are shuffled by `seed` in a buffer of `buffer` documents for each
+    source; 1 keeps file order.
     """
 
     lm: LanguageModel
@@ -250,12 +244,12 @@ class StreamedText:
         """SHA-256 of the files (of a dataset on the hub: its name), the tokenizer, and how they are packed."""
         files = [source_identity(source) for source in self.sources]
         fields = [source.field for source in self.sources]
-        how = [self.context_size, self.n_rows, self.held_out, self.seed, self.buffer]
+        packing = [self.context_size, self.n_rows, self.held_out, self.seed, self.buffer]
         bos = self.lm.bos_id
-        more: list[Any] = [] if bos is None else [bos]
+        options: list[Any] = [] if bos is None else [bos]
         if self.how.format == "chat":
-            more += [self.lm.chat_format.identity(), self.how.system]
-        return fingerprint([files, fields, tokenizer_identity(self.lm.tokenizer), how, *more])
+            options += [self.lm.chat_format.identity(), self.how.system]
+        return fingerprint([files, fields, tokenizer_identity(self.lm.tokenizer), packing, *options])
 
     def rows(self) -> Iterator[NDArray[np.int32]]:
         """Token ids, int32 `[context_size]`, row by row. EmptySelection if the text ends before `tokens` tokens;
@@ -279,61 +273,61 @@ class StreamedText:
         try:
             documents = read_corpus(source, chat=self.how.format == "chat")
             texts = (t for t in documents if not is_held_out(t, self.held_out))
-            mixed = _mixed(texts, self.buffer, np.random.default_rng([self.seed, index]))
-            yield from (row.ids for row in cut_rows(self.lm, mixed, self.context_size, self.how))
+            shuffled = _shuffled(texts, self.buffer, np.random.default_rng([self.seed, index]))
+            yield from (row.ids for row in cut_rows(self.lm, shuffled, self.context_size, self.how))
         except SaeffectError as error:
             raise error.placed(f"text.{index}") from None
 
 
-def _mixed(texts: Iterable[str], size: int, generator: np.random.Generator) -> Iterator[str]:
+def _shuffled(texts: Iterable[str], size: int, generator: np.random.Generator) -> Iterator[str]:
     """The texts in a random order, from a buffer of `size` documents."""
-    held: list[str] = []
+    buffer: list[str] = []
     for text in texts:
-        if len(held) < size:
-            held.append(text)
+        if len(buffer) < size:
+            buffer.append(text)
             continue
-        at = int(generator.integers(size))
-        yield held[at]
-        held[at] = text
-    yield from (held[i] for i in generator.permutation(len(held)))
+        slot = int(generator.integers(size))
+        yield buffer[slot]
+        buffer[slot] = text
+    yield from (buffer[i] for i in generator.permutation(len(buffer)))
 
 
 def find_duplicates(texts: Iterable[str], share: float) -> str:
-    """A warning if held-out documents, those of `is_held_out(text, share)`, stand in the others too; "" if none does.
+    """A warning if held-out documents, those of `is_held_out(text, share)`, repeat training documents; "" if none does.
 
-    Those count of which half the runs of 13 words (of shorter ones: all words in their order) are in a training
-    document, in whatever case and with whatever spaces; equal ones are on one side anyway. Of a long text the first 40
-    million characters are compared.
+    A document is repeated if half of its runs of 13 words (all words, if there are fewer) are in a training document,
+    ignoring case and spaces; identical documents are on one side of the split anyway. Only the first 40 million
+    characters of the text are compared.
     """
     training: list[NDArray[np.uint64]] = []
     held_out: list[tuple[str, NDArray[np.uint64]]] = []
-    seen = 0
-    with contextlib.suppress(SaeffectError):  # a text that cannot be read: whoever uses it says so
+    n_characters = 0
+    with contextlib.suppress(SaeffectError):  # a text that cannot be read: reported where it is used
         for text in texts:
             runs = _runs(text)
             if is_held_out(text, share):
                 held_out.append((" ".join(text[:200].split())[:60], runs))
             else:
                 training.append(runs)
-            seen += len(text)
-            if seen > _LOOKED_AT:
+            n_characters += len(text)
+            if n_characters > _MAX_CHARACTERS:
                 break
-    known = np.unique(np.concatenate(training)) if training else np.zeros(0, dtype=np.uint64)
-    found = [head for head, runs in held_out if len(runs) and np.isin(runs, known).mean() >= _REPEATED]
-    if not found:
+    training_runs = np.unique(np.concatenate(training)) if training else np.zeros(0, dtype=np.uint64)
+    repeated = [head for head, runs in held_out if len(runs) and np.isin(runs, training_runs).mean() >= _REPEATED_SHARE]
+    if not repeated:
         return ""
     return (
-        f"{len(found):,} of {len(held_out):,} held-out documents stand in the training text too, but for small changes"
-        f" (such as {found[0]!r}): what is measured on them is too good"
+        f"{len(repeated):,} of {len(held_out):,} held-out documents are in the training text too, with small changes"
+        f" (such as {repeated[0]!r}): what is measured on them is too good"
     )
 
 
 def _runs(text: str) -> NDArray[np.uint64]:
-    """A number for each run of words (of a shorter text, for all of it)."""
+    """A hash of each run of words, uint64; a text shorter than a run is one run."""
     words = re.findall(r"\w+", text.casefold())
     codes = np.fromiter((hash(word) & (2**64 - 1) for word in words), dtype=np.uint64, count=len(words))
-    length = min(_RUN, len(codes))
-    mixed = np.zeros(max(0, len(codes) - length + 1) if length else 0, dtype=np.uint64)
-    for at in range(length):
-        mixed = mixed * _MIX + codes[at : at + len(mixed)]
-    return mixed
+    length = min(_RUN_WORDS, len(codes))
+    runs = np.zeros(max(0, len(codes) - length + 1) if length else 0, dtype=np.uint64)
+    for offset in range(length):
+        runs = runs * _MIX + codes[offset : offset + len(runs)]
+    return runs

@@ -1,4 +1,4 @@
-"""A language model behind an OpenAI-compatible HTTP endpoint: asked with retries, every answer kept on disk."""
+"""Client of an OpenAI-compatible HTTP endpoint: asks a language model with retries, keeps every answer on disk."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ __all__ = ["Endpoint", "Question", "chat_endpoint"]
 
 _URL, _KEY, _MODEL = "OPENAI_BASE_URL", "OPENAI_API_KEY", "SAEFFECT_LABEL_MODEL"
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_MOST_BYTES = 1_000_000  # of an answer
-_LONGEST_WAIT = 60.0  # seconds before the next attempt, whatever the server asks for
+_MAX_BYTES = 1_000_000  # of an answer
+_MAX_WAIT = 60.0  # seconds before the next attempt, whatever the server asks for
 _BUSY = {408, 409, 425, 429}
-_KEPT = "what was answered is kept, and the same command goes on from there."
+_RESUME = "what was answered is kept, and the same command goes on from there."
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Question:
 
 
 class _FailedError(Exception):
-    """No answer; `wait` seconds before the next attempt, 0 for the usual ones, None if there is no use in it."""
+    """No answer; `wait` seconds before the next attempt, 0: the default wait, None: do not try again."""
 
     def __init__(self, reason: str, wait: float | None = 0.0) -> None:
         super().__init__(reason)
@@ -47,7 +47,7 @@ class _FailedError(Exception):
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """The key goes to the named address and nowhere else."""
+    """No redirects, so that the key is sent to the named address only."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
@@ -60,11 +60,12 @@ class Endpoint:
         url: Base address, such as https://host/v1.
         key: "" for none.
         answers: Folder for the answers, a file each, named by a hash of address, model and question.
-        attempts: How often a question is sent, after waits of 1, 2, 4, ... times `first_wait` seconds or what the
-            server asks for.
+        attempts: How often a question is sent, after waits of 1, 2, 4, ... times `first_wait` seconds, or as long as
+            the server asks.
         timeout: Seconds for one answer.
 
-    Raises `ConfigError`: an address that is none, holds a key, or would carry one unencrypted to another machine.
+    Raises `ConfigError`: an invalid address, one that contains a key, or one that would send the key unencrypted to
+    another machine.
     """
 
     def __init__(
@@ -79,18 +80,18 @@ class Endpoint:
         timeout: float = 180.0,
         log: Log = SILENT,
     ) -> None:
-        self.url, self.model, self._key, self._answers, self._log = _checked(url, key), model, key, answers, log
+        self.url, self.model, self._key, self._answers, self._log = _checked_url(url, key), model, key, answers, log
         self._attempts, self._first_wait, self._timeout = attempts, first_wait, timeout
         self._stopped, self._lock = threading.Event(), threading.Lock()
         self._options: dict[str, Any] = {"temperature": 0}
         self._limit = "max_tokens"
         self.requests = self.tokens_in = self.tokens_out = 0
         local = urlsplit(self.url).hostname in _LOOPBACK
-        proxies: dict[str, str] | None = {} if local else None  # None: what the environment says
+        proxies: dict[str, str] | None = {} if local else None  # None: those of the environment
         self._opener = urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler(proxies))
 
     def kept(self, question: Question) -> str | None:
-        """The answer that was given before; a damaged file counts as none."""
+        """The stored answer, or None; a damaged file counts as none."""
         with contextlib.suppress(SaeffectError, OSError, KeyError, TypeError):
             answer = read_json(self._file(question))["answer"]
             return answer if isinstance(answer, str) else None
@@ -108,17 +109,20 @@ class Endpoint:
         answer = self.kept(question)
         if answer is None:
             answer = self._ask(question)
-            write_json(self._file(question), {"model": self.model, "question": _whole(question.text), "answer": answer})
+            write_json(
+                self._file(question),
+                {"model": self.model, "question": _without_surrogates(question.text), "answer": answer},
+            )
         return answer
 
     def stop(self) -> None:
-        """Send nothing more: threads that ask, or wait before another attempt, raise Interrupted."""
+        """Send nothing more: threads that ask, or wait for another attempt, raise Interrupted."""
         self._stopped.set()
 
     def models(self) -> list[str]:
-        """Names of the models that the server lists, if it does."""
+        """Names of the models that the server lists; empty if it lists none."""
         with contextlib.suppress(_FailedError, SaeffectError, KeyError, TypeError):
-            return sorted(str(one["id"]) for one in self._send("models")["data"])[:40]
+            return sorted(str(model["id"]) for model in self._send("models")["data"])[:40]
         return []
 
     def _file(self, question: Question) -> Path:
@@ -128,31 +132,31 @@ class Endpoint:
         failed = _FailedError("it was not asked")
         for attempt in range(self._attempts):
             if attempt:
-                wait = min(_LONGEST_WAIT, failed.wait or self._first_wait * 2 ** (attempt - 1))
+                wait = min(_MAX_WAIT, failed.wait or self._first_wait * 2 ** (attempt - 1))
                 self._log(f"  no answer ({failed}); asking again in {wait:.0f} s")
                 self._stopped.wait(wait)
             if self._stopped.is_set():
-                raise Interrupted("stopped.", fix=_KEPT)
+                raise Interrupted("stopped.", fix=_RESUME)
             try:
                 return self._attempt(question)
             except _FailedError as error:
                 failed = error
                 if failed.wait is None:
                     break
-        fix = f"see that it runs; {_KEPT}"
+        fix = f"see that it runs; {_RESUME}"
         raise Unreachable(f"the language model gave no answer: {failed}.", at=self.url, fix=fix)
 
     def _attempt(self, question: Question) -> str:
-        message = {"role": "user", "content": _whole(question.text)}
+        message = {"role": "user", "content": _without_surrogates(question.text)}
         body = {"model": self.model, "messages": [message], self._limit: question.max_tokens, **self._options}
         with self._lock:
             self.requests += 1
-        found = self._send("chat/completions", body)
+        reply = self._send("chat/completions", body)
         try:
-            text = found["choices"][0]["message"]["content"]
+            text = reply["choices"][0]["message"]["content"]
         except (KeyError, IndexError, TypeError):
             raise _FailedError("what came back is no chat completion") from None
-        usage = found.get("usage")
+        usage = reply.get("usage")
         with self._lock:
             for name, side in (("tokens_in", "prompt_tokens"), ("tokens_out", "completion_tokens")):
                 n = usage.get(side) if isinstance(usage, Mapping) else None
@@ -160,7 +164,7 @@ class Endpoint:
         return self._clean(text) if isinstance(text, str) else ""
 
     def _send(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """One request; its JSON. `_FailedError`, or a SaeffectError that no other attempt mends."""
+        """Send one request and return its JSON. `_FailedError`, or a SaeffectError if a retry would not help."""
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
         data = None if body is None else json.dumps(body).encode()
         try:
@@ -176,65 +180,68 @@ class Endpoint:
             raise _FailedError("what came back is not JSON") from None
 
     def _read(self, answer: Any) -> bytes:
-        """The body, up to a size and a time that an honest server keeps to."""
-        end, found = time.monotonic() + self._timeout, b""
+        """The body; `_FailedError` beyond a maximum size or time."""
+        end, body = time.monotonic() + self._timeout, b""
         while part := answer.read1(65_536):
-            found += part
-            if len(found) > _MOST_BYTES or time.monotonic() > end:
-                raise _FailedError(f"more than {_MOST_BYTES:,} bytes or {self._timeout:.0f} s of answer")
-        return found
+            body += part
+            if len(body) > _MAX_BYTES or time.monotonic() > end:
+                raise _FailedError(f"more than {_MAX_BYTES:,} bytes or {self._timeout:.0f} s of answer")
+        return body
 
     def _refusal(self, error: urllib.error.HTTPError, body: Mapping[str, Any]) -> Exception:
-        """What an HTTP status means."""
-        said = ""
+        """The error for an HTTP status."""
+        body_text = ""
         with contextlib.suppress(_FailedError, OSError, http.client.HTTPException):
-            said = " ".join(self._clean(self._read(error).decode("utf-8", "replace")).split())
-        shown = f"HTTP {error.code}" + (f": {said[:200]}" if said else "")
+            body_text = " ".join(self._clean(self._read(error).decode("utf-8", "replace")).split())
+        status = f"HTTP {error.code}" + (f": {body_text[:200]}" if body_text else "")
         if error.code >= 500 or error.code in _BUSY:
-            asked = error.headers.get("Retry-After", "")
-            return _FailedError(shown, None if "insufficient_quota" in said else float(asked if asked.isdigit() else 0))
-        if error.code == 400 and "max_completion_tokens" in said and "max_tokens" in body:
+            retry_after = error.headers.get("Retry-After", "")
+            return _FailedError(
+                status,
+                None if "insufficient_quota" in body_text else float(retry_after if retry_after.isdigit() else 0),
+            )
+        if error.code == 400 and "max_completion_tokens" in body_text and "max_tokens" in body:
             self._limit = "max_completion_tokens"
-            return _FailedError(shown, 0.01)
-        if error.code == 400 and "temperature" in said and "temperature" in body:
+            return _FailedError(status, 0.01)
+        if error.code == 400 and "temperature" in body_text and "temperature" in body:
             self._options = {}
-            return _FailedError(shown, 0.01)
+            return _FailedError(status, 0.01)
         if error.code in (401, 403):
-            return ConfigError(f"the endpoint refuses the key ({shown}).", at=self.url, fix=f"set {_KEY}.")
-        if error.code == 404 and body and (known := self.models()) and self.model not in known:
-            return unknown_name("model", self.model, known, at=_MODEL)
-        fix = f"{_URL} is what stands before /chat/completions, and {_MODEL} a chat model there."
-        return ConfigError(f"the endpoint refuses the request ({shown}).", at=self.url, fix=fix)
+            return ConfigError(f"the endpoint refuses the key ({status}).", at=self.url, fix=f"set {_KEY}.")
+        if error.code == 404 and body and (models := self.models()) and self.model not in models:
+            return unknown_name("model", self.model, models, at=_MODEL)
+        fix = f"set {_URL} to the address before /chat/completions, and {_MODEL} to a chat model there."
+        return ConfigError(f"the endpoint refuses the request ({status}).", at=self.url, fix=fix)
 
     def _clean(self, text: str) -> str:
-        """Text from outside, without the key that a server may repeat."""
-        return _whole(text.replace(self._key, "(key)") if self._key else text)
+        """Text from the server, without the key, which it may repeat."""
+        return _without_surrogates(text.replace(self._key, "(key)") if self._key else text)
 
 
-def _whole(text: str) -> str:
-    """The text without halves of characters, which no file can hold."""
+def _without_surrogates(text: str) -> str:
+    """The text with lone surrogates, which cannot be encoded, replaced."""
     return text.encode("utf-8", "replace").decode()
 
 
 def chat_endpoint(answers: Path, *, log: Log = SILENT) -> Endpoint:
     """The endpoint that the environment names: OPENAI_BASE_URL, SAEFFECT_LABEL_MODEL, OPENAI_API_KEY if it wants one.
 
-    Nothing is sent, unless the model is not named: then the error lists those there are. ConfigError if a variable is
-    missing or wrong.
+    Nothing is sent, unless the model is not named: then the error lists the server's models. ConfigError if a variable
+    is missing or wrong.
     """
     url, key, model = (os.environ.get(name, "").strip() for name in (_URL, _KEY, _MODEL))
     if not url:
         fix = f"set {_URL}, such as http://127.0.0.1:8080/v1, {_MODEL}, and {_KEY} if it wants one."
         raise ConfigError("no endpoint of a language model is named.", at=_URL, fix=fix)
-    found = Endpoint(url, model, key, answers=answers, log=log)
+    endpoint = Endpoint(url, model, key, answers=answers, log=log)
     if not model:
-        fix = f"set {_MODEL} to one of: {', '.join(found.models()) or '(the endpoint lists none)'}."
+        fix = f"set {_MODEL} to one of: {', '.join(endpoint.models()) or '(the endpoint lists none)'}."
         raise ConfigError("the language model is not named.", at=_MODEL, fix=fix)
-    return found
+    return endpoint
 
 
-def _checked(url: str, key: str) -> str:
-    """The address without a last slash."""
+def _checked_url(url: str, key: str) -> str:
+    """The address without a trailing slash; ConfigError if address or key cannot be used."""
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port

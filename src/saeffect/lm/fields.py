@@ -1,4 +1,4 @@
-"""Which part of a row of data is text: a field, a field inside another, or a template over several."""
+"""The text of a row of data: a field, a nested field, or a template over several fields."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ __all__ = ["TextField", "kind_of"]
 
 @dataclass(frozen=True)
 class TextField:
-    """How the text of a row is made: `wanted` as the user wrote it; `parts`, what stands before each name, and the
-    name (the last part has none).
+    """How the text of a row is made: `wanted` as the user wrote it; `parts`, pairs of literal text and the field name
+    that follows it (None at the end).
 
     Example:
         >>> TextField.parse("Q: {question}\\nA: {answers.text.0}").names
@@ -29,8 +29,8 @@ class TextField:
 
     @classmethod
     def parse(cls, wanted: str) -> TextField:
-        """Read `text`, `meta.text` or `"{question}\\n{answer}"` (braces that are text are doubled); ConfigError if
-        it is none.
+        """Parse `text`, `meta.text` or `"{question}\\n{answer}"` (literal braces are doubled); ConfigError if
+        it is invalid.
         """
         if "{" not in wanted:
             return cls(wanted, (("", wanted),))
@@ -54,12 +54,12 @@ class TextField:
     def names(self) -> tuple[str, ...]:
         return tuple(name for _, name in self.parts if name is not None)
 
-    def columns(self, there: list[str]) -> list[str]:
-        """Those of a table's columns that are needed."""
-        return [name for name in there if any(name == n or n.startswith(f"{name}.") for n in self.names)]
+    def columns(self, columns: list[str]) -> list[str]:
+        """The columns of a table that the fields are in."""
+        return [name for name in columns if any(name == n or n.startswith(f"{name}.") for n in self.names)]
 
     def text(self, row: Mapping[str, Any], at: str) -> str:
-        """The text of a row that was read at `at`; BadFile if a field is missing there or holds no text."""
+        """The text of a row read at position `at`; BadFile if a field is missing there or holds no text."""
         if len(self.parts) == 1 and not self.parts[0][0]:
             return _string(self.names[0], _value(row, self.names[0], at), at)
         return "".join(
@@ -68,49 +68,49 @@ class TextField:
         )
 
     def messages(self, row: Mapping[str, Any] | str, at: str) -> str:
-        """The list of messages in a row that was read at `at`, as JSON; BadFile if there is none. A text is taken to
-        be JSON already, as cells of CSV are.
+        """The list of messages in a row read at position `at`, as JSON; BadFile if there is none. A string is taken as
+        JSON already, as in cells of CSV.
         """
         if isinstance(row, str):
-            raise BadFile("this is plain text, and no messages.", at=at, fix=_CHATS)
+            raise BadFile("this is plain text, and no messages.", at=at, fix=_CHAT_EXAMPLE)
         if len(self.names) > 1 or self.parts[0][0]:
             raise ConfigError(
-                f"{self.wanted!r} is a template, and a conversation is one field.", at="field", fix=_CHATS
+                f"{self.wanted!r} is a template, and a conversation is one field.", at="field", fix=_CHAT_EXAMPLE
             )
         value = _value(row, self.names[0], at)
         if isinstance(value, str) and value.lstrip().startswith("["):
             return value
         if not isinstance(value, list | tuple):
             raise BadFile(
-                f"the field {self.wanted!r} holds {kind_of(value)}, not a list of messages.", at=at, fix=_CHATS
+                f"the field {self.wanted!r} holds {kind_of(value)}, not a list of messages.", at=at, fix=_CHAT_EXAMPLE
             )
         return json.dumps(value, ensure_ascii=False)
 
 
-_CHATS = 'a conversation is a list such as [{"role": "user", "content": "..."}], one a line of a .jsonl file.'
+_CHAT_EXAMPLE = 'a conversation is a list such as [{"role": "user", "content": "..."}], one a line of a .jsonl file.'
 
 
 def _value(row: Mapping[str, Any], name: str, at: str) -> Any:
     if name in row:
         return row[name]
-    found: Any = row
+    value: Any = row
     for part in name.split("."):
-        if isinstance(found, Mapping) and part in found:
-            found = found[part]
-        elif isinstance(found, list | tuple) and part.isdigit() and int(part) < len(found):
-            found = found[int(part)]
+        if isinstance(value, Mapping) and part in value:
+            value = value[part]
+        elif isinstance(value, list | tuple) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
         else:
             raise _no_field(row, name, at)
-    return found
+    return value
 
 
 def _no_field(row: Mapping[str, Any], name: str, at: str) -> BadFile:
     names = [str(key)[:40] for key in sorted(map(str, row))]
-    have = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") or "nothing"
+    listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") or "nothing"
     fix = "name the one that holds text"
     if len(names) > 1:
         fix += ', or several: field: "' + "\\n".join(f"{{{key}}}" for key in names[:2]) + '"'
-    return BadFile(f"there is no field {name!r} here; it has: {have}.", at=at, fix=f"{fix}.")
+    return BadFile(f"there is no field {name!r} here; it has: {listed}.", at=at, fix=f"{fix}.")
 
 
 def _string(name: str, value: Any, at: str, *, numbers: bool = False) -> str:

@@ -45,7 +45,7 @@ class FinetuneResult:
 
     Attributes:
         folder: The adapter, in PEFT's layout, with README.md and training.json.
-        perplexity: Per text ("training", "control"): (before, after), on held-out rows.
+        perplexity: (before, after) on held-out rows of each text ("training", "control").
         tokens: Training tokens seen.
         prepend_bos: Whether each row began with the tokenizer's BOS token.
     """
@@ -59,10 +59,10 @@ class FinetuneResult:
 def finetune(config: FinetuneConfig, out: Path | str, *, log: Log = SILENT) -> FinetuneResult:
     """Train a LoRA adapter and write it to `out`.
 
-    A run that was stopped, also with `kill -9`, resumes from its last checkpoint (in `out/checkpoint`) and ends with
-    the same weights; a finished one is not repeated. Interrupted: Ctrl-C or SIGTERM. BadFile: the loss is not finite,
-    or something cannot be written. ConfigError: `out` holds what something else made, or a module is missing. InUse:
-    another process trains into `out`.
+    A stopped run, also after `kill -9`, resumes from its last checkpoint (in `out/checkpoint`) and ends with the same
+    weights; a finished one is not repeated. Interrupted: Ctrl-C or SIGTERM. BadFile: the loss is not finite, or a file
+    cannot be written. ConfigError: `out` holds other files, or a module is missing. InUse: another process trains into
+    `out`.
     """
     out = Path(out)
     TrainingFolder(out, "", _LEAVES).refuse_strangers()
@@ -79,10 +79,10 @@ def finetune(config: FinetuneConfig, out: Path | str, *, log: Log = SILENT) -> F
         log("finished before; nothing to do")
     else:
         with folder.held():
-            _make(config, lm, texts, folder, log)
+            _train_and_save(config, lm, texts, folder, log)
     note = read_json(out / _NOTE)
-    measured = {name: (found["before"], found["after"]) for name, found in note["perplexity"].items()}
-    result = FinetuneResult(out, measured, note["tokens"], note["prepend_bos"])
+    perplexities = {name: (values["before"], values["after"]) for name, values in note["perplexity"].items()}
+    result = FinetuneResult(out, perplexities, note["tokens"], note["prepend_bos"])
     folder.checkpoint.drop_all()
     if not (out / _CARD).is_file() or not (out / _CARD).stat().st_size:
         with atomic_path(out / _CARD) as temporary:
@@ -96,7 +96,7 @@ def remove_adapter(out: Path) -> None:
 
 
 def _rows(config: FinetuneConfig, lm: LanguageModel) -> dict[str, TokenRows]:
-    """Training rows in a seeded order, under "", and held-out rows of each text; what counts is learnt."""
+    """Training rows in a seeded order, under "", and held-out rows of each text; tokens that count are learnt."""
     chat = config.format == "chat"
 
     def packed(key: str, source: TextSource, held_out: bool, limit: int) -> TokenRows:
@@ -105,8 +105,8 @@ def _rows(config: FinetuneConfig, lm: LanguageModel) -> dict[str, TokenRows]:
             # Files are often sorted by source or topic, so documents are shuffled before they are cut into rows.
             order = np.random.default_rng(config.seed).permutation(len(texts))
             order = order if held_out else order[: config.documents]
-            found = list(islice(cut_rows(lm, (texts[i] for i in order), config.context_size, config), limit))
-            return TokenRows.of(found, [0] * len(found), (key,), (config.loss,))
+            cut = list(islice(cut_rows(lm, (texts[i] for i in order), config.context_size, config), limit))
+            return TokenRows.from_rows(cut, [0] * len(cut), (key,), (config.loss,))
         except SaeffectError as error:
             raise error.placed(key) from None
 
@@ -120,22 +120,25 @@ def _rows(config: FinetuneConfig, lm: LanguageModel) -> dict[str, TokenRows]:
 
 
 def _made_by(config: FinetuneConfig, lm: LanguageModel, texts: Mapping[str, TokenRows]) -> str:
-    """Fingerprint of everything that decides the adapter; of texts and model the contents, not the paths."""
+    """Fingerprint of everything that decides the adapter, with the contents of texts and model, not their paths."""
     not_decisive = {"text", "control_text", "field", "documents", "bos", "checkpoint_every"}
     recipe = config.model_dump(mode="json", exclude=not_decisive | {*ChatKeys.model_fields, "loss"})
     counts = [rows.counts.tobytes().hex() for rows in texts.values() if rows.counts is not None]
     return fingerprint([recipe, lm.identity, {name: r.ids.tobytes().hex() for name, r in texts.items()}, *counts])
 
 
-def _make(
+def _train_and_save(
     config: FinetuneConfig, lm: LanguageModel, texts: Mapping[str, TokenRows], folder: TrainingFolder, log: Log
 ) -> None:
     held_out = {name: rows for name, rows in texts.items() if name}
 
     def measure(model: Any, when: str) -> dict[str, float]:
-        found = {name: perplexity(model, rows.ids, counts=rows.counts) for name, rows in held_out.items()}
-        log(f"held-out perplexity {when}" + ", ".join(f"{name} text {value:.2f}" for name, value in found.items()))
-        return found
+        perplexities = {name: perplexity(model, rows.ids, counts=rows.counts) for name, rows in held_out.items()}
+        log(
+            f"held-out perplexity {when}"
+            + ", ".join(f"{name} text {value:.2f}" for name, value in perplexities.items())
+        )
+        return perplexities
 
     if config.steps < config.warmup_steps:
         log(
@@ -181,23 +184,23 @@ def _with_adapter(lm: LanguageModel, config: FinetuneConfig) -> Any:
             return get_peft_model(lm.model, lora).eval()
         except ValueError as error:
             layers = [n for n, m in lm.model.named_modules() if type(m).__name__ in ("Linear", "Conv1D")]
-            have = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+            names = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
             raise ConfigError(
-                f"{config.model.path} has no layers named {', '.join(config.modules)}; it has: {have}.",
+                f"{config.model.path} has no layers named {', '.join(config.modules)}; it has: {names}.",
                 at="modules",
             ) from error
 
 
 def _train(model: Any, train: TokenRows, config: FinetuneConfig, checkpoint: Checkpoint, log: Log) -> float:
     """Train from the last checkpoint, if any, to the end; the last loss, in nats."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=config.learning_rate, weight_decay=0.0)
-    others = {"loss": torch.full((), math.nan, dtype=torch.float64)}
-    first = checkpoint.restore(trained, optimizer, others)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0)
+    extra = {"loss": torch.full((), math.nan, dtype=torch.float64)}
+    first = checkpoint.restore(parameters, optimizer, extra)
     if first:
         log(f"going on from step {first:,}")
 
-    # Training stays in evaluation mode: dropout would draw other numbers after a resume than in one go.
+    # Training stays in evaluation mode: a resumed run would draw other dropout masks than an uninterrupted one.
     started = time.monotonic()
     with stopping(f"{checkpoint.folder} holds the last checkpoint"), Interruption() as interruption:
         for step in range(first, config.steps):
@@ -210,27 +213,27 @@ def _train(model: Any, train: TokenRows, config: FinetuneConfig, checkpoint: Che
                     at=str(checkpoint.folder.parent),
                     fix="lower learning_rate; the last checkpoint is from before.",
                 )
-            others["loss"].fill_(loss)
-            done = step + 1
-            log.progress("fine-tuning adapter", done, config.steps, "steps")
-            if interruption.asked or done % config.checkpoint_every == 0 or done == config.steps:
-                checkpoint.save(done, trained, optimizer, others)
-                pace = (done - first) / (time.monotonic() - started)
+            extra["loss"].fill_(loss)
+            n_done = step + 1
+            log.progress("fine-tuning adapter", n_done, config.steps, "steps")
+            if interruption.asked or n_done % config.checkpoint_every == 0 or n_done == config.steps:
+                checkpoint.save(n_done, parameters, optimizer, extra)
+                pace = (n_done - first) / (time.monotonic() - started)
                 rate = pace * config.batch_size * config.context_size
                 log(
-                    f"step {done}/{config.steps}  loss {loss:.3f}  {rate:,.0f} tokens/s"
-                    f"  {(config.steps - done) / pace / 60:.1f} min left"
+                    f"step {n_done}/{config.steps}  loss {loss:.3f}  {rate:,.0f} tokens/s"
+                    f"  {(config.steps - n_done) / pace / 60:.1f} min left"
                 )
             if interruption.asked:
                 raise Interrupted(
-                    f"stopped after step {done:,} of {config.steps:,}; the state is saved in {checkpoint.folder}.",
+                    f"stopped after step {n_done:,} of {config.steps:,}; the state is saved in {checkpoint.folder}.",
                     fix="run the same command again to go on from there.",
                 )
-    return float(others["loss"])
+    return float(extra["loss"])
 
 
 def _rate(step: int, config: FinetuneConfig) -> float:
-    """Linear warm-up, then a cosine down to a tenth."""
+    """Linear warm-up, then cosine decay to a tenth."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     share = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
@@ -238,7 +241,7 @@ def _rate(step: int, config: FinetuneConfig) -> float:
 
 
 def _peak(recipe: Mapping[str, Any]) -> float:
-    """The highest learning rate, which a training shorter than its warm-up does not reach."""
+    """The highest learning rate used: lower than the recipe's if training is shorter than the warm-up."""
     return float(recipe["learning_rate"] * min(1.0, recipe["steps"] / max(1, recipe["warmup_steps"])))
 
 
@@ -290,16 +293,16 @@ def _save_adapter(model: Any, config: FinetuneConfig, out: Path) -> None:
         save_file(tensors, temporary, metadata={"format": "pt"})
     adapter = model.peft_config["default"].to_dict()
     adapter = {key: sorted(value) if isinstance(value, set) else value for key, value in adapter.items()}
-    # PEFT records where the base model lay on this machine; others can use the user's own name for it.
+    # PEFT records the base model's path on this machine; the user's name for it works on others too.
     write_json(out / _ADAPTER, adapter | {"inference_mode": True, "base_model_name_or_path": config.model.path})
 
 
-def _learnt(recipe: Mapping[str, Any]) -> str:
-    """What of chats was learnt, in a sentence with a space after it; "" for plain text."""
+def _loss_sentence(recipe: Mapping[str, Any]) -> str:
+    """A sentence, with a space after it, on which part of chats was learnt; "" for plain text."""
     if recipe.get("format") != "chat":
         return ""
-    of = "only what the assistant writes" if recipe["loss"] == "assistant" else "all of it"
-    return f"Conversations by the chat template; learnt was {of}. "
+    learnt = "only what the assistant writes" if recipe["loss"] == "assistant" else "all of it"
+    return f"Conversations by the chat template; learnt was {learnt}. "
 
 
 def _card(recipe: Mapping[str, Any], result: FinetuneResult) -> str:
@@ -311,7 +314,7 @@ def _card(recipe: Mapping[str, Any], result: FinetuneResult) -> str:
             f"Rank {recipe['rank']}, alpha {recipe['alpha']:g}, on {', '.join(recipe['modules'])}.",
             f"{recipe['steps']} steps of {recipe['batch_size']} × {recipe['context_size']} tokens"
             f" ({result.tokens:,} in all), AdamW, peak learning rate {_peak(recipe):g}, seed"
-            f" {recipe['seed']}. {_learnt(recipe)}"
+            f" {recipe['seed']}. {_loss_sentence(recipe)}"
             f"{'Every row begins' if result.prepend_bos else 'No row begins'} with a BOS token.",
             "",
             *([f"Training text: {recipe['licence']}.", ""] if recipe["licence"] else []),

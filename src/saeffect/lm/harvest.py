@@ -1,4 +1,4 @@
-"""Run a model over text up to one hook, write the activations to shards on disk, and read them as batches."""
+"""Run a model over text up to a hook, write the activations to shards on disk, and read them back as batches."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ __all__ = [
 _NOTE, _SHARDS = "harvest.json", "shard-*.safetensors"
 _MAKE_AGAIN = "delete it and harvest again; the others stay."
 _ANOTHER_FOLDER = "choose another folder, or delete this one."
-# Row, position and source of a token in a shard, int32 each.
+# Row, position and source of a token in a shard, int32 each
 _BYTES_OF_PLACE = 12
 
 
@@ -67,8 +67,8 @@ def harvest(
 ) -> ActivationStore:
     """Write the activations of every kept position to shards under `out`, in the model's dtype.
 
-    A harvest that was killed continues after its last whole shard. Under `torchrun` each process writes its share of
-    the shards (the files are those of one process); `rows` and `out` must then be the same in every process. A shard
+    A killed harvest continues after its last whole shard. Under `torchrun` each process writes its share of the shards
+    (the files are the same as those of one process); `rows` and `out` must then be the same in every process. A shard
     has `rows_per_shard` rows of text, a forward pass `batch_size`.
 
     ConfigError: as `check_rows`; the folder holds another harvest; or the disk is too small. EmptySelection: no rows.
@@ -83,16 +83,16 @@ def harvest(
         if is_first() and (_missing(out, starts) or not (out / _NOTE).is_file()):
             stack.enter_context(sole_writer(out))
             remove_leftovers(out)
-        limit = _begin(lm, hook, rows, out, harvest_made_by(lm, hook, rows, rows_per_shard), batch_size)
+        limit = _prepare_folder(lm, hook, rows, out, harvest_made_by(lm, hook, rows, rows_per_shard), batch_size)
         missing = _missing(out, starts)
         todo = [start for start in missing if start // rows_per_shard % world == rank]
-        began = time.monotonic()
+        started = time.monotonic()
         with stopping(f"whole shards stay in {out}"), fused(lm):
             for done, start in enumerate(todo, start=1):
                 passes = range(start, min(start + rows_per_shard, len(rows)), batch_size)
                 save_tensors(out / shard_name(start // rows_per_shard), _shard(lm, hook, rows, passes, limit))
                 all_done = min(done * world, len(missing))
-                pace = all_done / (time.monotonic() - began)
+                pace = all_done / (time.monotonic() - started)
                 log(
                     f"harvest {len(starts) - len(missing) + all_done}/{len(starts)} shards"
                     f"  {pace * rows_per_shard * rows.context_size:,.0f} tokens/s"
@@ -122,15 +122,15 @@ def harvest_bytes(lm: LanguageModel, rows: TokenRows) -> int:
 
 
 def check_disk_space(folder: Path, expected: int, cap: int | None = None) -> None:
-    """ConfigError if shards of `expected` bytes, those present included, exceed the cap or the free disk space."""
+    """ConfigError if shards of `expected` bytes in all exceed the cap, or those not yet there the free disk space."""
     if cap is not None and expected > cap:
         raise ConfigError(
             f"the activations take {_size(expected)}; the cap is {_size(cap)}.",
             at="max_disk_gb",
             fix="raise the cap, harvest fewer tokens, or stream the activations instead.",
         )
-    there = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
-    free = shutil.disk_usage(there).free
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+    free = shutil.disk_usage(existing).free
     missing = expected - sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if missing > free:
         raise ConfigError(
@@ -150,14 +150,14 @@ def read_shard(path: Path) -> dict[str, Tensor]:
 
 
 def shard_places(path: Path) -> Tensor:
-    """Where in the text a shard's tokens are, one number each, int64 `[n]`, rising. BadFile: damaged."""
+    """Positions in the text of a shard's tokens, row · 2³² + position, int64 `[n]`, ascending. BadFile: damaged."""
     with open_tensors(path, "this shard", fix=_MAKE_AGAIN) as tensors:
         row, position = (tensors.get_tensor(name).long() for name in ("row", "position"))
     return row * 2**32 + position
 
 
 class ShardSource(ActivationSource):
-    """Activations in shards, of which each is small enough for memory."""
+    """Activations in shards, each small enough for memory."""
 
     @abstractmethod
     def lengths(self) -> Sequence[int]:
@@ -168,12 +168,12 @@ class ShardSource(ActivationSource):
         """The activations of a shard in text order, `[n, d_in]` of any float dtype; BadFile if it is damaged."""
 
     def sample(self, n_tokens: int) -> Tensor:
-        found: list[Tensor] = []
+        parts: list[Tensor] = []
         for index in range(len(self.lengths())):
-            found.append(self.shard(index).float())
-            if sum(map(len, found)) >= n_tokens:
+            parts.append(self.shard(index).float())
+            if sum(map(len, parts)) >= n_tokens:
                 break
-        return torch.cat(found)[:n_tokens]
+        return torch.cat(parts)[:n_tokens]
 
     def n_batches(self, batch_size: int) -> int:
         return sum(self.lengths()) // batch_size
@@ -181,8 +181,8 @@ class ShardSource(ActivationSource):
     def batches(
         self, batch_size: int, *, seed: int, epoch: int, start: int = 0, pool_shards: int = 16
     ) -> Iterator[Tensor]:
-        """See `ActivationSource`; BadFile for a damaged shard. Shards are shuffled, and tokens within `pool_shards`
-        of them. Memory holds two such pools.
+        """See `ActivationSource`; BadFile for a damaged shard. Shards are shuffled, then tokens within pools of
+        `pool_shards` shards. Two pools are in memory at a time.
         """
         lengths = self.lengths()
         visits = np.random.default_rng([seed, epoch]).permutation(len(lengths)).tolist()
@@ -191,7 +191,7 @@ class ShardSource(ActivationSource):
         for number, first in enumerate(range(0, len(visits), pool_shards)):
             members = visits[first : first + pool_shards]
             tokens = sum(lengths[i] for i in members)
-            if not makers and skip >= tokens:  # not even read
+            if not makers and skip >= tokens:  # skipped without reading
                 skip -= tokens
             else:
                 makers.append(partial(_pool, self.shard, members, tokens, (seed, epoch, number)))
@@ -200,7 +200,7 @@ class ShardSource(ActivationSource):
 
 @dataclass(frozen=True)
 class ActivationStore(ShardSource):
-    """A folder of shards, read as shuffled batches. `note`: contents of its harvest.json."""
+    """A folder of shards, read as shuffled batches; `note` holds its harvest.json."""
 
     folder: Path
     note: dict[str, Any]
@@ -222,14 +222,14 @@ class ActivationStore(ShardSource):
         return _shape(self.shards()[0])[1]
 
     def norm_limit(self) -> NormLimit:
-        """Which positions were kept; BadFile if the note lacks it."""
-        found: Any = self.note.get("norm_limit")
+        """The norm limit of kept positions; BadFile if the note lacks it."""
+        stored: Any = self.note.get("norm_limit")
         with contextlib.suppress(KeyError, TypeError, ValueError):
-            limit = NormLimit(float(found["median_norm"]), float(found["limit"]))
+            limit = NormLimit(float(stored["median_norm"]), float(stored["limit"]))
             if math.isfinite(limit.median_norm) and math.isfinite(limit.limit):
                 return limit
         raise BadFile(
-            f"norm_limit is {found!r}; expected two finite numbers, median_norm and limit.",
+            f"norm_limit is {stored!r}; expected two finite numbers, median_norm and limit.",
             at=str(self.folder / _NOTE),
             fix="delete the folder and harvest again.",
         )
@@ -244,13 +244,15 @@ class ActivationStore(ShardSource):
         return read_shard(self.shards()[index])["activations"]
 
 
-def _begin(
+def _prepare_folder(
     lm: LanguageModel, hook: str, rows: TokenRows, out: Path, made_by: Mapping[str, object], batch_size: int
 ) -> NormLimit:
-    """Read the note of an earlier, partial run, or write a new one; the first process does, the others wait."""
+    """Check the note of an earlier, partial run, or write a new one, in the first process while the others wait; then
+    the norm limit in it.
+    """
     if is_first():
         if (out / _NOTE).is_file():
-            _refuse_another(_read_note(out), made_by, out)
+            _refuse_other_harvest(_read_note(out), made_by, out)
         elif any(out.glob(_SHARDS)):
             raise ConfigError(
                 f"this folder holds shards, but no {_NOTE} says of what.", at=str(out), fix=_ANOTHER_FOLDER
@@ -261,15 +263,15 @@ def _begin(
             write_json(out / _NOTE, {"made_by": made_by, "norm_limit": vars(limit), "sources": list(rows.names)})
     barrier()
     store = ActivationStore(out, _read_note(out))
-    _refuse_another(store.note, made_by, out)
+    _refuse_other_harvest(store.note, made_by, out)
     return store.norm_limit()
 
 
-def _refuse_another(note: Mapping[str, Any], made_by: Mapping[str, object], out: Path) -> None:
-    differs = [key for key in made_by.keys() | note["made_by"].keys() if note["made_by"].get(key) != made_by.get(key)]
-    if differs:
+def _refuse_other_harvest(note: Mapping[str, Any], made_by: Mapping[str, object], out: Path) -> None:
+    changed = [key for key in made_by.keys() | note["made_by"].keys() if note["made_by"].get(key) != made_by.get(key)]
+    if changed:
         raise ConfigError(
-            f"this folder holds another harvest (it differs in {', '.join(sorted(differs))}).",
+            f"this folder holds another harvest (it differs in {', '.join(sorted(changed))}).",
             at=str(out),
             fix=_ANOTHER_FOLDER,
         )
@@ -293,18 +295,18 @@ def _missing(out: Path, starts: range) -> list[int]:
 
 
 def _shard(lm: LanguageModel, hook: str, rows: TokenRows, starts: range, limit: NormLimit) -> dict[str, Tensor]:
-    kept, row, position = [], [], []
+    activations_kept, row, position = [], [], []
     for start in starts:
         stop = min(start + starts.step, starts.stop)
         counts = rows.counts_of(start, stop - start)
         activations, mask = run_pass(lm, hook, rows.ids[start:stop], limit, counts)
         row_of_pass, position_of_pass = mask.nonzero(as_tuple=True)
-        kept.append(activations)
+        activations_kept.append(activations)
         row.append(row_of_pass + start)
         position.append(position_of_pass)
     rows_kept = torch.cat(row)
     return {
-        "activations": torch.cat(kept),
+        "activations": torch.cat(activations_kept),
         "row": rows_kept.to(torch.int32),
         "position": torch.cat(position).to(torch.int32),
         "source": torch.from_numpy(rows.sources)[rows_kept].to(torch.int32),
@@ -317,14 +319,14 @@ def _shape(path: Path) -> tuple[int, ...]:
 
 
 def _pool(read: Callable[[int], Tensor], members: Sequence[int], n_tokens: int, seeds: tuple[int, ...]) -> Pool:
-    """A pool of shards, copied one by one: joined at once they would take twice the memory."""
+    """A pool of shards, copied one by one, since concatenating them would take twice the memory."""
     part = read(members[0])
     joined = torch.empty(n_tokens, part.shape[1], dtype=part.dtype)
-    at = 0
+    position = 0
     for index in members:
         part = read(index)
-        joined[at : at + len(part)] = part
-        at += len(part)
+        joined[position : position + len(part)] = part
+        position += len(part)
     return shuffled(joined, *seeds)
 
 

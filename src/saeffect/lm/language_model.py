@@ -31,12 +31,12 @@ __all__ = ["LanguageModel", "MergedAdapter", "causal_attention", "fused", "input
 
 @dataclass(frozen=True)
 class MergedAdapter:
-    """Effect of an adapter on a few fixed tokens; of a merged one in float32.
+    """Effect of an adapter on the logits of a few fixed tokens; for a merged adapter, in float32.
 
     Attributes:
         effect: Largest change of a logit by the adapter.
-        error: Largest difference between the merged and the unmerged model's logits: rounding; 0 if kept unmerged.
-        other_base: One line if the adapter names another base model.
+        error: Largest difference between the merged and the unmerged model's logits (rounding); 0 if kept unmerged.
+        other_base: A one-line warning if the adapter names another base model.
     """
 
     effect: float
@@ -50,10 +50,10 @@ class LanguageModel:
 
     Attributes:
         model: In evaluation mode; its parameters take no gradients.
-        name: What the user called it; adapters are appended with a plus sign.
+        name: The user's name for it; an adapter is appended with a plus sign.
         identity: SHA-256 of the files it came from, for fingerprints.
-        adapter: Effect of merging its adapter; None without one.
-        shared: Ids that mean the same in every model that this one is compared with; None if it is alone.
+        adapter: Effect of its adapter; None without one.
+        shared: Token ids that mean the same in all models compared; None if there is only this one.
         prepend_bos: Whether rows of text and prompts begin with the tokenizer's BOS token; None: as the tokenizer does,
             and conversations as the chat template writes them.
         chat: How conversations are written; None: by the tokenizer's own chat template.
@@ -75,12 +75,12 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go; a model that is spread over devices moves what it needs itself."""
+        """The device for token ids; a model that is spread over devices moves tensors between them itself."""
         return input_device(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of activations; quantised weights are packed in another."""
+        """The dtype of activations; quantised weights are packed in another dtype."""
         return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
     @property
@@ -101,23 +101,23 @@ class LanguageModel:
     def n_positions(self) -> int | None:
         """The longest sequence that the model takes, in tokens; None if its configuration names none."""
         config = self.model.config
-        found = getattr(getattr(config, "get_text_config", lambda: config)(), "max_position_embeddings", None)
-        return None if found is None else int(found)
+        limit = getattr(getattr(config, "get_text_config", lambda: config)(), "max_position_embeddings", None)
+        return None if limit is None else int(limit)
 
     def refuse_rows(self, ids: NDArray[np.int32]) -> None:
         """ConfigError if rows `[n_rows, context_size]` are too long or hold an id without an embedding."""
-        context, most = ids.shape[1], self.n_positions
-        if most is not None and context > most:
+        context, limit = ids.shape[1], self.n_positions
+        if limit is not None and context > limit:
             raise ConfigError(
-                f"rows have {context:,} tokens; {self.name} takes {most:,}.",
+                f"rows have {context:,} tokens; {self.name} takes {limit:,}.",
                 at="context_size",
-                fix=f"set context_size to {most} or less.",
+                fix=f"set context_size to {limit} or less.",
             )
         low, high = int(ids.min(initial=0)), int(ids.max(initial=0))
         n_embedded = min(self.d_vocab, int(self.model.get_input_embeddings().weight.shape[0]))
         if low < 0 or high >= n_embedded:
-            named = known_tokens(self.tokenizer).get(high) if high >= n_embedded else None
-            token = "" if named is None else f" ({named})"
+            text = known_tokens(self.tokenizer).get(high) if high >= n_embedded else None
+            token = "" if text is None else f" ({text})"
             raise ConfigError(
                 f"the text has token ids from {low} to {high}{token}, but {self.name} knows 0 to {n_embedded - 1}.",
                 fix="make the rows with the tokenizer that was saved with this model, or resize the model's embedding.",
@@ -125,7 +125,7 @@ class LanguageModel:
 
     @functools.cached_property
     def bos_id(self) -> int | None:
-        """The first token of every row and prompt, or None (see `find_bos_id`); neither measured nor intervened on."""
+        """The first token of every row and prompt, or None (see `find_bos_id`); not measured, not intervened on."""
         return find_bos_id(self.tokenizer, self.prepend_bos)
 
     def encode(self, text: str) -> list[int]:
@@ -133,7 +133,7 @@ class LanguageModel:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
-        """Token ids of a text to continue, after the BOS token if there is one; of a chat, up to the reply
+        """Token ids of a text to continue, after the BOS token if there is one; or of a chat, up to the reply
         (ConfigError if the chat template refuses it).
         """
         if isinstance(prompt, str):
@@ -141,7 +141,7 @@ class LanguageModel:
         return self.encode_chat(plain_messages(prompt), reply=True).ids
 
     def prompt_parts(self, prompt: Prompt) -> Parts | None:
-        """Who says each token of a chat prompt, int8, one a token of `encode_prompt`; None for plain text."""
+        """The part (see `Parts`) of each token of `encode_prompt` of a chat, int8; None for plain text."""
         return None if isinstance(prompt, str) else self.encode_chat(plain_messages(prompt), reply=True).parts
 
     @functools.cached_property
@@ -152,15 +152,15 @@ class LanguageModel:
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], *, reply: bool = False, begins: bool = True
     ) -> Encoded:
-        """A conversation's token ids, one BOS in front if there is to be one, and who says each; see `ChatFormat`.
-        Within a row, where it does not begin (`begins`), there is no BOS.
+        """A conversation's token ids and their parts (see `ChatFormat.encode`), with one BOS in front if rows have one;
+        `begins` is False for a conversation within a row, which gets no BOS.
         """
         ids, parts = self.chat_format.encode(messages, reply=reply)
         written = self.chat_format.writes_bos
         if written and not (begins and self.prepend_bos is not False):
             ids, parts = ids[1:], parts[1:]
-        if begins and self.prepend_bos is not None and len(begun := with_bos(ids, self.bos_id)) > len(ids):
-            ids, parts = begun, np.concatenate([self.chat_format.mark, parts])
+        if begins and self.prepend_bos is not None and len(with_bos_ids := with_bos(ids, self.bos_id)) > len(ids):
+            ids, parts = with_bos_ids, np.concatenate([self.chat_format.special_part, parts])
         return Encoded(ids, parts)
 
     def n_bos(self, ids: Sequence[int] | NDArray[np.int32]) -> int:
@@ -168,28 +168,28 @@ class LanguageModel:
         return int(len(ids) > 0 and self.bos_id is not None and int(ids[0]) == self.bos_id)
 
     def pack(self, texts: Iterable[str], context_size: int) -> Iterator[NDArray[np.int32]]:
-        """Join documents with a separator and cut them into rows without padding, int32 `[context_size]`, each with
-        BOS in front, if there is one; the last, short piece is dropped. ConfigError without a separator,
+        """Join documents with a separator and cut them into rows without padding, int32 `[context_size]`, each
+        beginning with BOS, if there is one; a short last row is dropped. ConfigError without a separator,
         EmptySelection without a row.
         """
         separator, bos = separator_id(self.tokenizer), self.bos_id
-        held: list[int] = []
+        pending: list[int] = []
         rows = 0
         for text in texts:
-            held.extend(self.encode(text))
-            held.append(separator)
-            while len(row := with_bos(held[:context_size], bos)[:context_size]) == context_size:
+            pending.extend(self.encode(text))
+            pending.append(separator)
+            while len(row := with_bos(pending[:context_size], bos)[:context_size]) == context_size:
                 yield np.asarray(row, dtype=np.int32)
                 rows += 1
-                del held[: context_size - (row[0] != held[0])]  # a BOS put in front is none of the text
+                del pending[: context_size - (row[0] != pending[0])]  # a BOS put in front is none of the text
         if not rows:
             raise EmptySelection(
-                f"the text has {len(held)} tokens, fewer than one context of {context_size}.",
+                f"the text has {len(pending)} tokens, fewer than one context of {context_size}.",
                 fix="give more text, or a smaller context_size.",
             )
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids as a continuation: spaces as they are, special tokens left out."""
+        """The text of ids as a continuation: leading spaces kept, special tokens left out."""
         return self._decoder(ids, skip_special_tokens=True)
 
     @functools.cached_property
@@ -197,7 +197,7 @@ class LanguageModel:
         return ContinuationDecoder(self.tokenizer)
 
     def token_strings(self) -> list[str]:
-        """One decoded string per id, `d_vocab` of them: a leading space stays; half a character is U+FFFD."""
+        """The decoded text of each id, `d_vocab` strings; a leading space stays, partial characters are U+FFFD."""
         return list(self._token_strings)
 
     @functools.cached_property
@@ -205,7 +205,7 @@ class LanguageModel:
         return tuple(token_texts(self.tokenizer, range(self.d_vocab)))
 
     def plain_tokens(self) -> torch.Tensor:
-        """Ids that may be top tokens or be written, bool `[d_vocab]`: known to the tokenizer, shared, not special."""
+        """Ids that may be top tokens or be generated, bool `[d_vocab]`: known to the tokenizer, shared, not special."""
         return self._plain_tokens.clone()
 
     @functools.cached_property
@@ -220,11 +220,11 @@ class LanguageModel:
 
 
 def input_device(model: Any) -> torch.device:
-    """Where a transformers model wants its input: its first device that computes, where accelerate spread it."""
-    places = getattr(model, "hf_device_map", None)
-    if not places:
+    """The device of a transformers model's input: if accelerate spread the model, the first device that computes."""
+    device_map = getattr(model, "hf_device_map", None)
+    if not device_map:
         return next(model.parameters()).device  # type: ignore[no-any-return]
-    computing = [place for place in places.values() if place not in ("cpu", "disk", "meta")]
+    computing = [device for device in device_map.values() if device not in ("cpu", "disk", "meta")]
     return torch.device(computing[0] if computing else "cpu")
 
 
@@ -248,9 +248,9 @@ _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "SiLU": _silu_,
     "SiLUActivation": _silu_,
 }
-# Queries a product: enough rows for the product to run at full speed, few enough that little is hidden.
+# Queries a matrix product: enough for full speed, few enough that little masked work is done.
 _BLOCK = 128
-# Arguments of attention functions without effect on one packed pass without a cache.
+# Arguments of attention functions that have no effect on a packed pass without a cache.
 _HARMLESS = ("dropout", "scaling", "is_causal", "position_ids", "cache_position", "use_cache", "output_attentions")
 
 
@@ -258,9 +258,9 @@ _HARMLESS = ("dropout", "scaling", "is_causal", "position_ids", "cache_position"
 def fused(lm: LanguageModel, *, gradients: bool = False) -> Iterator[None]:
     """While the block runs, the model uses faster equivalents of some parts; for much text on a CPU.
 
-    `gelu_new` is one operation instead of seven, and attention skips what the causal mask hides. Results differ by
-    rounding: one part in 10^6 in float32; in bfloat16 attention scores are rounded to bfloat16, as in transformers'
-    `eager` attention. Activation functions overwrite their input, but not where `gradients` are wanted.
+    `gelu_new` is one operation instead of seven, and attention skips masked blocks. Results differ by rounding: one
+    part in 10^6 in float32; in bfloat16 attention scores are rounded to bfloat16, as in transformers' `eager`
+    attention. Activation functions overwrite their input, unless `gradients` are needed.
     """
     replaced: list[nn.Module] = []
     try:
@@ -278,14 +278,14 @@ def fused(lm: LanguageModel, *, gradients: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _attention(lm: LanguageModel) -> Iterator[None]:
-    """Replace transformers' `sdpa` by `causal_attention` where that is faster: bfloat16 on a CPU."""
-    chosen = getattr(lm.model.config, "_attn_implementation", None)
-    if chosen != "sdpa" or lm.dtype != torch.bfloat16 or lm.device.type != "cpu":
+    """Replace transformers' `sdpa` by `causal_attention` where it is faster: in bfloat16 on a CPU."""
+    implementation = getattr(lm.model.config, "_attn_implementation", None)
+    if implementation != "sdpa" or lm.dtype != torch.bfloat16 or lm.device.type != "cpu":
         yield
         return
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    usual: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    original: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
@@ -304,20 +304,21 @@ def _attention(lm: LanguageModel) -> Iterator[None]:
         )
         if plain:
             return causal_attention(query, key, value, scaling=options.get("scaling")), None
-        found: tuple[Tensor, Tensor | None] = usual(module, query, key, value, attention_mask, **options)
-        return found
+        result: tuple[Tensor, Tensor | None] = original(module, query, key, value, attention_mask, **options)
+        return result
 
     ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
     try:
         yield
     finally:
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = usual
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = original
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None = None) -> Tensor:
     """Causal attention, `[batch, heads, sequence, d_head]` to `[batch, sequence, heads, d_head]` of the same dtype,
-    without what lies beyond a block of queries. Of fewer heads, each key and value serves `heads / key heads`
-    queries in a row. `scaling` of the scores is 1/sqrt(d_head) if None; scores are rounded to the dtype of `query`.
+    computed by blocks of queries without the keys after each block. With fewer key heads (grouped-query attention),
+    each serves `heads / key heads` consecutive query heads. `scaling` of the scores is 1/sqrt(d_head) if None; scores
+    are rounded to the dtype of `query`.
     """
     batch, heads, length, width = query.shape
     shared = key.shape[1]

@@ -1,4 +1,4 @@
-"""Loading a language model from wherever it lives: hub id, folder, GGUF file, adapter, or bundled name."""
+"""Loading a language model from a hub id, folder, GGUF file, adapter, or bundled name."""
 
 from __future__ import annotations
 
@@ -15,11 +15,18 @@ import torch
 from saeffect.config import ModelConfig
 from saeffect.errors import BadFile, ConfigError, NotFound, SaeffectError, unknown_name
 from saeffect.io import fingerprint, hash_file, read_json
-from saeffect.lm.accounting import BOTH, account_for, check_folder_sizes, loading_errors, quiet_transformers, refuse_nan
+from saeffect.lm.accounting import (
+    MODEL_AND_ADAPTER,
+    account_for,
+    check_folder_sizes,
+    loading_errors,
+    quiet_transformers,
+    refuse_nan,
+)
 from saeffect.lm.adapters import ADAPTER_CONFIG, keep_adapter, merge_adapter, read_adapter, require_fit
 from saeffect.lm.gguf import EMBEDDED_NAME, choose_gguf, converted_folder, described_folder, embedded_model, gguf_header
 from saeffect.lm.language_model import LanguageModel
-from saeffect.lm.placement import Placement
+from saeffect.lm.placement import Placement, refuse_unreadable_disk
 from saeffect.lm.tokens import tokenizer_trouble
 from saeffect.paths import BUNDLED, BUNDLED_FOLDER, user_path
 from saeffect.progress import SILENT, Log
@@ -41,17 +48,17 @@ __all__ = [
     "resolve_dtype",
 ]
 
-# transformers changes its own state while it loads, so that two threads would spoil each other's models.
-_ONE_AT_A_TIME = threading.RLock()
-_ONE_OF = {"studies": "study", "vocabularies": "vocabulary"}
+# transformers changes global state while it loads, so that models loaded in two threads would be corrupted.
+_LOADING_LOCK = threading.RLock()
+_SINGULAR = {"studies": "study", "vocabularies": "vocabulary"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# What decides a model: weights, configuration, tokenizer files, code of its own.
-_COUNTED = {".safetensors", ".json", ".gguf", ".txt", ".model", ".py", ".jinja"}
+# Files that decide a model: weights, configuration, tokenizer, its own code.
+_MODEL_SUFFIXES = {".safetensors", ".json", ".gguf", ".txt", ".model", ".py", ".jinja"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def resolve_device(name: str, *, at: str | None = None) -> torch.device:
-    """The device to run on; `auto` is the first GPU if there is one. ConfigError for a name that is none."""
+    """The device to run on; `auto` is the first GPU if there is one. ConfigError for an invalid name."""
     try:
         return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     except RuntimeError as error:
@@ -73,7 +80,7 @@ def usable_device(config: ModelConfig, *, at: str | None = None) -> torch.device
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype to run in; `auto` is bfloat16 where the processor multiplies it natively, else float32."""
+    """The dtype to run in; `auto` is bfloat16 where the hardware multiplies it natively, else float32."""
     if name != "auto":
         return _DTYPES[name]
     if device.type == "cuda":
@@ -83,20 +90,20 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def bundled_path(kind: str, name: str, *, at: str | None = None) -> Path:
-    """Folder or file of a bundled artifact, `bundled/<kind>/<name>`; UnknownName, with a list, if there is none."""
+    """Folder or file of a bundled artifact, `bundled/<kind>/<name>`; UnknownName if there is none."""
     root = BUNDLED_FOLDER / kind
-    found = root / name
-    if name in ("", ".", "..") or "/" in name or not found.exists():
-        valid = [p.name for p in root.iterdir() if p.is_dir()] if root.is_dir() else []
-        singular = _ONE_OF.get(kind, kind.removesuffix("s"))
-        raise unknown_name(f"bundled {singular}", name, [BUNDLED + v for v in valid], at=at)
-    return found
+    path = root / name
+    if name in ("", ".", "..") or "/" in name or not path.exists():
+        names = [p.name for p in root.iterdir() if p.is_dir()] if root.is_dir() else []
+        singular = _SINGULAR.get(kind, kind.removesuffix("s"))
+        raise unknown_name(f"bundled {singular}", name, [BUNDLED + v for v in names], at=at)
+    return path
 
 
 def locate_model(config: ModelConfig, *, log: Log = SILENT, at: str | None = None) -> Path | str:
-    """Where the base weights are: a local path, or the hub id for transformers.
+    """The base weights' local path, or the hub id for transformers.
 
-    NotFound: no such path, or a folder without config.json. UnknownName: another `bundled:` name than the embedded
+    NotFound: no such path, or a folder without config.json. UnknownName: a `bundled:` name other than the embedded
     model's. ConfigError: neither a path nor a hub id; a folder that is an adapter, or both an adapter and a model.
     """
     where = f"{at}.path" if at else None
@@ -120,16 +127,16 @@ def locate_model(config: ModelConfig, *, log: Log = SILENT, at: str | None = Non
 def _require_model(folder: Path, name: str, where: str | None) -> None:
     model, adapter = (folder / "config.json").is_file(), (folder / ADAPTER_CONFIG).is_file()
     if model and adapter:
-        raise ConfigError(BOTH[0], at=where, fix=BOTH[1])
+        raise ConfigError(MODEL_AND_ADAPTER[0], at=where, fix=MODEL_AND_ADAPTER[1])
     if model or list(folder.glob("*.gguf")):
         return
     if adapter:
-        raw = read_json(folder / ADAPTER_CONFIG)
-        named = raw.get("base_model_name_or_path") if isinstance(raw, dict) else None
+        config = read_json(folder / ADAPTER_CONFIG)
+        base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
         raise ConfigError(
             f"the folder {name!r} is an adapter, which needs its base model.",
             at=where,
-            fix=f"write model: {{path: {named or '<base model>'}, adapter: {name}}}.",
+            fix=f"write model: {{path: {base or '<base model>'}, adapter: {name}}}.",
         )
     raise NotFound(
         f"the folder {name!r} holds no config.json, so it is no transformers model.",
@@ -139,8 +146,8 @@ def _require_model(folder: Path, name: str, where: str | None) -> None:
 
 
 def locate_adapter(config: ModelConfig, *, at: str | None = None) -> Path | str | None:
-    """Where the PEFT adapter is: None, a folder with adapter_config.json, or a hub id. NotFound if a folder is
-    missing or no adapter; UnknownName for a `bundled:` name that does not exist.
+    """The PEFT adapter's folder or hub id, None without one. NotFound if a folder is missing or has no
+    adapter_config.json; UnknownName for a `bundled:` name that does not exist.
     """
     where = f"{at}.adapter" if at else None
     if config.adapter is None:
@@ -163,68 +170,70 @@ def locate_adapter(config: ModelConfig, *, at: str | None = None) -> Path | str 
 
 
 def load_language_model(config: ModelConfig | str, *, at: str | None = None, log: Log = SILENT) -> LanguageModel:
-    """Load weights, tokenizer and adapter; the adapter is merged into the weights, unless they are quantised or
-    spread.
+    """Load weights, tokenizer and adapter; the adapter is merged, unless the weights are quantised or spread.
 
     `config` may be just a path or id; `at` is its key in the study file, for errors. NotFound: no such path or hub id,
     or no safetensors there. BadFile: weights that are truncated, hold NaN or are not the model's; sizes in config.json
-    that the weights do not have; a pickled adapter. IncompatibleModels: the adapter does not fit. ConfigError: it
-    cannot be merged, or a folder has both a model and an adapter.
+    that the weights do not have; a pickled adapter. IncompatibleModels: the adapter does not fit. ConfigError: the
+    adapter cannot be merged, or a folder has both a model and an adapter.
     """
     config = ModelConfig(path=config) if isinstance(config, str) else config
     base = locate_model(config, log=log, at=at)
-    place = locate_adapter(config, at=at)
-    adapter_at = f"{at}.adapter" if at else str(place)
-    adapter = None if place is None else read_adapter(place, adapter_at)
+    adapter_source = locate_adapter(config, at=at)
+    adapter_at = f"{at}.adapter" if at else str(adapter_source)
+    adapter = None if adapter_source is None else read_adapter(adapter_source, adapter_at)
     device = usable_device(config, at=at)
     dtype = resolve_dtype(config.dtype, device)
-    merged = None
-    with _ONE_AT_A_TIME, quiet_transformers(), loading_errors(config, at, base):
+    merged_adapter = None
+    with _LOADING_LOCK, quiet_transformers(), loading_errors(config, at, base):
         gguf = _gguf_of(base, at)
         folder = base if gguf is None else converted_folder(gguf, dtype, at=at, log=log)
         saved = load_config(folder, config, at)
-        placement = Placement.of(config, saved, device, dtype, at=at)
+        placement = Placement.from_config(config, saved, device, dtype, at=at)
         if adapter is not None and not config.trust_remote_code:
             require_fit(adapter, saved, adapter_at)
         model, info = _read_base(folder, config, {"dtype": dtype, **placement.options})
+        refuse_unreadable_disk(model, at)
         account_for(model, info, at or config.path, log)
         tokenizer = load_tokenizer(folder, config, at=at)
         refuse_nan(model, at or config.path)
         if adapter is not None:
-            own_name = getattr(model.config, "_name_or_path", None) if isinstance(base, str) else None
-            put = merge_adapter if placement.merge else keep_adapter
-            model, merged = put(model, adapter, adapter_at)
-            merged = dataclasses.replace(merged, other_base=adapter.other_base(config.path, own_name))
+            saved_name = getattr(model.config, "_name_or_path", None) if isinstance(base, str) else None
+            attach = merge_adapter if placement.merge else keep_adapter
+            model, merged_adapter = attach(model, adapter, adapter_at)
+            merged_adapter = dataclasses.replace(merged_adapter, other_base=adapter.other_base(config.path, saved_name))
     if not placement.fixed:
-        # Parameters only: rotary frequencies are buffers, and in bfloat16 they would rotate far positions wrongly.
+        # Parameters only: rotary frequencies are buffers, and bfloat16 ones would rotate far positions wrongly.
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
         model = model.to(device)
     model = model.eval().requires_grad_(False)
     refuse_nan(model, at or config.path)
     name = config.path if config.adapter is None else f"{config.path} + {config.adapter}"
-    return LanguageModel(model, tokenizer, name, model_identity(config, at=at), merged)
+    return LanguageModel(model, tokenizer, name, model_identity(config, at=at), merged_adapter)
 
 
 def _read_base(folder: Path | str, config: ModelConfig, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     from transformers import AutoModelForCausalLM
 
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code, **options}
-    # Reading a pickle can run code.
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, use_safetensors=True, output_loading_info=True, **options
+        folder,
+        use_safetensors=True,
+        output_loading_info=True,
+        **options,  # loading a pickle could run code
     )
     return loaded  # type: ignore[no-any-return]
 
 
 def check_weights(base: Path | str, config: ModelConfig, at: str | None = None) -> None:
-    """Account for a located folder's tensors by their headers; no weights are read. Errors as `load_language_model`.
+    """Check a located folder's tensors by their headers, without reading weights. Errors as `load_language_model`.
 
-    Of hub ids, GGUF files and quantised weights only loading can tell.
+    Hub ids, GGUF files and quantised weights are not checked: only loading can tell.
     """
     if not isinstance(base, Path) or not (base / "config.json").is_file() or config.quantize is not None:
         return
-    with _ONE_AT_A_TIME, quiet_transformers(), loading_errors(config, at, base):
+    with _LOADING_LOCK, quiet_transformers(), loading_errors(config, at, base):
         saved = load_config(base, config, at)
         if getattr(saved, "quantization_config", None) is None:
             options = {"dtype": "auto", "device_map": "meta"}
@@ -232,35 +241,35 @@ def check_weights(base: Path | str, config: ModelConfig, at: str | None = None) 
 
 
 def load_config(base: Path | str, config: ModelConfig, at: str | None = None) -> Any:
-    """A located model's configuration in transformers; BadFile if it names sizes that the weights do not have."""
+    """A located model's transformers configuration; BadFile if it names sizes that the weights do not have."""
     from transformers import AutoConfig
 
-    place, options = _source(base, config)
-    if isinstance(place, Path):
-        check_folder_sizes(place, at)
-    return AutoConfig.from_pretrained(place, **options)
+    source, options = _source(base, config)
+    if isinstance(source, Path):
+        check_folder_sizes(source, at)
+    return AutoConfig.from_pretrained(source, **options)
 
 
 def load_tokenizer(base: Path | str, config: ModelConfig, *, at: str | None = None) -> Any:
-    """A located model's tokenizer, loaded with the model's own options; NotFound if it cannot be loaded. Errors of
-    `load_config`, which transformers reads first.
+    """A located model's tokenizer, loaded with the model's options; NotFound if it cannot be loaded. Errors of
+    `load_config`, since transformers reads the configuration first.
     """
     from transformers import AutoTokenizer
 
-    place: Path | str = base
+    source: Path | str = base
     try:
         with quiet_transformers():
-            place, options = _source(base, config)
-            if isinstance(place, Path):
-                check_folder_sizes(place, at)
-            return AutoTokenizer.from_pretrained(place, **options)
+            source, options = _source(base, config)
+            if isinstance(source, Path):
+                check_folder_sizes(source, at)
+            return AutoTokenizer.from_pretrained(source, **options)
     except SaeffectError:
         raise
     except Exception as error:  # of many kinds
-        if isinstance(place, Path) and (place / "config.json").is_file():
+        if isinstance(source, Path) and (source / "config.json").is_file():
             with quiet_transformers(), loading_errors(config, at, base):
                 load_config(base, config, at)
-        why, fix = tokenizer_trouble(place, str(error))
+        why, fix = tokenizer_trouble(source, str(error))
         raise NotFound(
             f"the tokenizer of {config.path!r} cannot be loaded: {why}", at=at or config.path, fix=fix
         ) from error
@@ -288,26 +297,29 @@ class ModelShape:
     d_vocab: int | None = None
 
 
-def model_shape(place: Path | str) -> ModelShape | None:
-    """Shape in a located model's config.json; None if only loading can show it; BadFile if it is damaged."""
-    if not isinstance(place, Path):
+def model_shape(source: Path | str) -> ModelShape | None:
+    """Shape by a located model's config.json or GGUF header; None if only loading can tell; BadFile if damaged."""
+    if not isinstance(source, Path):
         return None
-    if (gguf := _gguf_of(place, None)) is not None:
+    if (gguf := _gguf_of(source, None)) is not None:
         header = gguf_header(gguf)
         keys = ("embedding_length", "block_count", "context_length")
         width, layers, positions = (header.get(f"{header['general.architecture']}.{key}") for key in keys)
         d_vocab = None
     else:
-        raw = read_json(place / "config.json")
-        raw = raw.get("text_config") or raw if isinstance(raw, dict) else {}
-        width = raw.get("hidden_size") or raw.get("n_embd")
-        layers = raw.get("num_hidden_layers") or raw.get("n_layer")
-        positions, d_vocab = raw.get("max_position_embeddings") or raw.get("n_positions"), raw.get("vocab_size")
+        config = read_json(source / "config.json")
+        config = config.get("text_config") or config if isinstance(config, dict) else {}
+        width = config.get("hidden_size") or config.get("n_embd")
+        layers = config.get("num_hidden_layers") or config.get("n_layer")
+        positions, d_vocab = (
+            config.get("max_position_embeddings") or config.get("n_positions"),
+            config.get("vocab_size"),
+        )
     for size in (width, layers, positions, d_vocab):
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise BadFile(
                 f"a size of the model is {str(size)[:40]!r}; expected a positive whole number.",
-                at=str(place / "config.json"),
+                at=str(source / "config.json"),
                 fix="restore the config.json that was saved with the model.",
             )
     return ModelShape(width, layers, positions, d_vocab) if width and layers else None
@@ -316,11 +328,11 @@ def model_shape(place: Path | str) -> ModelShape | None:
 def model_identity(config: ModelConfig, *, at: str | None = None) -> str:
     """SHA-256 over the model's and adapter's weight files (hub ids: the id and revision)."""
     parts: list[Any] = [config.revision]
-    for place in (locate_model(config, at=at), locate_adapter(config, at=at)):
-        if isinstance(place, Path):
-            files = [place] if place.is_file() else sorted(p for p in place.iterdir() if p.is_file())
-            # Sizes and names would miss edits, so every byte is read.
-            parts.append([(p.name, hash_file(p)) for p in files if p.suffix in _COUNTED])
+    for source in (locate_model(config, at=at), locate_adapter(config, at=at)):
+        if isinstance(source, Path):
+            files = [source] if source.is_file() else sorted(p for p in source.iterdir() if p.is_file())
+            # Contents are hashed, since sizes and names would miss edits.
+            parts.append([(p.name, hash_file(p)) for p in files if p.suffix in _MODEL_SUFFIXES])
         else:
-            parts.append(place)
+            parts.append(source)
     return fingerprint(parts)

@@ -1,8 +1,8 @@
-"""LoRA training, faster: the adapted layers as one product, and a loss without copies of the logits.
+"""Faster LoRA training: each adapted layer as one autograd function, and a loss without copies of the logits.
 
 In half precision PEFT converts the input of every adapted layer to float32, and the usual loss makes five float32
-copies of all logits. Here sums and parameters stay float32, products take the model's dtype. On a CPU with bfloat16 a
-step takes half as long; gradients differ by rounding.
+copies of all logits. Here sums and parameters stay float32, products are in the model's dtype. On a CPU with bfloat16
+a step takes half as long; gradients differ by rounding.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def fast_training(lm: LanguageModel) -> Iterator[None]:
     replaced: list[nn.Module] = []
     try:
         for module in lm.model.modules():
-            if isinstance(module, Linear) and _is_plain(module):
-                setattr(module, "forward", functools.partial(_adapted, module))  # noqa: B010 - mypy forbids the other
+            if isinstance(module, Linear) and _is_plain_lora(module):
+                setattr(module, "forward", functools.partial(_adapted_forward, module))  # noqa: B010 - mypy forbids the other
                 replaced.append(module)
         with fused(lm, gradients=True):
             yield
@@ -47,19 +47,19 @@ def next_token_loss(logits: Tensor, ids: Tensor, counts: Tensor | None = None) -
     return loss
 
 
-def _is_plain(module: Any) -> bool:
-    """Whether the layer gives W x + scale B A x, and nothing else."""
-    usual = ["default"]
+def _is_plain_lora(module: Any) -> bool:
+    """Whether the layer computes W x + scale B A x and nothing else."""
+    adapters = ["default"]
     return (
         type(module.base_layer) is nn.Linear
-        and list(module.active_adapters) == usual
-        and list(module.lora_A) == usual
+        and list(module.active_adapters) == adapters
+        and list(module.lora_A) == adapters
         and not (module.merged or module.disable_adapters or module.lora_variant or module.lora_bias["default"])
         and (not module.training or isinstance(module.lora_dropout["default"], nn.Identity))
     )
 
 
-def _adapted(module: Any, x: Tensor) -> Tensor:
+def _adapted_forward(module: Any, x: Tensor) -> Tensor:
     base, a, b = module.base_layer, module.lora_A["default"].weight, module.lora_B["default"].weight
     out: Tensor = _LoraProduct.apply(x, base.weight, a, b, module.scaling["default"])
     return out if base.bias is None else out + base.bias
@@ -82,31 +82,31 @@ class _LoraProduct(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         flat, weight, a, b, low = ctx.saved_tensors
         gradient = gradients[0].reshape(-1, gradients[0].shape[-1])
-        of_low = gradient @ b
-        of_x = None
+        grad_low = gradient @ b
+        grad_x = None
         if ctx.needs_input_grad[0]:
-            of_x = (gradient @ weight).addmm_(of_low, a).view(ctx.shape)
-        return of_x, None, (of_low.T @ flat).float(), (gradient.T @ low).float() * ctx.scale, None
+            grad_x = (gradient @ weight).addmm_(grad_low, a).view(ctx.shape)
+        return grad_x, None, (grad_low.T @ flat).float(), (gradient.T @ low).float() * ctx.scale, None
 
 
 class _NextTokenLoss(torch.autograd.Function):
-    """The gradient is made with the loss, row by row, in the dtype of the logits."""
+    """The gradient is computed with the loss, row by row, in the dtype of the logits."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, ids: Tensor, counts: Tensor | None) -> Tensor:
         n = ids[:, 1:].numel() if counts is None else max(1, int(counts[:, 1:].sum()))
         gradient = torch.empty_like(logits)
         total = torch.zeros((), device=logits.device)
-        for row, scores in enumerate(logits):
-            own, targets = scores[:-1].float(), ids[row, 1:, None]
-            norm = own.logsumexp(dim=-1, keepdim=True)
-            losses = norm - own.gather(1, targets)
+        for row, row_logits in enumerate(logits):
+            row_scores, targets = row_logits[:-1].float(), ids[row, 1:, None]
+            norm = row_scores.logsumexp(dim=-1, keepdim=True)
+            losses = norm - row_scores.gather(1, targets)
             total += losses.sum() if counts is None else losses[counts[row, 1:]].sum()
-            own.sub_(norm).exp_()
-            own.scatter_add_(1, targets, own.new_full(targets.shape, -1.0))
+            row_scores.sub_(norm).exp_()
+            row_scores.scatter_add_(1, targets, row_scores.new_full(targets.shape, -1.0))
             if counts is not None:
-                own *= counts[row, 1:, None]
-            gradient[row, :-1] = own.div_(n)
+                row_scores *= counts[row, 1:, None]
+            gradient[row, :-1] = row_scores.div_(n)
             gradient[row, -1] = 0.0
         ctx.save_for_backward(gradient)
         return total / n

@@ -1,4 +1,4 @@
-"""Activations of two models at one hook, on the same tokens: side by side for a crosscoder, or their difference."""
+"""Activations of two models at one hook on the same tokens: concatenated for a crosscoder, or their difference."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ __all__ = [
 ]
 
 Combination = Literal["both", "difference"]
-"""both: base and tuned side by side, twice as wide; difference: tuned minus base."""
+"""both: base and tuned concatenated, twice as wide; difference: tuned minus base."""
 
 
 def paired_width(d_model: int, how: Combination | None) -> int:
-    """Width of what an SAE reads: twice that of the models where they stand side by side; None: of one model."""
+    """Width of an SAE's input: twice `d_model` for "both", else `d_model`; None: activations of one model."""
     return d_model * (2 if how == "both" else 1)
 
 
@@ -62,18 +62,18 @@ def paired_identity(base: str, tuned: str, how: Combination) -> str:
 
 
 def refuse_unlike(base: LanguageModel, tuned: LanguageModel) -> None:
-    """ConfigError for models of another width, or whose token ids mean something else."""
+    """ConfigError if the models differ in width or in the meaning of a token id."""
     if base.d_model != tuned.d_model:
         raise ConfigError(
             f"{base.name} is {base.d_model} wide, {tuned.name} {tuned.d_model}.",
             at="tuned",
             fix="give a fine-tuned version of the same model.",
         )
-    known, theirs = known_tokens(base.tokenizer), known_tokens(tuned.tokenizer)
-    other = next((i for i, token in known.items() if theirs.get(i) != token), None)
+    base_tokens, tuned_tokens = known_tokens(base.tokenizer), known_tokens(tuned.tokenizer)
+    other = next((i for i, token in base_tokens.items() if tuned_tokens.get(i) != token), None)
     if other is not None:
         raise ConfigError(
-            f"token {other} is {known[other]!r} in {base.name} and {theirs.get(other)!r} in {tuned.name},"
+            f"token {other} is {base_tokens[other]!r} in {base.name} and {tuned_tokens.get(other)!r} in {tuned.name},"
             " so the two cannot read the same text.",
             at="tuned",
             fix="give a fine-tuned version with the same tokenizer.",
@@ -123,12 +123,12 @@ class PairedStore(ShardSource):
 
     @cached_property
     def _kept(self) -> list[tuple[Tensor, Tensor]]:
-        """By shard, which of each model's tokens the other has too; both in the order of the text."""
-        found = []
+        """For each shard, masks of the base and tuned model's tokens that the other model has too."""
+        masks = []
         for paths in zip(self.base.shards(), self.tuned.shards(), strict=True):
             base, tuned = (shard_places(path) for path in paths)
-            found.append((torch.isin(base, tuned, assume_unique=True), torch.isin(tuned, base, assume_unique=True)))
-        return found
+            masks.append((torch.isin(base, tuned, assume_unique=True), torch.isin(tuned, base, assume_unique=True)))
+        return masks
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -139,10 +139,10 @@ class PairedStream(StreamedActivations):
     how: Combination
 
     @classmethod
-    def of(cls, base: StreamedActivations, tuned: StreamedActivations, how: Combination) -> PairedStream:
-        """Of two streams of the same text, hook and pool."""
-        own = {name: getattr(base, name) for name in ("lm", "hook", "text", "limit", "pool_rows", "rows_a_pass")}
-        return cls(**own, tuned=tuned, how=how)
+    def from_streams(cls, base: StreamedActivations, tuned: StreamedActivations, how: Combination) -> PairedStream:
+        """Pair two streams of the same text, hook and pool size."""
+        shared = {name: getattr(base, name) for name in ("lm", "hook", "text", "limit", "pool_rows", "rows_a_pass")}
+        return cls(**shared, tuned=tuned, how=how)
 
     @property
     def d_in(self) -> int:
@@ -150,18 +150,18 @@ class PairedStream(StreamedActivations):
 
     @property
     def dtype(self) -> torch.dtype:
-        alike = self.lm.dtype == self.tuned.lm.dtype
-        return self.lm.dtype if self.how == "both" and alike else torch.float32
+        same_dtype = self.lm.dtype == self.tuned.lm.dtype
+        return self.lm.dtype if self.how == "both" and same_dtype else torch.float32
 
     def identity(self) -> str:
         return paired_identity(super().identity(), self.tuned.identity(), self.how)
 
     def run(self, ids: NDArray[np.int32]) -> Tensor:
         rows = torch.from_numpy(ids.astype(np.int64))
-        found = [capture(stream.lm, self.hook, rows).cpu() for stream in (self, self.tuned)]
-        mask = kept_positions(found[0], self.limit) & kept_positions(found[1], self.tuned.limit)
-        return combined(found[0][mask], found[1][mask], self.how)
+        both = [capture(stream.lm, self.hook, rows).cpu() for stream in (self, self.tuned)]
+        mask = kept_positions(both[0], self.limit) & kept_positions(both[1], self.tuned.limit)
+        return combined(both[0][mask], both[1][mask], self.how)
 
-    def _kept(self, ids: NDArray[np.int32]) -> Tensor:
+    def _run_rows(self, ids: NDArray[np.int32]) -> Tensor:
         with fused(self.tuned.lm):
-            return super()._kept(ids)
+            return super()._run_rows(ids)

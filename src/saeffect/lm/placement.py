@@ -1,4 +1,4 @@
-"""Where a model's weights lie and with how many bits: on one device, spread over several, quantised."""
+"""Where a model's weights are and in how many bits: on one device, spread over several, quantised."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch import nn
 from saeffect.config import ModelConfig
 from saeffect.errors import ConfigError
 
-__all__ = ["Placement", "aligned", "plain_copy"]
+__all__ = ["Placement", "refuse_unreadable_disk", "aligned", "plain_copy"]
 
 
 @dataclass(frozen=True)
 class Placement:
-    """How `from_pretrained` is to place a model: its `options`; whether weights must stay where and as they are,
-    quantised or spread (`fixed`); and whether an adapter is merged into the weights (`merge`).
+    """How to place a model: `options` of `from_pretrained`; whether the weights are quantised or spread and so cannot
+    be moved or converted (`fixed`); and whether an adapter is merged into them (`merge`).
     """
 
     options: dict[str, Any]
@@ -29,15 +29,15 @@ class Placement:
     merge: bool
 
     @classmethod
-    def of(
+    def from_config(
         cls, config: ModelConfig, saved: Any, device: torch.device, dtype: torch.dtype, *, at: str | None
     ) -> Placement:
-        """For a model whose config.json is `saved`; an own quantisation of the checkpoint is kept. ConfigError:
-        quantised a second time, without the package that does it, or an adapter to be merged into weights that
-        cannot take it.
+        """The placement of a model whose configuration is `saved`; a checkpoint that is quantised stays so.
+        ConfigError: quantising it a second time, a missing package for quantising, or an adapter to be merged into
+        weights that cannot take it.
         """
-        own = getattr(saved, "quantization_config", None)
-        quantised = own is not None or config.quantize is not None
+        stored = getattr(saved, "quantization_config", None)
+        quantised = stored is not None or config.quantize is not None
         fixed = quantised or config.device_map is not None
         if fixed and config.adapter is not None and config.merge_adapter:
             why = "quantised" if quantised else "spread over devices"
@@ -48,7 +48,7 @@ class Placement:
             )
         options: dict[str, Any] = {}
         if config.quantize is not None:
-            options["quantization_config"] = _bitsandbytes(config.quantize, own, dtype, at)
+            options["quantization_config"] = _bitsandbytes(config.quantize, stored, dtype, at)
         if fixed:
             options["device_map"] = config.device_map or {"": str(device)}
         if config.max_memory is not None:
@@ -57,10 +57,10 @@ class Placement:
         return cls(options, fixed, merge)
 
 
-def _bitsandbytes(bits: str, own: Any, dtype: torch.dtype, at: str | None) -> Any:
+def _bitsandbytes(bits: str, stored: Any, dtype: torch.dtype, at: str | None) -> Any:
     where = f"{at}.quantize" if at else "quantize"
-    if own is not None:
-        method = own.get("quant_method") if isinstance(own, dict) else getattr(own, "quant_method", "?")
+    if stored is not None:
+        method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", "?")
         raise ConfigError(f"the checkpoint is quantised already ({method}).", at=where, fix="leave quantize out.")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
@@ -75,9 +75,20 @@ def _bitsandbytes(bits: str, own: Any, dtype: torch.dtype, at: str | None) -> An
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
+def refuse_unreadable_disk(model: nn.Module, at: str | None) -> None:
+    """ConfigError if all weights are on disk and nothing reads them from there: transformers before 5.13."""
+    if any(parameter.is_meta for parameter in model.parameters()) and not hasattr(model, "hf_device_map"):
+        raise ConfigError(
+            "none of the model's weights fit into max_memory, and this release of transformers cannot run a model that"
+            " is on disk as a whole.",
+            at=f"{at}.max_memory" if at else "max_memory",
+            fix="give more memory, or install transformers 5.13 or newer.",
+        )
+
+
 @contextlib.contextmanager
 def aligned(module: nn.Module) -> Iterator[None]:
-    """While the block runs, the weights of a module that accelerate keeps in memory or on disk are really there."""
+    """While the block runs, the weights of a module that accelerate offloaded to memory or disk are loaded."""
     from accelerate.utils import align_module_device
 
     with align_module_device(module):
@@ -85,13 +96,13 @@ def aligned(module: nn.Module) -> Iterator[None]:
 
 
 def plain_copy(module: nn.Module) -> nn.Module:
-    """A copy of a small module in float32 on the CPU, its weights its own wherever accelerate keeps the module's."""
+    """A float32 copy of a small module on the CPU, with its own weights also if accelerate offloaded the module's."""
     from accelerate.hooks import remove_hook_from_module
 
     with aligned(module):
-        kept = {name: parameter.detach().float().cpu().clone() for name, parameter in module.named_parameters()}
+        parameters = {name: parameter.detach().float().cpu().clone() for name, parameter in module.named_parameters()}
     copied = remove_hook_from_module(copy.deepcopy(module), recurse=True)
-    for name, parameter in kept.items():
-        place, _, last = name.rpartition(".")
-        setattr(copied.get_submodule(place), last, nn.Parameter(parameter, requires_grad=False))
+    for name, parameter in parameters.items():
+        parent, _, last = name.rpartition(".")
+        setattr(copied.get_submodule(parent), last, nn.Parameter(parameter, requires_grad=False))
     return copied.float().cpu()

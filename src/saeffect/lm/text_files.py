@@ -1,4 +1,4 @@
-"""Files of text, whatever their format, as rows: JSON, plain text, CSV, Parquet, Arrow, packed or not."""
+"""Text files as rows: JSON, plain text, CSV, Parquet, Arrow, compressed or not."""
 
 from __future__ import annotations
 
@@ -29,35 +29,36 @@ _ARROW = (".arrow", ".feather", ".ipc")
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".txt", ".csv", ".tsv", ".parquet", *_ARROW)
 _GZIP, _ZSTD, _PARQUET, _ARROW_FILE = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1", b"ARRO"
 _ARROW_STREAM = b"\xff\xff\xff\xff"
-# Characters of one line or paragraph: a few compressed megabytes could expand to a line that fills the memory.
+# Most characters of a line or paragraph: a few compressed megabytes could expand to a line that fills the memory.
 _LONGEST = 2**27
 _LARGE_COLUMN = 2**24  # bytes of a group of rows
 _BLOCK = 2**16  # characters of an array that are read at once
 _SPACE = re.compile(r"[ \t\r\n]*")
 _DELIMITERS = {".csv": ",;\t|", ".tsv": "\t"}
-_MARKS = (  # the longer ones first
+_BYTE_ORDER_MARKS = (  # the longer ones first
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-# Share of bytes above 127, and their number, from which a text is not in a Western alphabet.
-_FOREIGN, _FEW = 0.15, 16
+# A text with more than this share and number of bytes above 127 is not in a Western alphabet.
+_FOREIGN_SHARE, _MIN_FOREIGN = 0.15, 16
 
 
 class Record(NamedTuple):
-    """One row: its fields (of plain text, the text itself), and where it stands."""
+    """One row: its fields (for plain text, the text itself), and its position, such as "a.jsonl, line 3"."""
 
     values: Mapping[str, Any] | str
     at: str
 
 
 def file_rows(path: Path, field: TextField, encoding: str = "utf-8") -> Iterator[Record]:
-    """The rows of a file, in its order; of tables at least the columns of `field`.
+    """The rows of a file, in its order; tables give at least the columns of `field`.
 
-    Packed, Parquet and Arrow files are recognised by their first bytes, the others by their name: `.txt`, a document a
-    paragraph; `.csv` and `.tsv`, with a line of column names; `.json`, an array of objects; any other, one a line.
-    BadFile, with its place: another format or encoding, damaged, too long a line. ConfigError: no such encoding.
+    Compressed, Parquet and Arrow files are recognised by their first bytes, the others by their name: `.txt`, a
+    document a paragraph; `.csv` and `.tsv`, with a line of column names; `.json`, an array of objects; any other, an
+    object a line. BadFile, with its position: another format or encoding, damaged, too long a line. ConfigError: no
+    such encoding.
     """
     try:
         with path.open("rb") as file:
@@ -82,7 +83,7 @@ def file_rows(path: Path, field: TextField, encoding: str = "utf-8") -> Iterator
 
 
 def format_of(path: Path) -> str:
-    """The end of a file's name, without that of its packing: `.csv` of `a.csv.gz`."""
+    """The suffix of a file's name, without that of its compression: `.csv` for `a.csv.gz`."""
     return (path.with_suffix("") if path.suffix in _PACKED else path).suffix
 
 
@@ -94,12 +95,12 @@ def _lines(path: Path, packed: str, encoding: str) -> Iterator[tuple[int, str]]:
             while line := file.readline(_LONGEST):
                 number += 1
                 if len(line) == _LONGEST:
-                    raise _too_long(f"{path}, line {number}")
-                if number == 1 and "\0" in line:  # UTF-16 without a mark, which may pass for UTF-8
+                    raise _too_long_error(f"{path}, line {number}")
+                if number == 1 and "\0" in line:  # UTF-16 without a byte order mark, which may be valid UTF-8
                     raise UnicodeError("null characters")
                 yield number, line
     except UnicodeError as error:
-        raise _other_encoding(path, packed, encoding, number, error) from error
+        raise _encoding_error(path, packed, encoding, number, error) from error
     except (OSError, EOFError, zlib.error) as error:
         raise BadFile(
             f"the file cannot be read to its end: {error}.",
@@ -119,7 +120,7 @@ def _unpacked(raw: IO[bytes], packed: str) -> IO[bytes]:
 
 
 def _encoding(path: Path, packed: str, wanted: str) -> str:
-    """The encoding to read with: a byte order mark decides."""
+    """The encoding to read with: that of the byte order mark, if there is one."""
     try:
         name = codecs.lookup(wanted).name
     except LookupError as error:
@@ -127,38 +128,38 @@ def _encoding(path: Path, packed: str, wanted: str) -> str:
         raise ConfigError(f"there is no encoding {wanted!r}.", at="encoding", fix=fix) from error
     with path.open("rb") as raw:
         start = _unpacked(raw, packed).read(4)
-    marked = next((encoding for mark, encoding in _MARKS if start.startswith(mark)), None)
+    marked = next((encoding for mark, encoding in _BYTE_ORDER_MARKS if start.startswith(mark)), None)
     return marked or ("utf-8-sig" if name == "utf-8" else name)
 
 
-def _other_encoding(path: Path, packed: str, wanted: str, number: int, error: UnicodeError) -> BadFile:
-    """What is wrong with a file that has another encoding than `wanted`, after line `number` at the earliest."""
+def _encoding_error(path: Path, packed: str, wanted: str, number: int, error: UnicodeError) -> BadFile:
+    """The error for a file that has another encoding than `wanted`, after line `number` at the earliest."""
     reason = getattr(error, "reason", str(error))
-    at, guess, shown = f"{path}, after line {number}", None, ""
+    at, guess, quote = f"{path}, after line {number}", None, ""
     if codecs.lookup(wanted).name == "utf-8":
         with path.open("rb") as raw:
             file = _unpacked(raw, packed)
             for count in range(1, number + 100_000):  # a decoder reads ahead by a block
                 line = file.readline(_LONGEST)
-                position = _not_utf8(line)
+                position = _first_bad_byte(line)
                 if position is not None:
                     at, reason = f"{path}, line {count}", f"byte 0x{line[position]:02x}"
-                    guess = _guess(line + file.read(65_536))
-                    shown = _around(line, position, guess)
+                    guess = _guess_encoding(line + file.read(65_536))
+                    quote = _quote_around(line, position, guess)
                 if position is not None or not line:
                     break
-    called = f"the text is not {'UTF-8' if codecs.lookup(wanted).name == 'utf-8' else wanted} ({reason})"
+    problem = f"the text is not {'UTF-8' if codecs.lookup(wanted).name == 'utf-8' else wanted} ({reason})"
     if guess is None:
-        return BadFile(f"{called}, and does not look like text.", at=at, fix=_READ)
+        return BadFile(f"{problem}, and does not look like text.", at=at, fix=_READ)
     return BadFile(
-        f"{called}; it looks like {guess}{shown}.",
+        f"{problem}; it looks like {guess}{quote}.",
         at=at,
         fix=f"say so in the study or recipe, encoding: {guess}, or save the file as UTF-8.",
     )
 
 
-def _not_utf8(line: bytes) -> int | None:
-    """The first byte that no text in UTF-8 has here."""
+def _first_bad_byte(line: bytes) -> int | None:
+    """Position of the first byte that is not UTF-8 text; None if there is none."""
     try:
         line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -166,8 +167,8 @@ def _not_utf8(line: bytes) -> int | None:
     return line.index(0) if 0 in line else None
 
 
-def _guess(data: bytes) -> str | None:
-    """The likely encoding of what is no UTF-8; None for what is no text."""
+def _guess_encoding(data: bytes) -> str | None:
+    """The likely encoding of bytes that are not UTF-8; None if they are not text."""
     if b"\0" in data[:200]:
         for name, zeros in (("utf-16-le", data[1:200:2]), ("utf-16-be", data[0:200:2])):
             if zeros.count(0) > len(zeros) / 2:
@@ -176,7 +177,7 @@ def _guess(data: bytes) -> str | None:
     if sum(byte < 32 and byte not in b"\t\n\r\f" for byte in data) > 0.01 * len(data):
         return None
     foreign = sum(byte > 127 for byte in data)
-    if foreign > max(_FEW, _FOREIGN * len(data)):
+    if foreign > max(_MIN_FOREIGN, _FOREIGN_SHARE * len(data)):
         from charset_normalizer import from_bytes
 
         best = from_bytes(data).best()
@@ -190,15 +191,15 @@ def _guess(data: bytes) -> str | None:
     return None
 
 
-def _around(line: bytes, position: int, encoding: str | None) -> str:
+def _quote_around(line: bytes, position: int, encoding: str | None) -> str:
     if encoding is None or encoding.startswith("utf-16"):
         return ""
     return f" ({line[max(0, position - 12) : position + 12].decode(encoding, 'replace').strip()!r})"
 
 
-def _too_long(at: str) -> BadFile:
+def _too_long_error(at: str) -> BadFile:
     return BadFile(
-        f"here stand more than {_LONGEST:,} characters without an end; a document was expected.",
+        f"this document has more than {_LONGEST:,} characters.",
         at=at,
         fix="put one document on a line (.jsonl), or blank lines between documents (.txt).",
     )
@@ -212,7 +213,7 @@ def _json_rows(path: Path, lines: Iterable[tuple[int, str]], field: TextField) -
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise _no_json("this line", at, error) from error
+            raise _json_error("this line", at, error) from error
         if not isinstance(row, dict):
             raise BadFile(
                 f"this line holds {kind_of(row)}; it has to be an object with the field {field.names[0]!r}.", at=at
@@ -220,15 +221,15 @@ def _json_rows(path: Path, lines: Iterable[tuple[int, str]], field: TextField) -
         yield Record(row, at)
 
 
-def _no_json(what: str, at: str, error: ValueError | RecursionError) -> BadFile:
+def _json_error(what: str, at: str, error: ValueError | RecursionError) -> BadFile:
     if isinstance(error, RecursionError):
-        return BadFile(f"lists and objects stand too deep in each other in {what}.", at=at)
+        return BadFile(f"lists and objects are nested too deeply in {what}.", at=at)
     message = getattr(error, "msg", "it holds a number that is too long")  # of thousands of digits
     return BadFile(f"{what} is not JSON: {message}.", at=at, fix=_READ)
 
 
 def _json_array(path: Path, lines: Iterator[tuple[int, str]], field: TextField) -> Iterator[Record]:
-    """An array of objects, or (as often under this name) an object a line."""
+    """An array of objects, or (as is common in .json files) an object a line."""
     number, first = next(((n, line) for n, line in lines if line.strip()), (0, ""))
     if not first.lstrip().startswith("["):
         rest = iter([(number, first)] if first else [])
@@ -241,43 +242,43 @@ def _json_array(path: Path, lines: Iterator[tuple[int, str]], field: TextField) 
         yield Record(row, at)
 
 
-def _items(held: str, lines: Iterator[str], path: Path) -> Iterator[Any]:
-    """The items of a JSON array, from the text behind its bracket: one by one, as together they may fill the memory."""
-    decoder, start, wanted, n, sign = json.JSONDecoder(), 0, _BLOCK, 0, "["
+def _items(text: str, lines: Iterator[str], path: Path) -> Iterator[Any]:
+    """The items of a JSON array, from the text after its bracket: one by one, as together they may fill the memory."""
+    decoder, start, n_characters, n_items, sign = json.JSONDecoder(), 0, _BLOCK, 0, "["
     while sign != "]":
         try:
-            start = _behind_space(held, start)
-            if sign == "[" and held[start : start + 1] == "]":
+            start = _skip_space(text, start)
+            if sign == "[" and text[start : start + 1] == "]":
                 start += 1
                 break
-            item, end = decoder.raw_decode(held, start)
-            end = _behind_space(held, end)
-            if held[end : end + 1] not in (",", "]"):
-                raise json.JSONDecodeError("Expecting ',' delimiter", held, end)
+            item, end = decoder.raw_decode(text, start)
+            end = _skip_space(text, end)
+            if text[end : end + 1] not in (",", "]"):
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
         except json.JSONDecodeError as error:
-            # No token goes over several lines, so what is wrong before their end stays wrong.
-            more = "" if held[error.pos :].strip(" \t\r\n,:") else "".join(_some(lines, wanted))
+            # No JSON token spans lines, so an error before the end of the text read so far is final.
+            more = "" if text[error.pos :].strip(" \t\r\n,:") else "".join(_next_lines(lines, n_characters))
             if not more:
-                raise _no_json("this file", str(path), error) from error
-            held, start, wanted = held[start:] + more, 0, 2 * wanted
-            if len(held) > _LONGEST:
-                raise _too_long(f"{path}, item {n + 1}") from None
+                raise _json_error("this file", str(path), error) from error
+            text, start, n_characters = text[start:] + more, 0, 2 * n_characters
+            if len(text) > _LONGEST:
+                raise _too_long_error(f"{path}, item {n_items + 1}") from None
             continue
         except (RecursionError, ValueError) as error:
-            raise _no_json("this item", f"{path}, item {n + 1}", error) from error
-        n, sign, start, wanted = n + 1, held[end], end + 1, _BLOCK
+            raise _json_error("this item", f"{path}, item {n_items + 1}", error) from error
+        n_items, sign, start, n_characters = n_items + 1, text[end], end + 1, _BLOCK
         yield item
-    if held[start:].strip() or any(line.strip() for line in lines):
-        raise BadFile("text stands behind the end of this array.", at=str(path), fix=_READ)
+    if text[start:].strip() or any(line.strip() for line in lines):
+        raise BadFile("there is text after the end of this array.", at=str(path), fix=_READ)
 
 
-def _behind_space(text: str, start: int) -> int:
-    found = _SPACE.match(text, start)
-    return found.end() if found else start
+def _skip_space(text: str, start: int) -> int:
+    match = _SPACE.match(text, start)
+    return match.end() if match else start
 
 
-def _some(lines: Iterator[str], characters: int) -> Iterator[str]:
-    """The next lines, of at least so many characters together."""
+def _next_lines(lines: Iterator[str], characters: int) -> Iterator[str]:
+    """The next lines, of at least `characters` characters in all."""
     while characters > 0 and (line := next(lines, "")):
         characters -= len(line)
         yield line
@@ -313,26 +314,26 @@ def _csv_rows(path: Path, lines: Iterator[tuple[int, str]], field: TextField, de
 
 
 def _delimiter(header: str, field: TextField, delimiters: str) -> str:
-    """The first delimiter that gives the columns that are wanted; spreadsheets in many languages write semicolons."""
+    """The first delimiter that gives the columns of `field`; spreadsheets in many languages write semicolons."""
     for delimiter in delimiters:
-        there = next(csv.reader([header], delimiter=delimiter), [])
-        if set(field.names) <= set(there):
+        names = next(csv.reader([header], delimiter=delimiter), [])
+        if set(field.names) <= set(names):
             return delimiter
     return delimiters[0]
 
 
 def _paragraphs(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[Record]:
-    held, first = io.StringIO(), 0
+    buffer, first = io.StringIO(), 0
     for number, line in lines:
         if line.strip():
             first = first or number
-            if held.tell() + held.write(line) > _LONGEST:
-                raise _too_long(f"{path}, line {number}")
-        elif held.tell():
-            yield Record(held.getvalue(), f"{path}, line {first}")
-            held, first = io.StringIO(), 0
-    if held.tell():
-        yield Record(held.getvalue(), f"{path}, line {first}")
+            if buffer.tell() + buffer.write(line) > _LONGEST:
+                raise _too_long_error(f"{path}, line {number}")
+        elif buffer.tell():
+            yield Record(buffer.getvalue(), f"{path}, line {first}")
+            buffer, first = io.StringIO(), 0
+    if buffer.tell():
+        yield Record(buffer.getvalue(), f"{path}, line {first}")
 
 
 def _parquet_rows(path: Path, field: TextField) -> Iterator[Record]:
@@ -341,12 +342,12 @@ def _parquet_rows(path: Path, field: TextField) -> Iterator[Record]:
 
     try:
         file = pq.ParquetFile(path)
-        there = file.schema_arrow.names
-        columns = field.columns(there) or there
+        names = file.schema_arrow.names
+        columns = field.columns(names) or names
         number = 0
         for batch in file.iter_batches(_rows_at_once(file.metadata, columns), columns=columns):
-            if not number and set(columns) != set(there):
-                field.text(dict.fromkeys(there, "") | batch.slice(0, 1).to_pylist()[0], f"{path}, row 1")
+            if not number and set(columns) != set(names):
+                field.text(dict.fromkeys(names, "") | batch.slice(0, 1).to_pylist()[0], f"{path}, row 1")
             for row in batch.to_pylist():
                 number += 1
                 yield Record(row, f"{path}, row {number}")
@@ -355,7 +356,7 @@ def _parquet_rows(path: Path, field: TextField) -> Iterator[Record]:
 
 
 def _rows_at_once(metadata: Any, columns: list[str]) -> int:
-    """How many rows of a Parquet file to unpack together: one where a long text may be stored once for many rows."""
+    """How many rows of a Parquet file to decode at once: 1 where a long text may be stored once for many rows."""
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         for column in map(group.column, range(metadata.num_columns)):
             stored_once = column.has_dictionary_page and column.path_in_schema.partition(".")[0] in columns
@@ -365,7 +366,7 @@ def _rows_at_once(metadata: Any, columns: list[str]) -> int:
 
 
 def _arrow_rows(path: Path, start: bytes) -> Iterator[Record]:
-    """Arrow's file format, as Feather, and its stream format, as datasets keeps its tables."""
+    """Arrow's file format (Feather) and its stream format (tables of datasets)."""
     import pyarrow as pa
 
     try:

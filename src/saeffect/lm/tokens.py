@@ -1,4 +1,4 @@
-"""Tokens for people, and what a tokenizer does: its ids, their texts, what it puts before a text (measured)."""
+"""Tokens as shown to people, and properties of a tokenizer: its ids, their texts, the tokens it adds before a text."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ __all__ = [
 # The leading space, as byte-level BPE (GPT-2, SmolLM2, Llama 3) and SentencePiece (Gemma, Llama 2) write it.
 _SPACE_MARKS = "Ġ▁"
 _LEADING = re.compile(rf"^[\s{_SPACE_MARKS}]+")
-_NAMED = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+_ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 # Control, format (bidirectional marks, zero-width characters, tags), surrogate, private, unassigned,
 # line and paragraph separators, and every space that is not the plain one.
 _HIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs"})
-# Characters that Unicode counts as letters or marks, yet draws as nothing: grapheme joiner, Hangul and Khmer
-# fillers, Braille blank, Mongolian and general variation selectors.
+# Invisible characters that Unicode classes as letters or marks: grapheme joiner, Hangul and Khmer fillers, Braille
+# blank, Mongolian and general variation selectors.
 _BLANK = frozenset(
     map(chr, (0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x180B, 0x180C, 0x180D, 0x180F, 0x2800, 0x3164, 0xFFA0))
 ) | frozenset(map(chr, (*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0))))
 
 
 def normalise_token(token: str) -> str:
-    """The word of a token, by which vocabulary and word embedding are looked up: no leading space or space mark (nor
-    a leading Ġ of its own), no trailing space, lower case.
+    """The word of a token, as looked up in vocabulary and word embedding: without leading spaces and space marks (also
+    a literal leading Ġ) and trailing spaces, lower case.
 
     Example:
         >>> [normalise_token(token) for token in ("ĠCancer", "▁cancer", " CANCER ", "\\ncancer")]
@@ -58,10 +58,10 @@ def normalise_token(token: str) -> str:
 
 
 def printable_token(token: str) -> str:
-    """The token on one line, every character visible, none acting on the text around it.
+    """The token on one line, every character visible, none a control character.
 
-    A leading space mark becomes a space; line feeds, carriage returns and tabs become backslash escapes; whatever else
-    is not seen, or acts, becomes `U+` and its number. Markup stays: escape it when writing HTML.
+    A leading space mark becomes a space; line feeds, carriage returns and tabs become backslash escapes; other
+    invisible or control characters become `U+` and their number. Markup stays: escape it when writing HTML.
 
     Example:
         >>> printable_token("Ġtumor")
@@ -72,32 +72,32 @@ def printable_token(token: str) -> str:
     if token.isascii() and token.isprintable():  # as most are
         return token
     marks = len(token) - len(token.lstrip(_SPACE_MARKS))
-    return " " * marks + "".join(_shown(character) for character in token[marks:])
+    return " " * marks + "".join(_visible(character) for character in token[marks:])
 
 
-# Controls but line feed and tab, soft hyphens and zero-width spaces, bidirectional marks, line and paragraph
-# separators, byte order marks, annotations, surrogates, tags. Joiners stay: Persian, Indic scripts, emoji need them.
-_ACTING = re.compile(
+# Controls except line feed and tab, soft hyphens, zero-width spaces, bidirectional marks, line and paragraph
+# separators, byte order marks, annotations, surrogates, tags; not joiners, which Persian, Indic scripts, emoji need.
+_CONTROLS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e007f]"
 )
 
 
 def printable_text(text: str) -> str:
-    """The text with what acts on a page or terminal shown as `U+` and its number; line feeds and tabs stay.
+    """The text with control characters shown as `U+` and their number; line feeds and tabs stay.
 
     Example:
         >>> print(printable_text("\x1b[31mred \u202etxt.exe"))
         U+001B[31mred U+202Etxt.exe
     """
-    if (text.isascii() and text.isprintable()) or _ACTING.search(text) is None:  # as most are
+    if (text.isascii() and text.isprintable()) or _CONTROLS.search(text) is None:  # as most are
         return text
-    return _ACTING.sub(lambda found: f"U+{ord(found[0]):04X}", text)
+    return _CONTROLS.sub(lambda found: f"U+{ord(found[0]):04X}", text)
 
 
-def _shown(character: str) -> str:
-    if character in _NAMED:
-        return _NAMED[character]
+def _visible(character: str) -> str:
+    if character in _ESCAPES:
+        return _ESCAPES[character]
     if character == " ":
         return character
     if character in _BLANK or unicodedata.category(character) in _HIDDEN_CATEGORIES:
@@ -109,19 +109,19 @@ _PROBES = ("a", "the", "1")  # whichever the tokenizer has a token for
 
 
 def known_tokens(tokenizer: Any) -> dict[int, str]:
-    """Every id that the tokenizer knows, rising, with the token in its own notation; ids may be missing."""
+    """The tokenizer's ids, ascending, each with its token in the tokenizer's notation; there may be gaps."""
     tokens = {int(i): token for token, i in tokenizer.get_vocab().items()}
     return dict(sorted(tokens.items()))
 
 
 def special_tokens(tokenizer: Any) -> set[int]:
-    """Ids of no text: beginnings and ends of texts, marks of a chat, masks."""
+    """Ids of tokens that are not text: beginnings and ends of texts, chat marks, masks."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
 
 
 class ContinuationDecoder:
-    """Decodes ids as a continuation: spaces stay, which SentencePiece would drop at the beginning of a text."""
+    """Decodes ids as a continuation, with the leading space that SentencePiece drops at the beginning of a text."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -142,13 +142,13 @@ class ContinuationDecoder:
 
 
 def token_texts(tokenizer: Any, ids: Iterable[int]) -> list[str]:
-    """The text of each id: a leading space stays, half a character is U+FFFD, `<unused i>` if there is no such id."""
+    """The text of each id: leading spaces stay, partial characters are U+FFFD, unknown ids give `<unused i>`."""
     known, decode = known_tokens(tokenizer), ContinuationDecoder(tokenizer)
     return [decode([i]) if i in known else f"<unused {i}>" for i in ids]
 
 
 def tokenizer_identity(tokenizer: Any) -> str:
-    """SHA-256 of the tokens, their ids, and the rules by which text is cut into them."""
+    """SHA-256 of the tokens, their ids, and the tokenizer's rules."""
     digest = hashlib.sha256()
     for i, token in known_tokens(tokenizer).items():
         digest.update(f"{i}\0{token}\0".encode("utf-8", "surrogatepass"))
@@ -161,40 +161,40 @@ def tokenizer_identity(tokenizer: Any) -> str:
     return digest.hexdigest()
 
 
-def tokenizer_trouble(place: Path | str, said: str) -> tuple[str, str]:
-    """Why transformers cannot load a folder's or hub id's tokenizer, from its message `said`, and what to do."""
+def tokenizer_trouble(source: Path | str, message: str) -> tuple[str, str]:
+    """Why transformers cannot load a folder's or hub id's tokenizer, from its error message, and the fix."""
     from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
-    why = first_line(ValueError(said)) if said.strip() else "no reason is given"
-    if "trust_remote_code" in said:
+    why = first_line(ValueError(message)) if message.strip() else "no reason is given"
+    if "trust_remote_code" in message:
         return why, "set trust_remote_code: true if you trust the code that comes with the model."
-    there = {file.name for file in place.iterdir()} if isinstance(place, Path) and place.is_dir() else set()
-    alone = any(name.endswith(".model") for name in there) and "tokenizer.json" not in there
-    if alone or any(name in said.lower() for name in ("sentencepiece", "tiktoken", "protobuf")):
+    files = {file.name for file in source.iterdir()} if isinstance(source, Path) and source.is_dir() else set()
+    model_only = any(name.endswith(".model") for name in files) and "tokenizer.json" not in files
+    if model_only or any(name in message.lower() for name in ("sentencepiece", "tiktoken", "protobuf")):
         if not (is_sentencepiece_available() and is_protobuf_available()):
             why = "it is a tokenizer.model alone, and sentencepiece or protobuf, which read it, are not installed"
             return why, "pip install 'saeffect[sentencepiece]', or put the base model's tokenizer.json into the folder."
         return why, "tokenizer.model is no SentencePiece model; put the base model's tokenizer.json into the folder."
-    if isinstance(place, Path):
+    if isinstance(source, Path):
         return why, "save the tokenizer beside the model: tokenizer.save_pretrained(folder)."
     return why, "check the name and your connection, or save the tokenizer beside the model."
 
 
 def separator_id(tokenizer: Any) -> int:
     """The id between documents: `<|endoftext|>` if known, else end of sequence, else [SEP]; else ConfigError."""
-    named = (getattr(tokenizer, f"{kind}_token_id", None) for kind in ("eos", "sep"))
-    found = next((i for i in (tokenizer.get_vocab().get("<|endoftext|>"), *named) if i is not None), None)
-    if found is None:
+    ids = (getattr(tokenizer, f"{kind}_token_id", None) for kind in ("eos", "sep"))
+    separator = next((i for i in (tokenizer.get_vocab().get("<|endoftext|>"), *ids) if i is not None), None)
+    if separator is None:
         raise ConfigError(
             "the tokenizer has no end-of-text token to put between documents.",
             at="tokenizer.eos_token",
             fix="name one of its tokens as eos_token in the tokenizer_config.json beside the model.",
         )
-    return int(found)
+    return int(separator)
 
 
 def tokens_added_before(tokenizer: Any) -> list[int]:
-    """The ids that a tokenizer puts before a text by itself: none, BOS, or (a few tokenizers) several."""
+    """The ids that a tokenizer adds before a text: none, BOS, or (a few tokenizers) several; measured."""
     for probe in _PROBES if tokenizer is not None else ():
         plain = list(tokenizer.encode(probe, add_special_tokens=False))
         if not plain:
@@ -207,15 +207,15 @@ def tokens_added_before(tokenizer: Any) -> list[int]:
 
 
 def find_bos_id(tokenizer: Any, prepend: bool | None) -> int | None:
-    """The first id of rows of text and prompts, or None. `prepend`: whether there is one; None: as the tokenizer
-    does (Gemma, Llama and Mistral were trained with one and are far worse without it; SmolLM2 and GPT-2 were not).
-    ConfigError if there is to be one and the tokenizer has none, or it puts several tokens before a text.
+    """The BOS id of rows of text and prompts, or None. `prepend`: whether there is one; None: as the tokenizer does
+    (Gemma, Llama and Mistral were trained with one and are far worse without it; SmolLM2 and GPT-2 were not).
+    ConfigError if BOS is required and the tokenizer has none, or if it adds several tokens before a text.
     """
     if prepend is False:
         return None
-    named = getattr(tokenizer, "bos_token_id", None)
-    if prepend and named is not None:
-        return int(named)
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if prepend and bos is not None:
+        return int(bos)
     added = tokens_added_before(tokenizer)
     if len(added) > 1:
         raise ConfigError(
@@ -243,23 +243,25 @@ def with_bos(ids: Sequence[int], bos: int | None) -> list[int]:
     return [*([] if bos is None or list(ids[:1]) == [bos] else [bos]), *ids]
 
 
-def resolve_prepend_bos(rule: BosRule, words: Mapping[str, Any]) -> bool | None:
-    """Whether texts begin with BOS; None: as the tokenizer does. "auto" follows the SAEs: `words` has `prepend_bos`
-    of each SAE's cfg.json (or None) by the SAE's name. ConfigError if they contradict each other.
+def resolve_prepend_bos(rule: BosRule, prepend_bos: Mapping[str, Any]) -> bool | None:
+    """Whether texts begin with BOS; None: as the tokenizer does. "auto" follows the SAEs: `prepend_bos` maps each
+    SAE's name to that key of its cfg.json (or None). ConfigError if they contradict each other.
 
     Example:
-        >>> [resolve_prepend_bos("auto", words) for words in ({"control": True, "treatment": None}, {"control": None})]
+        >>> [resolve_prepend_bos("auto", saes) for saes in ({"control": True, "treatment": None}, {"control": None})]
         [True, None]
     """
     if rule != "auto":
         return rule == "always"
-    said = {name: word for name, word in words.items() if isinstance(word, bool)}
-    if len(set(said.values())) > 1:
-        with_one, without = (", ".join(n for n, word in said.items() if word is value) for value in (True, False))
+    settings = {name: word for name, word in prepend_bos.items() if isinstance(word, bool)}
+    if len(set(settings.values())) > 1:
+        with_bos_names, without = (
+            ", ".join(n for n, word in settings.items() if word is value) for value in (True, False)
+        )
         raise ConfigError(
-            f"these SAEs were trained on texts with a BOS token in front: {with_one}; these on texts without:"
+            f"these SAEs were trained on texts with a BOS token in front: {with_bos_names}; these on texts without:"
             f" {without}.",
             at="bos",
             fix="use SAEs that were trained alike, or read all of them one way with bos: always or bos: never.",
         )
-    return next(iter(said.values()), None)
+    return next(iter(settings.values()), None)

@@ -1,4 +1,4 @@
-"""How far raters agree, how often each says yes to a decoy, and on which features they differ."""
+"""How far raters agree, how often each says yes to a decoy, and on which features they disagree."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from saeffect.stats.proportions import wilson
 
 __all__ = ["agreement", "disagreements", "rater_summary"]
 
-_MOST_PAIRS = 45  # ten raters
-_WHOLE = (("percentage", percent_agreement), ("Fleiss' kappa", fleiss_kappa), ("alpha", krippendorff_alpha))
+_MAX_PAIRS = 45  # ten raters
+_ALL_RATERS = (("percentage", percent_agreement), ("Fleiss' kappa", fleiss_kappa), ("alpha", krippendorff_alpha))
 
 Feature = tuple[str, int]
 
@@ -34,45 +34,45 @@ def agreement(verdicts: pd.DataFrame, *, n_boot: int = 2000, seed: int = 0) -> p
     table = _by_rater(verdicts[_blind(verdicts)])
     n_raters = table.shape[1]
     rows = []
-    for name, measure in _WHOLE if n_raters > 1 else ():
+    for name, measure in _ALL_RATERS if n_raters > 1 else ():
         rows.append(_row(name, "", "", n_raters, measure(table, n_boot=n_boot, seed=seed)))
     pairs = list(combinations(table.columns, 2))
-    for a, b in pairs if len(pairs) <= _MOST_PAIRS else ():
-        both = table[[a, b]].dropna()
-        if n_raters > 2:  # for two it stands above
-            rows.append(_row("percentage", a, b, 2, percent_agreement(both, n_boot=n_boot, seed=seed)))
-        kappa = cohens_kappa(both[a].tolist(), both[b].tolist(), n_boot=n_boot, seed=seed)
+    for a, b in pairs if len(pairs) <= _MAX_PAIRS else ():
+        pair = table[[a, b]].dropna()
+        if n_raters > 2:  # for two raters the first rows have it
+            rows.append(_row("percentage", a, b, 2, percent_agreement(pair, n_boot=n_boot, seed=seed)))
+        kappa = cohens_kappa(pair[a].tolist(), pair[b].tolist(), n_boot=n_boot, seed=seed)
         rows.append(_row("Cohen's kappa", a, b, 2, kappa))
     columns = ["measure", "a", "b", "n_raters", "value", "low", "high", "n", "reason"]
     return pd.DataFrame(rows, columns=columns)
 
 
 def rater_summary(verdicts: pd.DataFrame, candidates: Collection[Feature]) -> pd.DataFrame:
-    """What each rater said, and how often to a decoy: features that are no `candidates` (arm, number), and shuffled
+    """Verdicts of each rater, and the rate of yes to decoys: features outside `candidates` (arm, number), and shuffled
     ones.
 
     `verdicts` as in `agreement`, with decoys and a column kind. One row a rater, by name: rater; judged (candidates),
-    n_yes, n_no, n_unsure, n_not_blind (seen what others said); and for each kind of decoy, `other` and `shuffled`:
+    n_yes, n_no, n_unsure, n_not_blind (saw those of others); and for each kind of decoy, `other` and `shuffled`:
     <kind>_judged, <kind>_yes, <kind>_rate (share of yes) with its 95 % interval (Wilson's) <kind>_low, <kind>_high; NaN
     without a decoy judged.
     """
-    chosen = set(candidates)
+    candidate_set = set(candidates)
     kinds = np.array(
         [
-            kind if kind == "shuffled" else "candidate" if (arm, feature) in chosen else "other"
+            kind if kind == "shuffled" else "candidate" if (arm, feature) in candidate_set else "other"
             for kind, arm, feature in zip(verdicts["kind"], verdicts["arm"], verdicts["feature"], strict=True)
         ],
         dtype=object,
     )
     rows = []
     for rater in sorted(verdicts["rater"].unique()):
-        own = verdicts["rater"] == rater
-        said = verdicts.loc[own & (kinds == "candidate"), "verdict"]
-        row: dict[str, Any] = {"rater": rater, "judged": len(said)}
-        row |= {f"n_{verdict}": int((said == verdict).sum()) for verdict in VERDICTS}
-        row["n_not_blind"] = int((own & (kinds == "candidate") & ~_blind(verdicts)).sum())
+        by_rater = verdicts["rater"] == rater
+        answers = verdicts.loc[by_rater & (kinds == "candidate"), "verdict"]
+        row: dict[str, Any] = {"rater": rater, "judged": len(answers)}
+        row |= {f"n_{verdict}": int((answers == verdict).sum()) for verdict in VERDICTS}
+        row["n_not_blind"] = int((by_rater & (kinds == "candidate") & ~_blind(verdicts)).sum())
         for kind in ("other", "shuffled"):
-            decoys = verdicts.loc[own & (kinds == kind), "verdict"]
+            decoys = verdicts.loc[by_rater & (kinds == kind), "verdict"]
             rate = wilson(int((decoys == "yes").sum()), len(decoys))
             row |= {f"{kind}_judged": len(decoys), f"{kind}_yes": int((decoys == "yes").sum())}
             row |= {f"{kind}_rate": rate.value, f"{kind}_low": rate.low, f"{kind}_high": rate.high}
@@ -83,7 +83,7 @@ def rater_summary(verdicts: pd.DataFrame, candidates: Collection[Feature]) -> pd
 
 
 def disagreements(verdicts: pd.DataFrame, adjudications: pd.DataFrame) -> pd.DataFrame:
-    """Features on which somebody has to decide: some say yes and some no, or all are unsure.
+    """Features that need an adjudication: some raters say yes and some no, or all are unsure.
 
     One row a feature, ties first, then by arm and number: arm, feature, n_yes, n_no, n_unsure, decided (yes, no,
     unsure, or "" for open, from the `adjudications` that stand: arm, feature, verdict).
@@ -91,21 +91,21 @@ def disagreements(verdicts: pd.DataFrame, adjudications: pd.DataFrame) -> pd.Dat
     counts = verdicts.groupby(["arm", "feature"])["verdict"].value_counts().unstack(fill_value=0)
     counts = counts.reindex(columns=list(VERDICTS), fill_value=0)
     split = counts[((counts["yes"] > 0) & (counts["no"] > 0)) | ((counts["yes"] == 0) & (counts["no"] == 0))]
-    found = split.rename(columns={verdict: f"n_{verdict}" for verdict in VERDICTS}).reset_index()
-    found.columns.name = None
+    rows = split.rename(columns={verdict: f"n_{verdict}" for verdict in VERDICTS}).reset_index()
+    rows.columns.name = None
     decided = dict(
         zip(zip(adjudications["arm"], adjudications["feature"], strict=True), adjudications["verdict"], strict=True)
     )
-    keys = zip(found["arm"], found["feature"], strict=True)
-    found["decided"] = pd.Series([decided.get(key, "") for key in keys], dtype=object)
-    tied = (found["n_yes"] - found["n_no"]).abs()
-    return found.assign(tied=tied).sort_values(["tied", "arm", "feature"]).drop(columns="tied").reset_index(drop=True)
+    keys = zip(rows["arm"], rows["feature"], strict=True)
+    rows["decided"] = pd.Series([decided.get(key, "") for key in keys], dtype=object)
+    tied = (rows["n_yes"] - rows["n_no"]).abs()
+    return rows.assign(tied=tied).sort_values(["tied", "arm", "feature"]).drop(columns="tied").reset_index(drop=True)
 
 
 def _blind(verdicts: pd.DataFrame) -> pd.Series[bool]:
-    """Which verdicts were given blind: all where nothing else is known."""
-    known = verdicts["blind"] if "blind" in verdicts else pd.Series(True, index=verdicts.index)
-    return known.astype(bool)
+    """Which verdicts were given blind: all of them without a column `blind`."""
+    blind = verdicts["blind"] if "blind" in verdicts else pd.Series(True, index=verdicts.index)
+    return blind.astype(bool)
 
 
 def _by_rater(verdicts: pd.DataFrame) -> pd.DataFrame:
@@ -114,15 +114,15 @@ def _by_rater(verdicts: pd.DataFrame) -> pd.DataFrame:
     return table.astype(object).where(table.notna(), None)
 
 
-def _row(measure: str, a: str, b: str, n_raters: int, found: Estimate) -> dict[str, Any]:
+def _row(measure: str, a: str, b: str, n_raters: int, estimate: Estimate) -> dict[str, Any]:
     return {
         "measure": measure,
         "a": a,
         "b": b,
         "n_raters": n_raters,
-        "value": found.value,
-        "low": found.low,
-        "high": found.high,
-        "n": found.n,
-        "reason": found.reason,
+        "value": estimate.value,
+        "low": estimate.low,
+        "high": estimate.high,
+        "n": estimate.n,
+        "reason": estimate.reason,
     }

@@ -1,4 +1,4 @@
-"""The SQLite file behind the verdicts: how it is made, opened and checked, and what its errors mean."""
+"""The SQLite file behind the verdicts: creating, opening and checking it, and its errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["as_saeffect_error", "connect"]
 
 _VERSION = 1
 _APPLICATION = 0x5AEFFEC7
-_WAIT = 30.0  # seconds for other writers
+_TIMEOUT = 30.0  # seconds to wait for other writers
 _SCHEMA = """
 CREATE TABLE salt (value TEXT NOT NULL);
 CREATE TABLE raters (
@@ -42,18 +42,18 @@ CREATE TRIGGER undone_keeps BEFORE DELETE ON undone BEGIN SELECT RAISE(ABORT, 't
 """
 
 
-# Who has looked at what others said before the end; later than the other tables.
+# Raters who saw the verdicts of others before they had judged everything. Added after the other tables.
 _LOOKED = """CREATE TABLE IF NOT EXISTS looked (
   rater INTEGER PRIMARY KEY REFERENCES raters (id), at TEXT NOT NULL)"""
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """Open, and on first use make, a store. Raises sqlite3.Error."""
-    db = sqlite3.connect(path, timeout=_WAIT, isolation_level=None, check_same_thread=False)
+    """Open a store, creating it on first use. Raises sqlite3.Error."""
+    db = sqlite3.connect(path, timeout=_TIMEOUT, isolation_level=None, check_same_thread=False)
     try:
         if db.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION:
             _require_empty(db, path)
-            _make(db, path)
+            _create_tables(db, path)
         version = db.execute("PRAGMA user_version").fetchone()[0]
         if version != _VERSION:
             raise BadFile(
@@ -61,9 +61,9 @@ def connect(path: Path) -> sqlite3.Connection:
                 at=str(path),
                 fix="install that version, export them there, and import the CSV file here.",
             )
-        found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if found != "ok":
-            raise sqlite3.DatabaseError(found)
+        check = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if check != "ok":
+            raise sqlite3.DatabaseError(check)
         db.execute("PRAGMA synchronous = FULL")
         db.execute("PRAGMA foreign_keys = ON")
         if not db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'looked'").fetchone()[0]:
@@ -76,13 +76,13 @@ def connect(path: Path) -> sqlite3.Connection:
 
 def _require_empty(db: sqlite3.Connection, path: Path) -> None:
     tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-    # Another process may have made the tables between two looks at the file.
+    # Another process may have created the tables meanwhile.
     if tables and db.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION:
         raise BadFile("this is a database, but not of verdicts.", at=str(path), fix="move it elsewhere and try again.")
 
 
-def _make(db: sqlite3.Connection, path: Path) -> None:
-    """Tables of a new file; another process may be making them too."""
+def _create_tables(db: sqlite3.Connection, path: Path) -> None:
+    """Create the tables of a new file, unless another process has done so meanwhile."""
     db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA synchronous = FULL")
     db.execute("BEGIN EXCLUSIVE")
@@ -112,7 +112,7 @@ def _statements(script: str) -> Iterator[str]:
 
 
 def as_saeffect_error(error: sqlite3.Error | OSError, path: Path) -> SaeffectError:
-    """What a failed read or write of a store means to a user."""
+    """The user-facing error of a failed read or write of a store."""
     text, at = str(error), str(path)
     if "full" in text or "No space" in text:
         fix = "free some space and give the last verdict again; all before it are kept."

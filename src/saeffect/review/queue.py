@@ -1,8 +1,8 @@
-"""What raters are asked, and in which order: candidates and decoys from all arms, shuffled for each rater.
+"""The features that raters judge, and their order: candidates and decoys from all arms, shuffled for each rater.
 
-Candidates are the features that the vocabulary picks. Decoys look the same and should get a no: features without a word
-of the vocabulary, and *shuffled* ones, whose tokens come from ten different candidates, so that they hold as many words
-of the domain but belong together by nothing. Yes to a decoy is a false positive.
+Candidates are the features that the vocabulary selects. Decoys look the same and should get a no: features without a
+word of the vocabulary, and *shuffled* ones, whose tokens come from ten different candidates: as many domain words, but
+unrelated. A yes to a decoy is a false positive.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from saeffect.review.store import VerdictStore
 __all__ = ["DECOYS", "Item", "Queue", "fingerprint_tokens", "make_queue"]
 
 DECOYS = 0.1  # of each kind, as a share of the candidates
-_FEWEST = 4  # decoys of each kind, where there are so many
-_CONTEXTS = 4
+_MIN_DECOYS = 4  # decoys of each kind, where there are so many
+_N_CONTEXTS = 4
 
 Decoy = Literal["", "other", "shuffled"]
 
 
 @dataclass(frozen=True)
 class Item:
-    """One screen: a rater may see `tokens`, and the contexts (arm, feature, rank) to show. `seen` is the
+    """One screen: the `tokens` and `contexts` (arm, feature, rank) that a rater sees. `seen` is their
     `fingerprint_tokens`; `decoy` is "" for a candidate, "other" for a feature without words of the vocabulary, or
     "shuffled".
     """
@@ -45,7 +45,7 @@ class Item:
 
     @functools.cached_property
     def key(self) -> tuple[str, str, int, str]:
-        """What the store knows it by."""
+        """Its key in the store."""
         return self.kind, self.arm, self.feature, self.seen
 
 
@@ -62,12 +62,12 @@ class Queue:
 
     @functools.cached_property
     def keys(self) -> frozenset[tuple[str, str, int, str]]:
-        """What the store knows the items by."""
+        """Keys of the items in the store."""
         return frozenset(item.key for item in self.items)
 
     def of_rater(self, rater: str, store: VerdictStore) -> tuple[Item, ...]:
-        """The items as this rater gets them: always the same order, another one for each rater."""
-        return tuple(self._named(rater, store).values())
+        """The items in this rater's order, which never changes."""
+        return tuple(self._by_hidden_name(rater, store).values())
 
     def open_items(self, rater: str, store: VerdictStore) -> list[Item]:
         """The items that this rater has not judged, in their order."""
@@ -75,29 +75,29 @@ class Queue:
         return [item for item in self.of_rater(rater, store) if item.key not in judged]
 
     def name(self, item: Item, rater: str, store: VerdictStore) -> str:
-        """What the browser calls an item: 16 digits that tell neither arm nor number nor whether it is a decoy."""
+        """The item's name in the browser: 16 hex digits that hide arm, number and whether it is a decoy."""
         return _hidden_name(store.secret(), rater, item)
 
     def find(self, name: str, rater: str, store: VerdictStore) -> Item:
         """The item of this name; NotFound if the run was made again and no longer has it."""
-        found = self._named(rater, store).get(name)
-        if found is None:
+        item = self._by_hidden_name(rater, store).get(name)
+        if item is None:
             raise NotFound(
                 "this feature is no longer part of the review: the run was made again since it was shown.",
                 fix="go on with the next one. Verdicts on features as they were are kept in the history.",
             )
-        return found
+        return item
 
-    def _named(self, rater: str, store: VerdictStore) -> dict[str, Item]:
+    def _by_hidden_name(self, rater: str, store: VerdictStore) -> dict[str, Item]:
         """The rater's items by their hidden names, which order them."""
         key = store.secret(), rater
-        if key not in self._known:
-            self._known[key] = dict(sorted({_hidden_name(key[0], rater, item): item for item in self.items}.items()))
-        return self._known[key]
+        if key not in self._cache:
+            self._cache[key] = dict(sorted({_hidden_name(key[0], rater, item): item for item in self.items}.items()))
+        return self._cache[key]
 
     @functools.cached_property
-    def _known(self) -> dict[tuple[Any, str], dict[str, Item]]:
-        """Kept, since a verdict is a matter of milliseconds and a thousand hashes are not."""
+    def _cache(self) -> dict[tuple[Any, str], dict[str, Item]]:
+        """Cached: hashing a thousand names takes longer than recording a verdict."""
         return {}
 
 
@@ -106,19 +106,21 @@ def make_queue(arms: Mapping[str, pd.DataFrame], *, decoys: float = DECOYS, seed
     Decoys of each kind per candidate, at least four if there are any, are drawn by `seed`, the same for all raters.
     """
     candidates = [
-        _feature_item(arm, row, "") for arm, table in arms.items() for row in _rows(table[table["in_vocabulary"]])
+        _feature_item(arm, row, "")
+        for arm, table in arms.items()
+        for row in _numbered_tokens(table[table["in_vocabulary"]])
     ]
     if not candidates:
         return Queue(())
     rng = np.random.default_rng(seed)
-    wanted = max(_FEWEST, round(decoys * len(candidates))) if decoys > 0 else 0
-    others = [
+    n_decoys = max(_MIN_DECOYS, round(decoys * len(candidates))) if decoys > 0 else 0
+    non_domain = [
         _feature_item(arm, row, "other")
         for arm, table in arms.items()
-        for row in _rows(table[(table["matches"] == 0) & (table["n_active"] > 0)])
+        for row in _numbered_tokens(table[(table["matches"] == 0) & (table["n_active"] > 0)])
     ]
-    picked = rng.permutation(len(others))[:wanted]
-    return Queue((*candidates, *(others[i] for i in sorted(picked)), *_shuffled(candidates, wanted, rng)))
+    picked = rng.permutation(len(non_domain))[:n_decoys]
+    return Queue((*candidates, *(non_domain[i] for i in sorted(picked)), *_shuffled_decoys(candidates, n_decoys, rng)))
 
 
 def fingerprint_tokens(tokens: Sequence[str]) -> str:
@@ -126,7 +128,7 @@ def fingerprint_tokens(tokens: Sequence[str]) -> str:
     return hashlib.sha256("\0".join(tokens).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def _rows(table: pd.DataFrame) -> list[tuple[int, tuple[str, ...]]]:
+def _numbered_tokens(table: pd.DataFrame) -> list[tuple[int, tuple[str, ...]]]:
     return [
         (int(feature), tuple(tokens)) for feature, tokens in zip(table["feature"], table["top_tokens"], strict=True)
     ]
@@ -134,31 +136,31 @@ def _rows(table: pd.DataFrame) -> list[tuple[int, tuple[str, ...]]]:
 
 def _feature_item(arm: str, row: tuple[int, tuple[str, ...]], decoy: Decoy) -> Item:
     feature, tokens = row
-    contexts = tuple((arm, feature, rank) for rank in range(_CONTEXTS))
+    contexts = tuple((arm, feature, rank) for rank in range(_N_CONTEXTS))
     return Item("feature", arm, feature, fingerprint_tokens(tokens), decoy, tokens, contexts)
 
 
-def _shuffled(candidates: Sequence[Item], wanted: int, rng: np.random.Generator) -> list[Item]:
-    """Decoys that take each token, and each context, from another candidate; none if too few candidates differ."""
-    found = []
-    for number in range(wanted):
+def _shuffled_decoys(candidates: Sequence[Item], n_decoys: int, rng: np.random.Generator) -> list[Item]:
+    """Decoys whose tokens and contexts each come from another candidate; [] if too few candidates differ."""
+    decoys = []
+    for number in range(n_decoys):
         order = [candidates[i] for i in rng.permutation(len(candidates))]
         length = len(order[0].tokens)
         tokens: list[str] = []
         for item in order:
-            place = len(tokens)
-            if place == length:
+            position = len(tokens)
+            if position == length:
                 break
-            if place < len(item.tokens) and item.tokens[place].strip().lower() not in {
+            if position < len(item.tokens) and item.tokens[position].strip().lower() not in {
                 token.strip().lower() for token in tokens
             }:
-                tokens.append(item.tokens[place])
+                tokens.append(item.tokens[position])
         if len(tokens) < length or length < 2 or len(order) <= length:
             return []
-        contexts = tuple(item.contexts[rank] for rank, item in enumerate(order[:_CONTEXTS]))
+        contexts = tuple(item.contexts[rank] for rank, item in enumerate(order[:_N_CONTEXTS]))
         seen = fingerprint_tokens(tokens)
-        found.append(Item("shuffled", order[0].arm, number, seen, "shuffled", tuple(tokens), contexts))
-    return found
+        decoys.append(Item("shuffled", order[0].arm, number, seen, "shuffled", tuple(tokens), contexts))
+    return decoys
 
 
 def _hidden_name(secret: bytes, rater: str, item: Item) -> str:

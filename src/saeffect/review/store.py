@@ -29,9 +29,9 @@ __all__ = ["NOT_BLIND", "STORE", "Given", "Rater", "VerdictStore"]
 
 STORE = "verdicts.sqlite"
 NOT_BLIND = "app, not blind"
-"""The source of verdicts of a rater who had seen what others said."""
-_LONGEST = {"name": 60, "label": 120, "note": 2_000}
-_ROWS = """
+"""Source of a verdict whose rater had seen the verdicts of others."""
+_MAX_LENGTH = {"name": 60, "label": 120, "note": 2_000}
+_HISTORY_QUERY = """
 SELECT history.id, given, raters.name AS rater, role, kind, arm, feature, seen, verdict, label, note, source,
   undone.at AS undone
 FROM history JOIN raters ON raters.id = history.rater LEFT JOIN undone ON undone.history = history.id
@@ -45,7 +45,7 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class Rater:
-    """A person who judges: `name` as first written, `known` whether somebody of that name was here before."""
+    """A person who judges: `name` as first written, `known` whether the name had joined before."""
 
     name: str
     known: bool
@@ -53,14 +53,14 @@ class Rater:
 
 @dataclass(frozen=True)
 class Given:
-    """A verdict as a person gives it.
+    """One verdict of a person.
 
     Attributes:
         kind: "feature", or "shuffled" for a decoy that is no feature (`feature` then numbers the decoys).
         seen: `saeffect.review.queue.fingerprint_tokens`, so that a verdict never passes to another feature of this
             number.
-        role: "rater", or "adjudicator" for what decides where raters differ.
-        request: The browser's name of this act, so that sending it again adds nothing; "" for none.
+        role: "rater", or "adjudicator" for a decision where raters differ.
+        request: The browser's id of this submission, so that sending it again adds nothing; "" for none.
         source: "app", `NOT_BLIND`, or the file that it was imported from.
     """
 
@@ -77,7 +77,7 @@ class Given:
 
 
 class VerdictStore:
-    """The verdicts of one run. The file is made by the first rater; reading never makes it.
+    """The verdicts of one run. The first rater creates the file; reading never does.
 
     One object serves all threads of a process; any number of processes may use the same file.
 
@@ -89,7 +89,7 @@ class VerdictStore:
         self.path = Path(path)
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
-        self._opened: tuple[int, int] | None = None
+        self._opened_id: tuple[int, int] | None = None
         self._scratch: Path | None = None
 
     def __enter__(self) -> Self:
@@ -103,7 +103,7 @@ class VerdictStore:
         with self._lock:
             if self._connection is not None:
                 self._connection.close()
-            self._connection = self._opened = None
+            self._connection = self._opened_id = None
             if self._scratch is not None:
                 shutil.rmtree(self._scratch, ignore_errors=True)
             self._scratch = None
@@ -113,91 +113,89 @@ class VerdictStore:
 
         ConfigError for a name that is empty, longer than 60 characters, or begins with a bracket.
         """
-        name = _checked_name(name)
+        name = _check_name(name)
         with self._writing() as db:
-            return _joined(db, name)[1]
+            return _add_rater(db, name)[1]
 
     def raters(self) -> list[str]:
-        """Everybody who has joined, in that order."""
+        """Everybody who has joined, in order of joining."""
         return [name for (name,) in self._read("SELECT name FROM raters ORDER BY id")]
 
     def find(self, name: str) -> str | None:
         """The name of this rater as first written, or None; adds nobody."""
-        rows = self._read("SELECT name FROM raters WHERE folded = ?", [_folded(name)])
+        rows = self._read("SELECT name FROM raters WHERE folded = ?", [_fold(name)])
         return str(rows[0][0]) if rows else None
 
-    def record(self, rater: str, *given: Given) -> list[int]:
-        """Add verdicts, all or none, and return their numbers once they are on the disk.
+    def record(self, rater: str, *verdicts: Given) -> list[int]:
+        """Add verdicts, all or none, and return their ids once they are on the disk.
 
-        Verdicts with a `request` that is already there are not added again.
+        A verdict whose `request` is already stored is not added again.
         """
-        return self.record_many([(rater, verdict) for verdict in given])
+        return self.record_many([(rater, verdict) for verdict in verdicts])
 
-    def record_many(self, given: Sequence[tuple[str, Given]]) -> list[int]:
+    def record_many(self, verdicts: Sequence[tuple[str, Given]]) -> list[int]:
         """`record` for verdicts of several raters, in one transaction."""
-        rows = [(_checked_name(rater), _checked(verdict)) for rater, verdict in given]
+        rows = [(_check_name(rater), _check_verdict(verdict)) for rater, verdict in verdicts]
         with self._writing() as db:
-            numbers = {name: _joined(db, name)[0] for name in dict.fromkeys(name for name, _ in rows)}
+            numbers = {name: _add_rater(db, name)[0] for name in dict.fromkeys(name for name, _ in rows)}
             return [_insert(db, numbers[name], row) for name, row in rows]
 
     def undo(self, rater: str) -> Given | None:
-        """Take back the rater's latest verdict that stands, and return it; None if there is none."""
+        """Undo the rater's latest verdict that is not undone, and return it; None if there is none."""
         latest = """SELECT history.id, arm, feature, seen, verdict, label, note, kind FROM history
             JOIN raters ON raters.id = history.rater
             WHERE folded = ? AND role = 'rater' AND history.id NOT IN (SELECT history FROM undone)
             ORDER BY history.id DESC LIMIT 1"""
         with self._writing() as db:
-            found = db.execute(latest, [_folded(rater)]).fetchone()
-            if found is None:
+            row = db.execute(latest, [_fold(rater)]).fetchone()
+            if row is None:
                 return None
-            db.execute("INSERT INTO undone VALUES (?, ?)", [found[0], _now()])
-            return Given(*found[1:])
+            db.execute("INSERT INTO undone VALUES (?, ?)", [row[0], _now()])
+            return Given(*row[1:])
 
-    def look(self, rater: str) -> None:
-        """Write down that a rater, added if new, now sees what others said."""
+    def mark_not_blind(self, rater: str) -> None:
+        """Record that a rater (added if new) has seen the verdicts of others."""
         with self._writing() as db:
-            db.execute("INSERT OR IGNORE INTO looked VALUES (?, ?)", [_joined(db, _checked_name(rater))[0], _now()])
+            db.execute("INSERT OR IGNORE INTO looked VALUES (?, ?)", [_add_rater(db, _check_name(rater))[0], _now()])
 
-    def looked(self, rater: str) -> bool:
-        """Whether a rater has seen what others said."""
+    def is_not_blind(self, rater: str) -> bool:
+        """Whether a rater has seen the verdicts of others."""
         query = "SELECT 1 FROM looked JOIN raters ON raters.id = looked.rater WHERE folded = ?"
-        return bool(self._read(query, [_folded(rater)]))
+        return bool(self._read(query, [_fold(rater)]))
 
     def history(self) -> pd.DataFrame:
-        """Everything that was ever said, in order, one row a verdict: `_COLUMNS`, with `given` in UTC (ISO 8601) and
-        `undone`, when it was taken back, "" if it stands.
-        """
-        table = pd.DataFrame(self._read(_ROWS), columns=list(_COLUMNS))
+        """Every verdict ever given, in order: `_COLUMNS`, with times `given` and `undone` (or "") in UTC, ISO 8601."""
+        table = pd.DataFrame(self._read(_HISTORY_QUERY), columns=list(_COLUMNS))
         return table.astype({"id": "int64", "feature": "int64"}).fillna({"undone": ""})
 
     def current(self) -> pd.DataFrame:
-        """The verdicts that stand, as `history`: the latest of each rater, or of any adjudicator, on what they saw."""
+        """The verdicts in force, as `history`: the latest of each rater, or of any adjudicator, on what they saw."""
         table = self.history()
         table = table[table["undone"] == ""]
-        judge = table["rater"].where(table["role"] == "rater", "")
-        keys = table[["role", "kind", "arm", "feature", "seen"]].assign(judge=judge)
+        person = table["rater"].where(table["role"] == "rater", "")
+        keys = table[["role", "kind", "arm", "feature", "seen"]].assign(judge=person)
         return table[~keys.duplicated(keep="last")].reset_index(drop=True)
 
     def judged(self, rater: str) -> dict[tuple[str, str, int, str], str]:
-        """The verdicts of a rater that stand: (kind, arm, feature, seen) to yes, no or unsure."""
+        """The verdicts of a rater in force: (kind, arm, feature, seen) to yes, no or unsure."""
         query = """SELECT kind, arm, feature, seen, verdict FROM history JOIN raters ON raters.id = history.rater
             WHERE folded = ? AND role = 'rater' AND history.id NOT IN (SELECT history FROM undone)
             ORDER BY history.id"""
-        return {(row[0], row[1], row[2], row[3]): row[4] for row in self._read(query, [_folded(rater)])}
+        return {(row[0], row[1], row[2], row[3]): row[4] for row in self._read(query, [_fold(rater)])}
 
     def labels(self, rater: str) -> list[str]:
-        """The labels that a rater ever gave, the commonest first, at most 200."""
+        """All labels of a rater, the commonest first, at most 200."""
         query = """SELECT label FROM history JOIN raters ON raters.id = history.rater
             WHERE folded = ? AND label != '' GROUP BY label ORDER BY count(*) DESC, min(history.id) LIMIT 200"""
-        return [label for (label,) in self._read(query, [_folded(rater)])]
+        return [label for (label,) in self._read(query, [_fold(rater)])]
 
     def secret(self) -> bytes:
-        """Random bytes of this file: they shuffle each rater's queue and name its items. Empty while there is none."""
+        """Random bytes of this file, which order each rater's queue and name its items; b"" without a file."""
         rows = self._read("SELECT value FROM salt")
         return bytes.fromhex(rows[0][0]) if rows else b""
 
     def _read(self, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        with self._lock, self._translated():
+        with self._lock, self._translate_errors():
             if not self.path.exists():
                 self.close()
                 return []
@@ -205,8 +203,8 @@ class VerdictStore:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
-        """One transaction, on the disk when the block has ended."""
-        with self._lock, self._translated():
+        """A transaction, on the disk once the block has ended."""
+        with self._lock, self._translate_errors():
             db = self._open(write=True)
             db.execute("BEGIN IMMEDIATE")
             try:
@@ -218,16 +216,16 @@ class VerdictStore:
                 raise
 
     def _open(self, *, write: bool) -> sqlite3.Connection:
-        """The connection; a new one if the file was replaced, or can now be written."""
-        place = _identity(self.path)
-        if self._connection is not None and (place != self._opened or (write and self._scratch is not None)):
+        """The connection; a new one if the file was replaced, or must be written where a copy was read."""
+        file_id = _file_id(self.path)
+        if self._connection is not None and (file_id != self._opened_id or (write and self._scratch is not None)):
             self.close()
         if self._connection is None:
             if not write and not os.access(self.path.parent, os.W_OK):
                 self._connection = self._open_copy()
             else:
                 self._connection = connect(self.path)
-            self._opened = _identity(self.path)
+            self._opened_id = _file_id(self.path)
         return self._connection
 
     def _open_copy(self) -> sqlite3.Connection:
@@ -240,31 +238,31 @@ class VerdictStore:
         return connect(self._scratch / self.path.name)
 
     @contextlib.contextmanager
-    def _translated(self) -> Iterator[None]:
+    def _translate_errors(self) -> Iterator[None]:
         try:
             yield
         except (sqlite3.Error, OSError) as error:
-            # A connection whose write failed may hold half of a transaction in memory: the next call begins afresh.
+            # A failed write may leave half a transaction in memory: the next call opens a new connection.
             with contextlib.suppress(sqlite3.Error):
                 self.close()
             raise as_saeffect_error(error, self.path) from error
 
 
-def _joined(db: sqlite3.Connection, name: str) -> tuple[int, Rater]:
-    found = db.execute("SELECT id, name FROM raters WHERE folded = ?", [_folded(name)]).fetchone()
-    if found is not None:
-        return int(found[0]), Rater(str(found[1]), known=True)
-    added = db.execute("INSERT INTO raters (name, folded, joined) VALUES (?, ?, ?)", [name, _folded(name), _now()])
+def _add_rater(db: sqlite3.Connection, name: str) -> tuple[int, Rater]:
+    row = db.execute("SELECT id, name FROM raters WHERE folded = ?", [_fold(name)]).fetchone()
+    if row is not None:
+        return int(row[0]), Rater(str(row[1]), known=True)
+    added = db.execute("INSERT INTO raters (name, folded, joined) VALUES (?, ?, ?)", [name, _fold(name), _now()])
     return int(added.lastrowid or 0), Rater(name, known=False)
 
 
-def _insert(db: sqlite3.Connection, rater: int, given: Given) -> int:
-    if given.request:
-        known = db.execute("SELECT id FROM history WHERE request = ?", [given.request]).fetchone()
-        if known is not None:
-            return int(known[0])
-    row = [_now(), rater, given.role, given.kind, given.arm, given.feature, given.seen, given.verdict]
-    row += [given.label, given.note, given.source, given.request or None]
+def _insert(db: sqlite3.Connection, rater: int, verdict: Given) -> int:
+    if verdict.request:
+        stored = db.execute("SELECT id FROM history WHERE request = ?", [verdict.request]).fetchone()
+        if stored is not None:
+            return int(stored[0])
+    row = [_now(), rater, verdict.role, verdict.kind, verdict.arm, verdict.feature, verdict.seen, verdict.verdict]
+    row += [verdict.label, verdict.note, verdict.source, verdict.request or None]
     added = db.execute(
         "INSERT INTO history (given, rater, role, kind, arm, feature, seen, verdict, label, note, source, request)"
         " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -273,17 +271,17 @@ def _insert(db: sqlite3.Connection, rater: int, given: Given) -> int:
     return int(added.lastrowid or 0)
 
 
-def _checked_name(name: str) -> str:
+def _check_name(name: str) -> str:
     name = _clean(name, "name")
     if not name or name.startswith(("(", "'")):
         raise ConfigError("a rater's name begins with a letter or digit.", at="name", fix="write a name.")
     return name
 
 
-def _checked(given: Given) -> Given:
-    if given.verdict not in VERDICTS:
-        raise unknown_name("verdict", given.verdict, VERDICTS)
-    return replace(given, label=_clean(given.label, "label"), note=_clean(given.note, "note"))
+def _check_verdict(verdict: Given) -> Given:
+    if verdict.verdict not in VERDICTS:
+        raise unknown_name("verdict", verdict.verdict, VERDICTS)
+    return replace(verdict, label=_clean(verdict.label, "label"), note=_clean(verdict.note, "note"))
 
 
 def _clean(text: str, what: str) -> str:
@@ -291,12 +289,12 @@ def _clean(text: str, what: str) -> str:
     keep = "\n" if what == "note" else ""
     text = "".join(c if c in keep or unicodedata.category(c) not in ("Cc", "Cs") else " " for c in text)
     text = text.strip() if what == "note" else " ".join(text.split())
-    if len(text) > _LONGEST[what]:
-        raise ConfigError(f"a {what} has at most {_LONGEST[what]:,} characters. Got {len(text):,}.", at=what)
+    if len(text) > _MAX_LENGTH[what]:
+        raise ConfigError(f"a {what} has at most {_MAX_LENGTH[what]:,} characters. Got {len(text):,}.", at=what)
     return text
 
 
-def _folded(name: str) -> str:
+def _fold(name: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
 
 
@@ -304,9 +302,9 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
+def _file_id(path: Path) -> tuple[int, int] | None:
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino

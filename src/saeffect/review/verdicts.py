@@ -1,4 +1,4 @@
-"""Verdicts in a CSV file, one row per person, feature and arm: read strictly, and summed up per feature."""
+"""Verdicts in a CSV file, one row per person, feature and arm: strict reading, and a summary per feature."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ __all__ = ["ADJUDICATION", "BLIND", "COLUMNS", "VERDICTS", "read_verdicts", "sum
 
 COLUMNS = ("feature", "arm", "rater", "verdict", "label", "note")
 BLIND = "blind"
-"""A further column that a file may have: yes, or no for a verdict of somebody who had seen what others said."""
+"""An optional column: yes, or no for a verdict given after seeing those of others."""
 VERDICTS = ("yes", "no", "unsure")
 ADJUDICATION = "(adjudication)"
-"""How the rater of a decision begins that settles what raters differ on; a name may follow."""
+"""Prefix of the rater of an adjudication (a decision where raters differ); a name may follow."""
 
 _INT64_MAX = np.iinfo(np.int64).max
 _WHOLE_NUMBER = re.compile(r"[0-9]{1,19}")
 
 
 def read_verdicts(path: Path | str, *, arms: Collection[str] | None = None) -> pd.DataFrame:
-    """Read verdicts from a UTF-8 CSV file; `label` and `note` stay text, whatever a spreadsheet would make of them.
+    """Read verdicts from a UTF-8 CSV file; `label` and `note` stay text, even if they look like formulas.
 
     The first line names the columns feature, arm, rater, verdict, label and note in any order, and perhaps blind (yes,
     as without it, or no). Verdicts are yes, no or unsure, in any case; `arms` are the valid ones (None for any). One
@@ -45,7 +45,7 @@ def read_verdicts(path: Path | str, *, arms: Collection[str] | None = None) -> p
     seen: dict[tuple[int, str, str], int] = {}
     rows = []
     for line, cells in _records(text, str(path)):
-        row = _checked(cells, arms, at=f"{path}, line {line}")
+        row = _parse_row(cells, arms, at=f"{path}, line {line}")
         key = (int(row["feature"]), str(row["arm"]), str(row["rater"]))
         if key in seen:
             raise ConfigError(
@@ -69,8 +69,8 @@ def write_verdicts(verdicts: pd.DataFrame, path: Path | str) -> None:
         safe.to_csv(temporary, columns=[*COLUMNS, BLIND], index=False, lineterminator="\n")
 
 
-def _as_typed(cell: str) -> str:
-    """A cell without surrounding space, and without the apostrophe that guards a spreadsheet."""
+def _strip_cell(cell: str) -> str:
+    """A cell without surrounding space and without the apostrophe that keeps spreadsheets from evaluating it."""
     cell = cell.strip()
     return cell[1:] if cell.startswith("'") and _is_formula(cell[1:]) else cell
 
@@ -80,7 +80,7 @@ def _is_formula(text: str) -> bool:
 
 
 def summarise_verdicts(verdicts: pd.DataFrame, arm: str) -> pd.DataFrame:
-    """Sum up the verdicts on one arm, as read by `read_verdicts`; no verdicts give no rows.
+    """Summarise the verdicts on one arm, as read by `read_verdicts`; no verdicts give no rows.
 
     One row per reviewed feature, by number: feature, n_yes, n_no, n_unsure (int64); label (str), the commonest among
     yes verdicts, case aside, "" for none; majority (bool), more yes than no. Where somebody has adjudicated, the last
@@ -94,11 +94,11 @@ def summarise_verdicts(verdicts: pd.DataFrame, arm: str) -> pd.DataFrame:
                7      1     0         1 cancer      True
     """
     rows = []
-    for feature, given in verdicts[verdicts["arm"] == arm].groupby("feature", sort=True):
-        decides = given["rater"].str.startswith(ADJUDICATION)
-        decision, said = given[decides].tail(1), given[~decides]
-        counts = Counter(said["verdict"])
-        labels = [*decision["label"], *[_commonest(said.loc[said["verdict"] == "yes", "label"].tolist())]]
+    for feature, rows_of_feature in verdicts[verdicts["arm"] == arm].groupby("feature", sort=True):
+        is_decision = rows_of_feature["rater"].str.startswith(ADJUDICATION)
+        decision, answers = rows_of_feature[is_decision].tail(1), rows_of_feature[~is_decision]
+        counts = Counter(answers["verdict"])
+        labels = [*decision["label"], _most_common_label(answers.loc[answers["verdict"] == "yes", "label"].tolist())]
         rows.append(
             {
                 "feature": feature,
@@ -107,9 +107,9 @@ def summarise_verdicts(verdicts: pd.DataFrame, arm: str) -> pd.DataFrame:
                 "majority": (decision["verdict"] == "yes").all() if len(decision) else counts["yes"] > counts["no"],
             }
         )
-    whole = dict.fromkeys(("feature", "n_yes", "n_no", "n_unsure"), np.int64)
+    integers = dict.fromkeys(("feature", "n_yes", "n_no", "n_unsure"), np.int64)
     table = pd.DataFrame(rows, columns=["feature", "n_yes", "n_no", "n_unsure", "label", "majority"])
-    return table.astype({**whole, "label": str, "majority": bool})
+    return table.astype({**integers, "label": str, "majority": bool})
 
 
 def _records(text: str, path: str) -> Iterator[tuple[int, dict[str, str]]]:
@@ -130,7 +130,7 @@ def _records(text: str, path: str) -> Iterator[tuple[int, dict[str, str]]]:
                     at=f"{path}, line {line}",
                     fix="put quotation marks around a cell that holds a comma.",
                 )
-            yield line, dict(zip(header, map(_as_typed, cells), strict=True))
+            yield line, dict(zip(header, map(_strip_cell, cells), strict=True))
     except csv.Error as error:
         raise BadFile(
             f"this is not CSV: {error}.", at=f"{path}, line {start}", fix="check the quotation marks."
@@ -143,11 +143,11 @@ def _header(cells: Sequence[str], *, at: str) -> list[str]:
     names = [cell.strip().lower() for cell in cells]
     missing = [column for column in COLUMNS if column not in names]
     extra = [name for name in names if name not in (*COLUMNS, BLIND)]
-    twice = [column for column in (*COLUMNS, BLIND) if names.count(column) > 1]
+    repeated = [column for column in (*COLUMNS, BLIND) if names.count(column) > 1]
     faults = [
-        f"{fault}: {', '.join(repr(name) for name in found)}"
-        for fault, found in (("missing", missing), ("unknown", extra), ("twice", twice))
-        if found
+        f"{fault}: {', '.join(repr(name) for name in columns)}"
+        for fault, columns in (("missing", missing), ("unknown", extra), ("twice", repeated))
+        if columns
     ]
     if faults:
         hint = " and separate them by commas" if len(names) == 1 else ""
@@ -159,7 +159,7 @@ def _header(cells: Sequence[str], *, at: str) -> list[str]:
     return names
 
 
-def _checked(cells: dict[str, str], arms: Collection[str] | None, *, at: str) -> dict[str, int | str | bool]:
+def _parse_row(cells: dict[str, str], arms: Collection[str] | None, *, at: str) -> dict[str, int | str | bool]:
     number = cells["feature"]
     if not _WHOLE_NUMBER.fullmatch(number) or int(number) > _INT64_MAX:
         raise ConfigError(f"a feature is a whole number, 0 or more. Got {number[:60]!r} instead.", at=at)
@@ -177,7 +177,7 @@ def _checked(cells: dict[str, str], arms: Collection[str] | None, *, at: str) ->
     return {**cells, "feature": int(number), "verdict": verdict, BLIND: blind == "yes"}
 
 
-def _commonest(labels: Sequence[str]) -> str:
+def _most_common_label(labels: Sequence[str]) -> str:
     spellings: dict[str, str] = {}
     counts: Counter[str] = Counter()
     for label in filter(None, labels):

@@ -1,10 +1,10 @@
-"""Sparse autoencoders: what they are (`base`), one architecture a file, files on disk, training, and measures.
+"""Sparse autoencoders: the base class (`base`), one architecture a file, file formats, training, and metrics.
 
-`ARCHITECTURES` has every architecture by name: an import of this package defines those below, and a class defined
-elsewhere enters itself.
+`ARCHITECTURES` has every architecture by name: importing this package defines those below, and a class defined
+elsewhere registers itself.
 """
 
-# ruff: noqa: I001 - in the order in which messages list them
+# ruff: noqa: I001 - the order in which messages list them
 from saeffect.sae.base import ARCHITECTURES, SaeConfig, SparseAutoencoder
 from saeffect.sae.standard import StandardSae
 from saeffect.sae.topk import TopKSae

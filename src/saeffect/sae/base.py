@@ -1,4 +1,4 @@
-"""What every sparse autoencoder has: facts of its architecture, weights, and the way from input to output."""
+"""The base class of sparse autoencoders: configuration, properties of an architecture, weights and forward pass."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from saeffect.lm.hooks import hook_of_module
 
 __all__ = ["ARCHITECTURES", "SaeConfig", "SparseAutoencoder", "Start"]
 
-#: Every architecture by name. A class enters itself when it is defined; those of this package are in `saeffect.sae`.
+#: Every architecture by name. A class registers itself when it is defined; those of this package are in `saeffect.sae`.
 ARCHITECTURES: dict[str, type[SparseAutoencoder]] = {}
 
 
@@ -27,13 +27,13 @@ class SaeConfig:
     Attributes:
         architecture: A key of `ARCHITECTURES`.
         k: Active features a token (topk only).
-        apply_b_dec_to_input: Whether the decoder's bias is taken off the input first.
+        apply_b_dec_to_input: Whether the decoder's bias is subtracted from the input.
         normalize_activations: "none", "layer_norm" (each input standardised) or "constant_norm_rescale" (each input
             scaled to a norm of √d_in), undone on the output.
         rescale_acts_by_decoder_norm: TopK only: rank features by activation times decoder norm.
-        centre_input: Whether each input's mean is taken off and put back on the output (TransformerLens'
+        centre_input: Whether each input's mean is subtracted, and added to the output (TransformerLens'
             center_writing_weights).
-        metadata: Where it comes from: model_name, hook_name, training tokens, and so on.
+        metadata: Its origin: model_name, hook_name, training tokens, and so on.
     """
 
     architecture: str
@@ -49,25 +49,25 @@ class SaeConfig:
     @property
     def hook_name(self) -> str | None:
         """The hook in the metadata, if any, as a TransformerLens name."""
-        found = self.metadata.get("hook_name")
-        return (hook_of_module(str(found)) or str(found)) if found else None
+        name = self.metadata.get("hook_name")
+        return (hook_of_module(str(name)) or str(name)) if name else None
 
     @property
     def module_path(self) -> str | None:
         """The transformers module whose output the SAE reads, if the metadata name one."""
-        named = (self.metadata.get(key) for key in ("hookpoint", "hook_name"))
-        return next((str(name) for name in named if name and hook_of_module(str(name))), None)
+        names = (self.metadata.get(key) for key in ("hookpoint", "hook_name"))
+        return next((str(name) for name in names if name and hook_of_module(str(name))), None)
 
 
 @dataclass
 class Start:
-    """An SAE to begin training with, as a JumpReLU: `relu(pre) · (pre > threshold)`, `pre = x @ W_enc + b_enc`."""
+    """Weights to start training from, as a JumpReLU: `relu(pre) · (pre > threshold)`, `pre = x @ W_enc + b_enc`."""
 
     W_enc: Tensor
     b_enc: Tensor
     W_dec: Tensor
     b_dec: Tensor
-    threshold: Tensor | None  # None: not a matter of thresholds
+    threshold: Tensor | None  # None: an architecture without thresholds
 
 
 class SparseAutoencoder(nn.Module, ABC):
@@ -75,16 +75,16 @@ class SparseAutoencoder(nn.Module, ABC):
 
     Attributes:
         architecture: Its name in recipes, and in `ARCHITECTURES`.
-        label: Its name in the field, for people.
+        label: Its usual name in the literature, for display.
         saelens_name: Its name in SAELens' cfg.json.
         saved_as: The architecture in which it is saved, if another.
-        keys: Keys of a recipe that only some architectures have, this one among them.
-        settings: Keys of cfg.json, beside the usual ones, that are kept in the metadata.
-        penalty: The key with the coefficient of its sparsity penalty.
-        unit_rows: Whether its decoder rows are kept at length 1 unless the recipe says otherwise.
+        keys: The recipe keys, of those that only some architectures have, that this one has.
+        settings: Further keys of cfg.json that are kept in the metadata.
+        penalty: The recipe key with the coefficient of its sparsity penalty.
+        unit_rows: Whether its decoder rows are kept at length 1 by default.
         loss_parts: Parts of its loss besides "mse", and their labels; a name that ends with an underscore is a prefix.
         vectors: Parameters with one number a feature, float32 `[d_sae]`; the first decides whether a feature is on.
-        sides: Names of the models whose activations lie side by side in its input; none for a single model.
+        sides: Names of the models whose activations are concatenated in its input; none for a single model.
         W_enc: float32 `[d_in, d_sae]`.
         W_dec: float32 `[d_sae, d_in]`.
         b_dec: float32 `[d_in]`; `b_enc` is one of the vectors, in most architectures.
@@ -117,7 +117,7 @@ class SparseAutoencoder(nn.Module, ABC):
     def __init__(self, cfg: SaeConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        # Named, since torch's default is another one while some thread loads a model in half precision.
+        # dtype is explicit, since torch's default changes while another thread loads a model in half precision.
         for name, shape in self.shapes(cfg).items():
             setattr(self, name, nn.Parameter(torch.zeros(shape, dtype=torch.float32)))
 
@@ -129,7 +129,7 @@ class SparseAutoencoder(nn.Module, ABC):
 
     @abstractmethod
     def activation(self, hidden_pre: Tensor) -> Tensor:
-        """From pre-activations `[..., d_sae]` to feature activations of the same shape, zero where off."""
+        """Feature activations of pre-activations `[..., d_sae]`, of the same shape, zero where a feature is off."""
 
     def encode(self, x: Tensor) -> Tensor:
         """`feature_acts`, float32 `[..., d_sae]`, at least 0, of any float `[..., d_in]`; ShapeMismatch for others."""
@@ -152,17 +152,17 @@ class SparseAutoencoder(nn.Module, ABC):
         return feature_acts @ self.W_dec + self.b_dec
 
     def directions(self, features: Tensor) -> Tensor:
-        """What a unit of each feature (int64) adds to normalised reconstructions, float32 `[*features.shape, d_in]`."""
+        """What one unit of each feature (int64) adds to normalised outputs, float32 `[*features.shape, d_in]`."""
         rows = self.W_dec[features]
         return rows / self.row_norms(rows)[..., None] if self.cfg.rescale_acts_by_decoder_norm else rows
 
     @staticmethod
     def row_norms(rows: Tensor) -> Tensor:
-        """How long decoder rows `[..., d_in]` are, `[...]`, wherever penalties or ranks weigh activations by it."""
+        """Lengths `[...]` of decoder rows `[..., d_in]`, by which penalties and rankings weight activations."""
         return rows.norm(dim=-1)
 
     def output_scale(self, x: Tensor) -> Tensor | float:
-        """The factor of normalised reconstructions of `x` in the output, `[..., 1]`, or 1."""
+        """The factor between normalised reconstructions of `x` and the output, `[..., 1]`, or 1."""
         return self._normalised(x)[2]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ class SparseAutoencoder(nn.Module, ABC):
         return self.decode(self.acts(sae_in)) * scale + mean
 
     def as_start(self) -> Start:
-        """This SAE in the form with which a training of any architecture can begin."""
+        """This SAE's weights in the form from which any architecture can start training."""
         return Start(self.W_enc, self.b_enc, self.W_dec, self.b_dec, threshold=None)
 
     def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
@@ -191,4 +191,4 @@ class SparseAutoencoder(nn.Module, ABC):
             return x, 0.0, 1.0
         mean = x.mean(dim=-1, keepdim=True)
         scale = (x - mean).std(dim=-1, keepdim=True)
-        return (x - mean) / (scale + 1e-5), mean, scale  # as SAELens: the epsilon only on the way in
+        return (x - mean) / (scale + 1e-5), mean, scale  # as in SAELens: the epsilon for the input only

@@ -22,7 +22,7 @@ __all__ = ["BatchTopKSae"]
 class BatchTopKSae(TopKSae):
     """Keeps the `k · n_tokens` largest pre-activations of a batch, and of those the positive ones.
 
-    At inference there is no batch, so it is saved as a JumpReLU SAE with the threshold that training followed:
+    At inference there is no batch, so it is saved as a JumpReLU SAE with the threshold estimated in training:
     `topk_threshold`, float64, 0-dim, the running mean of the smallest activation kept in a batch (times the decoder
     norm with `rescale_acts_by_decoder_norm`); 0 at the start.
     """
@@ -52,7 +52,7 @@ class BatchTopKSae(TopKSae):
         """
         centred = self.centred(x)
         weight = self.row_norms(self.W_dec.data) if self.cfg.rescale_acts_by_decoder_norm else None
-        entries = self._kept(centred, step, weight)
+        entries = self._select(centred, step, weight)
         losses, sae_out = self.reconstruct(entries, x, centred, step)
         if len(step.dead) and step.config.auxiliary_weight:
             losses["auxiliary"] = auxiliary_loss(self, centred, x - sae_out, step, weight=weight)
@@ -61,7 +61,7 @@ class BatchTopKSae(TopKSae):
     def reconstruct(
         self, entries: Entries, x: Tensor, centred: Tensor, step: StepInputs
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """The loss of the reconstruction (its gradients replace those of the leaves), and the reconstruction."""
+        """The reconstruction's losses and the reconstruction; the losses' gradients replace those of the leaves."""
         W_dec = self.W_dec.data
         sae_out = entries.decode(entries.values, W_dec).add_(self.b_dec.data)
         error = sae_out - x
@@ -78,8 +78,8 @@ class BatchTopKSae(TopKSae):
 
     @torch.no_grad()
     def for_inference(self) -> JumpReluSae:
-        """A JumpReLU SAE, its own copy, with the running threshold in every feature. Decoder norms by which features
-        were ranked are folded in: decoder rows then have length 1.
+        """A JumpReLU SAE, a copy, with the running threshold for every feature. If features were ranked by decoder
+        norm, the norms are folded into the encoder: decoder rows then have length 1.
         """
         sae = JumpReluSae(
             dataclasses.replace(
@@ -102,32 +102,32 @@ class BatchTopKSae(TopKSae):
 
     def set_start(self, start: Start) -> None:
         super().set_start(start)
-        # Of activations, or of those times decoder norms, by which features are ranked.
+        # The threshold is in units of what ranks features: activations, or activations times decoder norms.
         rank_by = self.row_norms(self.W_dec) if self.cfg.rescale_acts_by_decoder_norm else torch.ones_like(self.b_enc)
         threshold = torch.zeros(1) if start.threshold is None else start.threshold * rank_by
         self.topk_threshold.copy_(threshold.median())
 
-    def _kept(self, centred: Tensor, step: StepInputs, weight: Tensor | None) -> Entries:
-        """This process's share of the largest entries of the whole batch; the threshold follows the smallest."""
+    def _select(self, centred: Tensor, step: StepInputs, weight: Tensor | None) -> Entries:
+        """This process's share of the largest entries of the whole batch; the threshold moves towards the smallest."""
         assert self.cfg.k is not None
         n_kept = self.cfg.k * step.n_tokens
-        # No process can hold more than all of them, so its own n_kept largest are enough to choose from.
+        # A process holds at most n_kept of them, so its own n_kept largest are enough to choose from.
         entries = step.encoder.batch_top(centred, self.W_rows, self.b_enc.data, n_kept, weight=weight)
         ranked = entries.values if weight is None else entries.values * entries.per_feature(weight)
-        everywhere = gathered(ranked)
-        if len(everywhere) > n_kept:
-            chosen = torch.zeros_like(everywhere, dtype=torch.bool)
-            chosen[everywhere.topk(n_kept, sorted=False).indices] = True
+        all_ranked = gathered(ranked)
+        if len(all_ranked) > n_kept:
+            selected = torch.zeros_like(all_ranked, dtype=torch.bool)
+            selected[all_ranked.topk(n_kept, sorted=False).indices] = True
             lengths = gathered(torch.tensor([len(ranked)], device=ranked.device))
             first = int(lengths[: rank_and_world()[0]].sum())
-            entries, everywhere = entries.where(chosen[first : first + len(ranked)]), everywhere[chosen]
-        if len(everywhere):
-            self.topk_threshold.lerp_(everywhere.min().double(), step.config.threshold_rate)
+            entries, all_ranked = entries.where(selected[first : first + len(ranked)]), all_ranked[selected]
+        if len(all_ranked):
+            self.topk_threshold.lerp_(all_ranked.min().double(), step.config.threshold_rate)
         return _as_dense_if_many(entries, step)
 
 
 def _as_dense_if_many(entries: SparseEntries, step: StepInputs) -> Entries:
-    """Dense matrices if so many entries are active that sparse products would be slower."""
+    """The entries as dense matrices if so many are active that sparse products would be slower."""
     n_tokens, d_sae = entries.shape
     if len(entries.values) <= step.encoder.dense_above * n_tokens * d_sae:
         return entries

@@ -1,8 +1,8 @@
 """Crosscoders: one set of features for two models, read from both models' activations of the same tokens.
 
-A crosscoder is an SAE whose input is both activations side by side, `x = [x_base, x_tuned]`: a feature has one
-activation, and a decoder in each model. All that sets it apart is how long a decoder row counts as: the sum of the
-lengths of its two sides, so that a feature of one model alone costs less than one of both.
+A crosscoder is an SAE whose input is both activations concatenated, `x = [x_base, x_tuned]`: a feature has one
+activation, and a decoder in each model. It differs from other SAEs only in the norm of a decoder row: the sum of the
+lengths of its two sides, so that a feature of one model costs less than one of both.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ __all__ = [
 ]
 
 BASE, TUNED = 0, 1
-"""Sides of the input and of the decoder."""
+"""Indices of the sides of input and decoder."""
 
 
 def side(x: Tensor, which: int) -> Tensor:
-    """One model's half of what lies side by side: of inputs, decoder rows or a decoder's bias, `[..., d_in]`.
+    """One model's half of concatenated inputs, decoder rows or a decoder's bias, `[..., d_in]`.
 
     Example:
         >>> side(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), TUNED).tolist()
@@ -74,7 +74,7 @@ class Crosscoder(TrainableSae):
 
     @torch.no_grad()
     def initialise(self, sample: Tensor, config: SaeTrainingConfig) -> None:
-        """See `TrainableSae`; both sides start alike, so that they differ by what the models teach them alone."""
+        """See `TrainableSae`; both sides start equal, so that only the models make them differ."""
         super().initialise(sample, config)
         half = side(self.W_dec, BASE)
         row = torch.cat([half, half], dim=1)
@@ -91,7 +91,7 @@ class JumpReluCrosscoderSae(Crosscoder, JumpReluSae):
 class CrosscoderSae(Crosscoder, BatchTopKSae):
     """Keeps the largest activations of a batch, each times the sum of its feature's decoder lengths.
 
-    It is saved as a JumpReLU crosscoder: at inference a feature is on above the threshold that training followed,
+    It is saved as a JumpReLU crosscoder: at inference a feature is on above the threshold estimated in training,
     divided by that sum. Source: Minder et al. (2025), Overcoming Sparsity Artifacts in Crosscoders.
     """
 
@@ -104,7 +104,7 @@ class CrosscoderSae(Crosscoder, BatchTopKSae):
 
     @torch.no_grad()
     def for_inference(self) -> JumpReluSae:
-        """A JumpReLU crosscoder, its own copy; matrices and biases stay as they are."""
+        """A JumpReLU crosscoder, a copy, with the same matrices and biases."""
         metadata = {**self.cfg.metadata, "training_architecture": self.architecture, "k": self.cfg.k}
         cfg = dataclasses.replace(
             self.cfg, architecture=self.saved_as, k=None, rescale_acts_by_decoder_norm=False, metadata=metadata

@@ -1,5 +1,5 @@
-"""The encoder's product, in float32 or, within a proven bound of the rounding (see `_slack`), in bfloat16; and its
-largest entries, evaluated in float32.
+"""The encoder's product in float32, or in bfloat16 with a proven bound of its rounding (see `_slack`), and its largest
+entries, evaluated in float32.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from saeffect.sae.entries import DenseEntries, Entries, ListedByFeature, SparseE
 
 __all__ = ["Encoder"]
 
-_UNIT = 2.0**-24  # float32: rounding is off by at most this share
-# Numbers below 2^-63 have squares that may vanish from a length, and processors may flush what is below 2^-126:
+_UNIT = 2.0**-24  # largest relative rounding error of float32
+# Squares of numbers below 2^-63 may underflow in a norm, and processors may flush numbers below 2^-126 to zero:
 # for up to 16,384 dimensions both come to less than this.
 _VANISHING = 2.0**-56
-_NEAREST = 2.0**-8  # bfloat16: the same
-_ROWS = 512  # weights converted at a time: their length is then taken in the cache
-_BLOCK = 8  # features a block; only its maximum is compared when a product is searched
-_WIDER = 4  # blocks merged into one when a token's k-th largest entry is bounded
+_NEAREST = 2.0**-8  # largest relative rounding error of bfloat16
+_ROWS = 512  # weights converted at a time, so that their norms are computed in the cache
+_BLOCK = 8  # features a block; a search of the product compares only the maximum of each block
+_WIDER = 4  # blocks merged into one to bound a token's k-th largest entry
 _TILE = 4096
 
 
@@ -28,46 +28,46 @@ class Encoder:
     """Finds the entries of `x @ W.T + bias` that are above a floor, or among the largest.
 
     In bfloat16 the product only selects candidates; their values are float32. Buffers live as long as the encoder. A
-    product takes `chunk` tokens, and `[chunk, d_sae]` of memory at most. From the share `dense_above` of entries on,
-    `above` gives dense ones; fixed, not timed, so that a run repeats bit by bit (measured by
-    benchmarks/sae_training.py).
+    product takes `chunk` tokens and at most `[chunk, d_sae]` of memory. Above the share `dense_above` of active
+    entries, `above` returns dense ones; a fixed share, not a timing, so that runs are bit-reproducible (its value is
+    from benchmarks/sae_training.py).
     """
 
     def __init__(self, dtype: torch.dtype = torch.float32, *, chunk: int = 1024, dense_above: float = 0.04) -> None:
         self.dtype, self.chunk, self.dense_above = dtype, chunk, dense_above
         self._buffers: dict[str, Tensor] = {}
-        self._gap = 0.0  # how far the last product's entries may lie above the true ones, before rounding
+        self._gap = 0.0  # most by which entries of the last product exceed the float32 values, before rounding
 
     def above(self, x: Tensor, W: Tensor, bias: Tensor, floor: Tensor | None = None) -> Entries:
         """Entries where `x @ W.T + bias` is above `floor`, with its values there.
 
-        All are float32: x `[n, d_in]`, W `[d_sae, d_in]`, bias and floor `[d_sae]` (0 without it). Dense entries hold
-        the floor wherever the value is not above it. NaN counts as above, so that it is noticed.
+        All are float32: x `[n, d_in]`, W `[d_sae, d_in]`, bias and floor `[d_sae]` (None: 0). Dense entries hold the
+        floor wherever the value is not above it. NaN counts as above, so that it is noticed.
         """
-        found: list[_Found] = []
-        n_found = 0
-        product = self._prepared(x, W, bias, floor)
+        candidates: list[_Candidates] = []
+        n_candidates = 0
+        product = self._prepare(x, W, bias, floor)
         for start in range(0, len(x), self.chunk):
             for first in product.tiles:
-                found.append(self._at_least(self._tile(product, start, first), None))
-                n_found += len(found[-1].token)
-            if n_found > self.dense_above * len(x) * len(W):
+                candidates.append(self._candidates(self._tile(product, start, first), None))
+                n_candidates += len(candidates[-1].token)
+            if n_candidates > self.dense_above * len(x) * len(W):
                 return self._dense(x, W, bias, floor)
-        listed = self._evaluated(found, x, W, bias, floor)
+        listed = self._evaluate(candidates, x, W, bias, floor)
         return listed.where(~(listed.values <= (0.0 if floor is None else floor[listed.feature]))).entries()
 
     def top(self, x: Tensor, W: Tensor, bias: Tensor, k: int, *, weight: Tensor | None = None) -> SparseEntries:
-        """Of each token the k largest entries of `(x @ W.T + bias) * weight`, if positive; values are without
-        weight. Shapes as in `above`; `weight` is positive, float32 `[d_sae]`, 1 without it.
+        """The k largest entries of `(x @ W.T + bias) * weight` of each token, if positive; the values returned are
+        without weight. Shapes as in `above`; `weight` is positive, float32 `[d_sae]` (None: 1).
         """
         W, bias = self._weighted(W, bias, weight)
-        found: list[_Found] = []
-        product = self._prepared(x, W, bias)
+        candidates: list[_Candidates] = []
+        product = self._prepare(x, W, bias)
         for start in range(0, len(x), self.chunk):
             tiles, maxima = self._tiles(product, start, k)
             floor = maxima.topk(k, dim=1).values[:, -1:] if maxima.shape[1] >= k else None
-            found += [self._at_least(tile, floor) for tile in tiles]
-        entries = self._evaluated(found, x, W, bias).entries()
+            candidates += [self._candidates(tile, floor) for tile in tiles]
+        entries = self._evaluate(candidates, x, W, bias).entries()
         return _unweighted(entries.where(_among_top_k(entries, k) & ~(entries.values <= 0)), weight)
 
     def batch_top(
@@ -75,28 +75,28 @@ class Encoder:
     ) -> SparseEntries:
         """The `n_kept` largest entries of the whole batch, and of those the positive ones (see `top`)."""
         W, bias = self._weighted(W, bias, weight)
-        found: list[_Found] = []
-        seen = x.new_zeros(0)
-        product = self._prepared(x, W, bias)
+        candidates: list[_Candidates] = []
+        largest_maxima = x.new_zeros(0)
+        product = self._prepare(x, W, bias)
         for start in range(0, len(x), self.chunk):
-            # The n_kept-th largest maximum of blocks seen so far is no larger than the entry that is sought.
-            # Blocks are small enough for the first chunk to have that many, however long the batch is.
+            # The n_kept-th largest block maximum so far is at most the n_kept-th largest entry of the batch.
+            # Blocks are small enough for the first chunk to have that many, for any length of the batch.
             tiles, maxima = self._tiles(product, start, -(-n_kept // len(product.x[start : start + self.chunk])))
-            seen = torch.cat([seen, maxima.flatten().float()])
+            largest_maxima = torch.cat([largest_maxima, maxima.flatten().float()])
             floor = None
-            if len(seen) >= n_kept:
-                seen = seen.topk(n_kept, sorted=False).values
-                floor = seen.min().to(maxima.dtype)
-            found += [self._at_least(tile, floor) for tile in tiles]
-        listed = self._evaluated(found, x, W, bias)
-        kept = ~(listed.values <= 0)
+            if len(largest_maxima) >= n_kept:
+                largest_maxima = largest_maxima.topk(n_kept, sorted=False).values
+                floor = largest_maxima.min().to(maxima.dtype)
+            candidates += [self._candidates(tile, floor) for tile in tiles]
+        listed = self._evaluate(candidates, x, W, bias)
+        selected = ~(listed.values <= 0)
         if len(listed.values) > n_kept:
-            chosen = torch.zeros_like(kept)
-            chosen[listed.values.topk(n_kept, sorted=False).indices] = True
-            kept &= chosen
-        return _unweighted(listed.where(kept).entries(), weight)
+            among_largest = torch.zeros_like(selected)
+            among_largest[listed.values.topk(n_kept, sorted=False).indices] = True
+            selected &= among_largest
+        return _unweighted(listed.where(selected).entries(), weight)
 
-    def _prepared(self, x: Tensor, W: Tensor, bias: Tensor, floor: Tensor | None = None) -> _Product:
+    def _prepare(self, x: Tensor, W: Tensor, bias: Tensor, floor: Tensor | None = None) -> _Product:
         """The factors of `x @ W.T + bias - floor`; in bfloat16 those of an upper bound of it."""
         shifted = bias if floor is None else bias - floor
         if self.dtype == torch.float32:
@@ -106,14 +106,14 @@ class Encoder:
         added = bias.abs() if floor is None else bias.abs() + floor.abs()
         slack = _slack(x, rounded, length, added)
         raised = shifted + slack
-        raised = (raised + raised.abs() * 2.0**-7).to(self.dtype)  # rounded, it is still no smaller
+        raised = (raised + raised.abs() * 2.0**-7).to(self.dtype)  # not smaller after rounding
         self._gap = float((raised - shifted + slack).max())
-        if x.is_cuda:  # cuBLAS may otherwise add parts of a sum in bfloat16, which is outside the bound
+        if x.is_cuda:  # otherwise cuBLAS may add partial sums in bfloat16, which the bound does not cover
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         return _Product(rounded, weights, raised)
 
     def _tile(self, product: _Product, start: int, first: int, *, kept: bool = False) -> _Tile:
-        """A rounded chunk of tokens by a tile of features; the next call overwrites it unless all tiles are `kept`."""
+        """The product of a chunk of tokens and a tile of features; the next call overwrites it unless `kept`."""
         part, tile = product.x[start : start + self.chunk], product.tile
         weights, bias = product.W[first : first + tile], product.bias[first : first + tile]
         name, n_slots, slot = ("tiles", len(product.tiles), first // tile) if kept else ("tile", 1, 0)
@@ -126,11 +126,11 @@ class Encoder:
         """All tiles of a chunk, and block maxima, whose k-th largest bounds a token's k-th largest entry from below."""
         tiles = [self._tile(product, start, first, kept=True) for first in product.tiles]
         n_blocks = sum(tile.maxima.shape[1] for tile in tiles)
-        wider = max(1, min(_WIDER, n_blocks // (4 * k)))  # maxima of maxima, as long as that leaves enough of them
+        wider = max(1, min(_WIDER, n_blocks // (4 * k)))  # maxima of maxima, if enough of them remain
         return tiles, torch.cat([_block_maxima(tile.maxima, wider) for tile in tiles], dim=1)
 
     def _rounded_weights(self, W: Tensor) -> tuple[Tensor, Tensor]:
-        """W rounded, and the length of each row; one pass over memory."""
+        """W rounded, and the norm of each row, in one pass over memory."""
         rounded, length = self._buffer("weights", W.shape, W), torch.empty_like(W[:, 0])
         for start in range(0, len(W), _ROWS):
             rows = W[start : start + _ROWS]
@@ -143,13 +143,13 @@ class Encoder:
             return W, bias
         return torch.mul(W, weight[:, None], out=self._buffer("weighted", W.shape, W, torch.float32)), bias * weight
 
-    def _at_least(self, tile: _Tile, floor: Tensor | None) -> _Found:
-        """Positive entries of a tile at or above the floor (a number, or one a row, of products like it)."""
+    def _candidates(self, tile: _Tile, floor: Tensor | None) -> _Candidates:
+        """Positive entries of a tile at or above the floor (one number, or one a row, in units of the product)."""
         bits, maxima = _bits(tile.hidden), _bits(tile.maxima)
         lowest = torch.ones((1, 1), dtype=bits.dtype, device=bits.device)
         if floor is not None and self.dtype != torch.float32:
-            # An entry of `hidden` is its sum rounded, and the sum lies at most `gap` above the float32 value. So what
-            # the floor promises of float32 values is less by both; an entry as large as that has a sum as large.
+            # An entry of `hidden` is a rounded sum that exceeds the float32 value by at most `gap`. The floor is
+            # lowered by the rounding and the gap, so that no entry whose float32 value reaches it is lost.
             floor = floor.float()
             floor = (floor - floor.abs() * 2.0**-7 - self._gap).to(tile.hidden.dtype)
         if floor is not None:
@@ -158,21 +158,21 @@ class Encoder:
         token, block = (maxima >= lowest).nonzero().unbind(1)
         blocks = bits.view(n, -1, n_blocks)[token, :, block]
         row, within = (blocks >= (lowest if len(lowest) == 1 else lowest[token])).nonzero().unbind(1)
-        known = blocks[row, within].view(torch.float32) if self.dtype == torch.float32 else None
-        return _Found(token[row] + tile.start, block[row] + within * n_blocks + tile.first, known)
+        values = blocks[row, within].view(torch.float32) if self.dtype == torch.float32 else None
+        return _Candidates(token[row] + tile.start, block[row] + within * n_blocks + tile.first, values)
 
-    def _evaluated(
-        self, found: list[_Found], x: Tensor, W: Tensor, bias: Tensor, floor: Tensor | None = None
+    def _evaluate(
+        self, candidates: list[_Candidates], x: Tensor, W: Tensor, bias: Tensor, floor: Tensor | None = None
     ) -> ListedByFeature:
         shape = (len(x), len(W))
-        token, feature = torch.cat([f.token for f in found]), torch.cat([f.feature for f in found])
-        place = feature * len(x) + token
-        # A stable sort of 32-bit numbers goes by their digits, which takes half the time.
-        order = torch.sort(place.int() if len(x) * len(W) < 2**31 else place, stable=True).indices
+        token, feature = torch.cat([f.token for f in candidates]), torch.cat([f.feature for f in candidates])
+        position = feature * len(x) + token
+        # A stable sort of 32-bit numbers is a radix sort, which takes half the time.
+        order = torch.sort(position.int() if len(x) * len(W) < 2**31 else position, stable=True).indices
         token, feature = token[order], feature[order]
-        known = [f.values for f in found if f.values is not None]
-        if known:
-            values = torch.cat(known)[order]
+        known_values = [f.values for f in candidates if f.values is not None]
+        if known_values:
+            values = torch.cat(known_values)[order]
             return ListedByFeature(token, feature, values if floor is None else values + floor[feature], shape)
         listed = ListedByFeature(token, feature, x.new_zeros(len(token)), shape)
         return ListedByFeature(token, feature, listed.inner(x, W) + bias[feature], shape)
@@ -185,15 +185,15 @@ class Encoder:
     def _buffer(
         self, name: str, shape: tuple[int, ...] | torch.Size, like: Tensor, dtype: torch.dtype | None = None
     ) -> Tensor:
-        found = self._buffers.get(name)
-        if found is None or found.shape != torch.Size(shape) or found.device != like.device:
-            found = self._buffers[name] = torch.empty(shape, dtype=dtype or self.dtype, device=like.device)
-        return found
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != torch.Size(shape) or buffer.device != like.device:
+            buffer = self._buffers[name] = torch.empty(shape, dtype=dtype or self.dtype, device=like.device)
+        return buffer
 
 
 @dataclass(frozen=True)
 class _Product:
-    """The factors of a product of activations and encoder, and how it is cut."""
+    """The factors of a product of activations and encoder, and its tiles."""
 
     x: Tensor  # [n, d_in]
     W: Tensor  # [d_sae, d_in]
@@ -201,7 +201,7 @@ class _Product:
 
     @property
     def tile(self) -> int:
-        """Features at once: few enough for the result to be searched while it is in the cache."""
+        """Features a tile: few enough for the result to be searched while it is in the cache."""
         return len(self.W) if self.W.is_cuda else min(_TILE, len(self.W))
 
     @property
@@ -218,10 +218,10 @@ class _Tile:
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Candidates:
     token: Tensor  # int64
     feature: Tensor  # int64
-    values: Tensor | None  # float32; None where only an upper bound is known
+    values: Tensor | None  # float32; None after a bfloat16 product, an upper bound
 
 
 # The bound. Write X for x rounded to bfloat16, V for w. Then x·w - X·V = x·(w - V) + (x - X)·V, which by Cauchy-Schwarz
@@ -233,24 +233,24 @@ class _Found:
 # processor flushes them to zero, or whose squares vanish, are covered by an absolute term. tests/sae/test_encoder.py
 # tests each step.
 def _slack(x: Tensor, rounded: Tensor, length: Tensor, added: Tensor) -> Tensor:
-    """How far the sum over bfloat16 products may be below the float32 value; `added` is the added terms' total size."""
+    """How far the bfloat16 sum may be below the float32 value; `added`: total size of the terms added to it."""
     d_in = x.shape[1]
     longest = torch.linalg.vector_norm(x, dim=1).max()
     longest_error = torch.linalg.vector_norm(x - rounded, dim=1).max()
     rounding = length * (longest * _NEAREST + longest_error * (1 + _NEAREST))
-    # Twice: the sum over bfloat16 products and the one in float32. Eight more for what is done to it afterwards.
+    # Twice: the sum over bfloat16 products and the one in float32. Eight more terms for the operations after it.
     summing = (longest * length * (1 + 2.0**-6) + added) * (2 * (d_in + 8) * _UNIT)
-    # The lengths are float32 sums themselves.
+    # The norms are float32 sums themselves.
     return (rounding + summing) * (1 + 2 * (d_in + 8) * _UNIT) + _VANISHING * (longest + length) + 2.0**-100
 
 
 def _bits(values: Tensor) -> Tensor:
-    """Floats as integers: positive ones order like their bits, and torch compares integers faster than bfloat16."""
+    """The floats' bits as integers: positive floats have the same order, and torch compares integers faster."""
     return values.view(torch.int16 if values.dtype == torch.bfloat16 else torch.int32)
 
 
 def _block_maxima(hidden: Tensor, block: int) -> Tensor:
-    """Largest entry of each of many blocks of at most so many features; of a block without a positive one, any."""
+    """Largest entry of each block of at most `block` features; of a block without a positive entry, any entry."""
     bits = _bits(hidden)
     while block > 1 and bits.shape[1] % 2 == 0:
         half, block = bits.shape[1] // 2, block // 2
@@ -264,11 +264,11 @@ def _among_top_k(entries: SparseEntries, k: int) -> Tensor:
     if not len(entries.values) or int(counts.max()) <= k:
         return torch.ones_like(entries.values, dtype=torch.bool)
     starts = counts.cumsum(0) - counts
-    place = torch.arange(len(entries.values), device=entries.token.device) - starts[entries.token]
+    rank = torch.arange(len(entries.values), device=entries.token.device) - starts[entries.token]
     padded = entries.values.new_full((n, int(counts.max())), -torch.inf)
-    padded[entries.token, place] = entries.values
+    padded[entries.token, rank] = entries.values
     chosen = torch.zeros_like(padded, dtype=torch.bool).scatter_(1, padded.topk(k, dim=1).indices, True)
-    return chosen[entries.token, place]
+    return chosen[entries.token, rank]
 
 
 def _unweighted(entries: SparseEntries, weight: Tensor | None) -> SparseEntries:

@@ -1,5 +1,5 @@
-"""Feature activations that are mostly zero, and the products that training needs of them: `SparseEntries` for the few
-that are on, `DenseEntries` for whole matrices at the start of a run, when half of all features are on.
+"""Sparse feature activations and the products that training needs of them: `SparseEntries` when few features are on,
+`DenseEntries` for whole matrices at the start of a run, when half of all features are on.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ __all__ = ["DenseEntries", "Entries", "ListedByFeature", "SparseEntries"]
 
 
 class Entries(ABC):
-    """The entries of a matrix `[n_tokens, d_sae]` (its `shape`) that count; their `values` are float32, one an
-    entry: `[nnz]` when sparse, `[n_tokens, d_sae]` when dense.
+    """The stored entries of a matrix of `shape` `[n_tokens, d_sae]`; their `values` are float32, `[nnz]` when sparse,
+    `[n_tokens, d_sae]` when dense.
     """
 
     values: Tensor
@@ -25,7 +25,7 @@ class Entries(ABC):
 
     @abstractmethod
     def per_feature(self, of_feature: Tensor) -> Tensor:
-        """From `[d_sae]` to something that broadcasts with `values`."""
+        """Numbers of features, `[d_sae]`, in a shape that broadcasts with `values`."""
 
     @abstractmethod
     def where(self, kept: Tensor) -> Entries:
@@ -33,7 +33,7 @@ class Entries(ABC):
 
     @abstractmethod
     def decode(self, values: Tensor, W_dec: Tensor) -> Tensor:
-        """`A @ W_dec`, float32 `[n_tokens, d_in]`, A being these entries with the given values."""
+        """`A @ W_dec`, float32 `[n_tokens, d_in]`, where A has the given values at these entries."""
 
     @abstractmethod
     def inner(self, left: Tensor, W: Tensor) -> Tensor:
@@ -72,13 +72,13 @@ class SparseEntries(Entries):
     def where(self, kept: Tensor) -> SparseEntries:
         if bool(kept.all()):
             return self
-        some = SparseEntries(self.token[kept], self.feature[kept], self.values[kept], self.shape)
-        if "_transposed" in self.__dict__:  # to pick from an order is faster than to sort once more
+        selected = SparseEntries(self.token[kept], self.feature[kept], self.values[kept], self.shape)
+        if "_transposed" in self.__dict__:  # faster than sorting again
             order, _, token = self._transposed
             picked = kept[order]
-            place = kept.cumsum(0).sub_(1)[order[picked]]
-            some.__dict__["_transposed"] = place, _starts(some.feature, self.shape[1]), token[picked]
-        return some
+            position = kept.cumsum(0).sub_(1)[order[picked]]
+            selected.__dict__["_transposed"] = position, _starts(selected.feature, self.shape[1]), token[picked]
+        return selected
 
     def decode(self, values: Tensor, W_dec: Tensor) -> Tensor:
         out = W_dec.new_empty(self.shape[0], W_dec.shape[1])
@@ -87,14 +87,14 @@ class SparseEntries(Entries):
     def inner(self, left: Tensor, W: Tensor) -> Tensor:
         if not self.values.numel():
             return self.values.new_zeros(0)
-        # By feature: a row of W, of which there are many, then comes from memory once; `left` stays in the cache.
+        # By feature, so that each row of W is read from memory once and `left` stays in the cache.
         products = _products(self._by_feature(self.values), left, W)
         return torch.empty_like(products).index_copy_(0, self._transposed[0], products)
 
     def outer(
         self, values: Tensor, right: Tensor, out: Tensor, *, add: bool = False, rows: slice = slice(None)
     ) -> Tensor:
-        # Writing into memory that is already mapped: a fresh [d_sae, d_in] costs ten times the product.
+        # `out` is memory that is already mapped: allocating [d_sae, d_in] costs ten times the product.
         return torch.addmm(out, self._by_feature(values, rows), right, beta=1 if add else 0, out=out)
 
     def feature_sums(self, values: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ class SparseEntries(Entries):
         return _csr(starts, token, values[order], (last - first, self.shape[0]))
 
     @cached_property
-    def _feature32(self) -> Tensor:  # MKL and cuSPARSE take 32-bit indices; others are copied at every product
+    def _feature32(self) -> Tensor:  # MKL and cuSPARSE take 32-bit indices; 64-bit ones are copied at every product
         return self.feature.to(torch.int32)
 
     @cached_property
@@ -188,12 +188,12 @@ class ListedByFeature:
         return _products(_csr(self._starts, self._token32, self.values, self.shape[::-1]), left, W)
 
     def entries(self) -> SparseEntries:
-        """The same ordered by token; the order by feature is kept beside it."""
+        """The same entries ordered by token; the order by feature is kept for later products."""
         order = torch.sort(self._token32, stable=True).indices
         entries = SparseEntries(self.token[order], self.feature[order], self.values[order], self.shape)
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order), device=order.device)
-        entries.__dict__["_transposed"] = place, self._starts, self._token32
+        position = torch.empty_like(order)
+        position[order] = torch.arange(len(order), device=order.device)
+        entries.__dict__["_transposed"] = position, self._starts, self._token32
         return entries
 
     @cached_property

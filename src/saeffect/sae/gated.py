@@ -30,20 +30,20 @@ class GatedSae(StandardSae):
 
     @torch.no_grad()
     def accumulate_gradients(self, x: Tensor, step: StepInputs) -> StepResult:
-        """See `TrainableSae`. The gate's step function passes no gradient.
+        """See `TrainableSae`. The gate's step function has no gradient.
 
-        Gates learn from the L1 penalty on their positive part and from a second reconstruction, made of the gates in
-        place of the magnitudes; the decoder learns from both. Source: Rajamanoharan et al. (2024), Improving Dictionary
-        Learning with Gated Sparse Autoencoders, with penalty by decoder norms and no detached decoder, as in SAELens'
-        GatedTrainingSAE.
+        Gates learn from the L1 penalty on their positive part and from a second reconstruction, which uses the gates
+        in place of the magnitudes; the decoder learns from both. Source: Rajamanoharan et al. (2024), Improving
+        Dictionary Learning with Gated Sparse Autoencoders, with penalty by decoder norms and no detached decoder, as
+        in SAELens' GatedTrainingSAE.
         """
         W_dec, b_dec = self.W_dec.data, self.b_dec.data
         norm, growth = W_dec.norm(dim=1), self.r_mag.data.exp()
         centred = self.centred(x)
         entries = step.encoder.above(centred, self.W_rows, self.b_gate.data)
         gate, b_mag = entries.values, entries.per_feature(self.b_mag.data)
-        grown = (gate - entries.per_feature(self.b_gate.data)).mul_(entries.per_feature(growth))
-        entries.values = acts = (grown + b_mag).relu_().mul_(gate > 0)
+        scaled = (gate - entries.per_feature(self.b_gate.data)).mul_(entries.per_feature(growth))
+        entries.values = acts = (scaled + b_mag).relu_().mul_(gate > 0)
 
         sae_out = entries.decode(acts, W_dec).add_(b_dec)
         error = sae_out - x
@@ -61,7 +61,7 @@ class GatedSae(StandardSae):
         self.gradient("W_dec").addcmul_(W_dec, self.pull_on_norms(step.coefficient * total, norm)[:, None])
         self.gradient("b_mag").copy_(entries.feature_sums(d_magnitude))
         self.gradient("b_gate").copy_(entries.feature_sums(d_gate))
-        self.gradient("r_mag").copy_(entries.feature_sums(grown.mul_(d_magnitude)))
+        self.gradient("r_mag").copy_(entries.feature_sums(scaled.mul_(d_magnitude)))
         entries.outer(d_gate.add_(d_magnitude.mul_(entries.per_feature(growth))), centred, self.gradient("W_enc"))
         self.gradient("b_dec").copy_(d_out.sum(0) + d_by_gate.sum(0))
         self.backward_to_b_dec(entries.feature_sums(d_gate))
@@ -96,8 +96,8 @@ class GatedSae(StandardSae):
             return
         length = source.W_dec.norm(dim=1).clamp_min(1e-8) if unit_decoder else torch.ones_like(source.b_gate)
         W_enc, b_gate, b_mag = source.W_enc * length, source.b_gate * length, source.b_mag * length
-        more = int(self.cfg.apply_b_dec_to_input) - int(source.cfg.apply_b_dec_to_input)
-        shift = more * (source.b_dec @ W_enc)
+        sign = int(self.cfg.apply_b_dec_to_input) - int(source.cfg.apply_b_dec_to_input)
+        shift = sign * (source.b_dec @ W_enc)
         self.W_enc.copy_(W_enc)
         self.W_dec.copy_(source.W_dec / length[:, None])
         self.b_dec.copy_(source.b_dec)

@@ -1,8 +1,8 @@
 """SAEs by name: `saelens:<release>/<id>` and `hf:<owner>/<repository>[@<revision>]/<folder or file>`.
 
-Files are fetched by huggingface_hub alone, so that its cache, tokens, mirrors and offline mode hold. Out comes a
-folder that `saeffect.sae.formats` reads: the one in the hub's cache where that says everything, else one in this
-package's cache, with what the list of published SAEs adds, or converted from a pickled file of weights.
+Files are fetched by huggingface_hub only, so that its cache, tokens, mirrors and offline mode apply. The result is a
+folder that `saeffect.sae.formats` reads: the one in the hub's cache if it is complete; else one in this package's
+cache, completed from the list of published SAEs, or converted from a pickled file of weights.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["HF", "forget", "is_sae_name", "locate_sae"]
 
 HF = "hf:"
 _NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?(?:/(?P<path>.+))?")
-# Files that make up an SAE in one of the layouts, and those beside that say what it is.
+# Files that make up an SAE in one of the layouts: settings and weights.
 _FILES = (
     "cfg.json",
     "config.json",
@@ -42,8 +42,8 @@ _FILES = (
     "checkpoints/final.safetensors",
 )
 _SETTINGS = ("cfg.json", "config.json", "hyperparams.json")
-_INCOMPLETE = ("sae_lens", "llama_scope_r1_distill")  # layouts whose files leave out what the list adds
-# Whether texts began with a BOS token was left to the tokenizer; those of Qwen have none.
+_INCOMPLETE = ("sae_lens", "llama_scope_r1_distill")  # layouts whose files must be completed from the list
+# Layouts whose training texts began as the tokenizer does; Qwen's has no BOS token.
 _AS_THE_TOKENIZER = ("dictionary_learning_1", "qwen_scope")
 _CHANGES = 1  # raised when what is written to the cache changes
 _NOT_ASKED = "the hub must not be asked (HF_HUB_OFFLINE is set)"
@@ -51,8 +51,8 @@ _RUN_ONCE = "run once with a connection, or copy the cache of a machine that has
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where an SAE lies on the hub; `published` is what the list says of it."""
+class _Location:
+    """Where an SAE is on the hub; `published` is its entry in the list."""
 
     repo: str
     path: str
@@ -60,70 +60,72 @@ class _Place:
     published: PublishedSae | None
 
 
-def is_sae_name(place: Path | str) -> bool:
+def is_sae_name(source: Path | str) -> bool:
     """Whether this names an SAE on the hub, rather than a folder.
 
     Example:
         >>> is_sae_name("saelens:gpt2-small-res-jb/blocks.8.hook_resid_pre"), is_sae_name("saes/base")
         (True, False)
     """
-    return str(place).startswith((SAELENS, HF))
+    return str(source).startswith((SAELENS, HF))
 
 
-def locate_sae(place: Path | str, *, log: Log = SILENT, at: str | None = None) -> Path:
-    """The folder of an SAE, fetched on the first call; a path need not exist.
+def locate_sae(source: Path | str, *, log: Log = SILENT, at: str | None = None) -> Path:
+    """The folder of an SAE, fetched on the first call; a path is returned whether or not it exists.
 
     UnknownName: a release or id that the list does not have. ConfigError: a name of another form, or an impossible
-    path. NotFound: no such repository, folder or file, or no leave to read it. Unreachable: not in the cache, and the
-    hub cannot be reached or must not be (offline mode). IncompatibleSae: a kind of SAE that is not read. BadFile: a
+    path. NotFound: no such repository, folder or file, or no permission to read it. Unreachable: not in the cache, and
+    the hub cannot be reached or must not be (offline mode). IncompatibleSae: a kind of SAE that is not read. BadFile: a
     pickled file that would run code, or holds no SAE.
     """
-    if not is_sae_name(place):
-        return user_path(place, at=at)
-    return _located(str(place), log, at or str(place))
+    if not is_sae_name(source):
+        return user_path(source, at=at)
+    return _located(str(source), log, at or str(source))
 
 
-# A study asks for each SAE's folder many times; the hub is asked once a process.
+# Cached: a study locates each SAE many times, and the hub should be asked once a process.
 @functools.lru_cache(maxsize=256)
 def _located(name: str, log: Log, at: str) -> Path:
-    where = _parse(name, at)
-    if where.published is not None and where.published.not_read:
+    location = _parse(name, at)
+    if location.published is not None and location.published.not_read:
         raise IncompatibleSae(
-            f"{name} is a {where.published.not_read}, which is not read.",
+            f"{name} is a {location.published.not_read}, which is not read.",
             at=at,
-            fix=f"saeffect saes --model {where.published.model} lists SAEs of this model.",
+            fix=f"saeffect saes --model {location.published.model} lists SAEs of this model.",
         )
-    if where.path.endswith(PICKLED):
-        return _converted_file(where, name, log, at)
-    folder = _fetched_folder(where, name, at)
+    if location.path.endswith(PICKLED):
+        return _converted_file(location, name, log, at)
+    folder = _fetched_folder(location, name, at)
     if (folder / "ae.pt").is_file():
-        return _converted(folder / "ae.pt", where, name, log, at)
-    listed = where.published
-    adds = listed is not None and listed.layout in _INCOMPLETE and (listed.overrides or listed.scale)
-    return _with_additions(folder, where, name, log) if adds else folder
+        return _converted(folder / "ae.pt", location, name, log, at)
+    published = location.published
+    has_additions = (
+        published is not None and published.layout in _INCOMPLETE and (published.overrides or published.scale)
+    )
+    return _with_additions(folder, location, name, log) if has_additions else folder
 
 
 def forget() -> None:
-    """Ask the hub again for every name: its cache has changed."""
+    """Drop the located folders, so that the hub is asked again for every name."""
     _located.cache_clear()
 
 
-def _parse(name: str, at: str) -> _Place:
+def _parse(name: str, at: str) -> _Location:
     if name.startswith(SAELENS):
-        found = find_published(name.removeprefix(SAELENS), at=at)
-        assert found is not None
-        return _Place(found.repo, found.path, None, found)
+        published = find_published(name.removeprefix(SAELENS), at=at)
+        assert published is not None
+        return _Location(published.repo, published.path, None, published)
     match = _NAME.fullmatch(name.removeprefix(HF).rstrip("/"))
     if match is None or ".." in name:
         raise ConfigError(
             f"{name!r} names no SAE on the hub.", at=at, fix="write hf:<owner>/<repository>/<folder of the SAE>."
         )
     repo, path = match["repo"], match["path"] or ""
-    return _Place(repo, path, match["revision"], find_published(repo=repo, path=path))
+    return _Location(repo, path, match["revision"], find_published(repo=repo, path=path))
 
 
-def _fetched_folder(where: _Place, name: str, at: str) -> Path:
-    """The SAE's folder in the hub's cache, with all files of it that the hub has."""
+def _fetched_folder(where: _Location, name: str, at: str) -> Path:
+    """The SAE's folder in the hub's cache, with all of its files that the hub has."""
     from huggingface_hub import snapshot_download
 
     patterns = [f"{where.path}/{file}" if where.path else file for file in _FILES]
@@ -136,15 +138,15 @@ def _fetched_folder(where: _Place, name: str, at: str) -> Path:
     return folder
 
 
-def _fetched_file(where: _Place, file: str, name: str, at: str) -> Path:
+def _fetched_file(where: _Location, file: str, name: str, at: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     with _hub_errors(where, name, at):
         return Path(hf_hub_download(where.repo, file, revision=where.revision))
 
 
-def _converted_file(where: _Place, name: str, log: Log, at: str) -> Path:
-    """A single pickled file, with the settings that its authors put beside it, converted."""
+def _converted_file(where: _Location, name: str, log: Log, at: str) -> Path:
+    """The converted folder of a single pickled file, with the settings file beside it, if there is one."""
     from huggingface_hub.errors import EntryNotFoundError
 
     stem = where.path.rpartition(".")[0]
@@ -157,18 +159,18 @@ def _converted_file(where: _Place, name: str, log: Log, at: str) -> Path:
     return _converted(_fetched_file(where, where.path, name, at), where, name, log, at)
 
 
-def _converted(file: Path, where: _Place, name: str, log: Log, at: str) -> Path:
+def _converted(file: Path, where: _Location, name: str, log: Log, at: str) -> Path:
     from saeffect.sae.convert import convert_sae
 
     def make(target: Path) -> None:
         log(f"converting {name} (once, kept in {cache_folder() / 'saes'})")
         convert_sae(file, target, facts=_facts(where), source_name=name, at=at)
 
-    return _kept(file.resolve(), where, name, make, log)
+    return _cached(file.resolve(), where, name, make, log)
 
 
-def _with_additions(folder: Path, where: _Place, name: str, log: Log) -> Path:
-    """A folder whose cfg.json says what the list adds; its weights are those in the hub's cache."""
+def _with_additions(folder: Path, where: _Location, name: str, log: Log) -> Path:
+    """A folder whose cfg.json is completed from the list; its weights are links to the hub's cache."""
     published = where.published
     assert published is not None
 
@@ -190,19 +192,19 @@ def _with_additions(folder: Path, where: _Place, name: str, log: Log) -> Path:
         if published.scale:
             write_json(target / "activation_scaler.json", {"scaling_factor": published.scale})
 
-    return _kept(folder.resolve(), where, name, make, log)
+    return _cached(folder.resolve(), where, name, make, log)
 
 
-def _kept(source: Path, where: _Place, name: str, make: Any, log: Log) -> Path:
-    """The folder in this package's cache that `make` writes from `source`, a path in the hub's."""
+def _cached(source: Path, where: _Location, name: str, make: Any, log: Log) -> Path:
+    """The folder in this package's cache that `make` writes from `source`, a path in the hub's cache."""
     scale, overrides = (where.published.scale, where.published.overrides) if where.published else (0, {})
     key = fingerprint([_CHANGES, where.repo, where.path, str(source), scale, dict(overrides)])[:32]
     note = {"source": name, "repository": where.repo, "path": where.path}
     return cached_folder(cache_folder() / "saes" / key, make, note=note, log=log)
 
 
-def _facts(where: _Place) -> dict[str, Any]:
-    """What the list says of a state dict, see `sae_of_state_dict`; a file that is not in it has no facts."""
+def _facts(where: _Location) -> dict[str, Any]:
+    """Facts from the list about a state dict, see `sae_of_state_dict`; none for a file that is not in it."""
     published = where.published
     if published is None:
         return {}
@@ -216,19 +218,19 @@ def _facts(where: _Place) -> dict[str, Any]:
     facts: dict[str, Any] = {"metadata": metadata}
     if published.layout == "qwen_scope":
         k = re.search(r"L0_(\d+)$", published.repo)
-        facts |= {"architecture": "topk", "k": int(k[1]) if k else None, "takes_off": False}
+        facts |= {"architecture": "topk", "k": int(k[1]) if k else None, "subtracts_b_dec": False}
     return facts
 
 
 @contextmanager
-def _hub_errors(where: _Place, name: str, at: str) -> Iterator[None]:
-    """Turn what the hub's client raises into our errors."""
+def _hub_errors(where: _Location, name: str, at: str) -> Iterator[None]:
+    """Turn errors of the hub's client into SaeffectErrors."""
     from huggingface_hub import constants, errors
 
     try:
         yield
     except (errors.HfHubHTTPError, errors.EntryNotFoundError, errors.HFValidationError, OSError) as error:
-        ours: type[SaeffectError] = NotFound
+        error_type: type[SaeffectError] = NotFound
         fix: str | None = "check the name on the hub."
         if isinstance(error, errors.GatedRepoError):
             message = f"{where.repo} asks for agreement to its terms before it can be read."
@@ -239,41 +241,45 @@ def _hub_errors(where: _Place, name: str, at: str) -> Iterator[None]:
             message = f"the hub has no repository {where.repo!r} that you can read."
             fix = "check the name; for a private one log in: hf auth login."
         elif isinstance(error, errors.HFValidationError):
-            ours, message, fix = ConfigError, f"{where.repo!r} can be no repository: {first_line(error)}", None
+            error_type, message, fix = (
+                ConfigError,
+                f"{where.repo!r} is not a valid repository name: {first_line(error)}",
+                None,
+            )
         elif isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
             why = _NOT_ASKED if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
-            ours, message, fix = Unreachable, f"{name} is not in the hub's cache, and {why}.", _RUN_ONCE
+            error_type, message, fix = Unreachable, f"{name} is not in the hub's cache, and {why}.", _RUN_ONCE
         elif isinstance(error, errors.EntryNotFoundError):
             message = f"{where.repo} has no file {where.path!r}."
         else:
-            ours, message = Unreachable, f"{name} could not be fetched: {first_line(error)}"
+            error_type, message = Unreachable, f"{name} could not be fetched: {first_line(error)}"
             fix = "check the connection; HF_ENDPOINT names a mirror, HF_HOME a cache."
-        raise ours(message, at=at, fix=fix) from error
+        raise error_type(message, at=at, fix=fix) from error
 
 
-def _missing(where: _Place, name: str, at: str) -> SaeffectError:
+def _missing(where: _Location, name: str, at: str) -> SaeffectError:
     from huggingface_hub import constants
 
     what = f"the folder {where.path!r}" if where.path else "the repository's main folder"
     if constants.HF_HUB_OFFLINE:
-        there = f"{name} is not in the hub's cache ({where.repo} is, without an SAE in {what})"
-        return Unreachable(f"{there}, and {_NOT_ASKED}.", at=at, fix=_RUN_ONCE)
-    near = _folders(where.repo, where.revision)
-    shown = f" It has: {', '.join(near[:6])}{', ...' if len(near) > 6 else ''}." if near else ""
+        absent = f"{name} is not in the hub's cache ({where.repo} is, without an SAE in {what})"
+        return Unreachable(f"{absent}, and {_NOT_ASKED}.", at=at, fix=_RUN_ONCE)
+    folders = _folders(where.repo, where.revision)
+    listing = f" It has: {', '.join(folders[:6])}{', ...' if len(folders) > 6 else ''}." if folders else ""
     return NotFound(
-        f"{where.repo} has no SAE in {what}.{shown}",
+        f"{where.repo} has no SAE in {what}.{listing}",
         at=at,
         fix="write hf:<owner>/<repository>/<folder>, with the folder of one SAE.",
     )
 
 
 def _folders(repo: str, revision: str | None) -> Sequence[str]:
-    """Folders of a repository that hold an SAE; none if the hub does not say."""
+    """Folders of a repository that hold an SAE; none if the hub cannot list them."""
     from huggingface_hub import HfApi
 
     try:
         files = HfApi().list_repo_files(repo, revision=revision)
-    except Exception:  # of many kinds, and only words are lost
+    except Exception:  # of many kinds; only a hint in the message is lost
         return ()
     last = tuple(file for file in _FILES if file not in _SETTINGS)
     return sorted({file.rpartition("/")[0] for file in files if file.endswith(last)} - {""})

@@ -1,4 +1,4 @@
-"""JumpReLU SAE: a feature is off below a threshold of its own (Rajamanoharan et al. 2024)."""
+"""JumpReLU SAE: each feature has a threshold below which it is off (Rajamanoharan et al. 2024)."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from saeffect.sae.training.config import SaeTrainingConfig
 
 __all__ = ["JumpReluSae"]
 
-_TANH_SCALE = 4.0  # Anthropic's and SAELens' steepness of the smooth count
+_TANH_SCALE = 4.0  # steepness of the smooth count, as Anthropic's and SAELens'
 
 
 class JumpReluSae(TrainableSae):
-    """`feature_acts = hidden_pre` where above `threshold` (float32 `[d_sae]`) and 0, else 0.
+    """`feature_acts = hidden_pre` where it is above `threshold` (float32 `[d_sae]`) and 0, else 0.
 
-    The threshold's gradient is a straight-through estimator with a rectangular kernel: within half a `bandwidth` of its
-    threshold a feature counts as on in proportion. Entries further below take no part.
+    The threshold's gradient is a straight-through estimator with a rectangular kernel of width `bandwidth`: only
+    pre-activations within half a bandwidth of the threshold contribute.
     """
 
     architecture, label = "jumprelu", "JumpReLU"
     keys = ("l0_coefficient", "l0_kind", "pre_act_coefficient", "threshold_at_start", "bandwidth")
-    # "l0" is what the log calls the number of active features.
+    # In the log, "l0" is the number of active features.
     loss_parts = (("l0_penalty", "l0 penalty"), ("pre_act", "dead pre-activations"))
     penalty = "l0_coefficient"
     vectors = ("b_enc", "threshold")
@@ -55,9 +55,9 @@ class JumpReluSae(TrainableSae):
         W_dec, threshold = self.W_dec.data, self.threshold.data.clamp_(min=0.0)
         centred = self.centred(x)
         entries = step.encoder.above(centred, self.W_rows, self.b_enc.data, floor=threshold - half)
-        hidden_pre, at = entries.values, entries.per_feature(threshold)
-        on = hidden_pre > at
-        near = (hidden_pre > at - half) & (hidden_pre < at + half)
+        hidden_pre, thresholds = entries.values, entries.per_feature(threshold)
+        on = hidden_pre > thresholds
+        near = (hidden_pre > thresholds - half) & (hidden_pre < thresholds + half)
         entries.values = hidden_pre * on
         sae_out = entries.decode(entries.values, W_dec).add_(self.b_dec.data)
         error = sae_out - x
@@ -80,7 +80,7 @@ class JumpReluSae(TrainableSae):
         return StepResult(losses, entries.counts(), sae_out)
 
     def after_step(self, step: StepInputs) -> None:
-        """Keep thresholds at or above zero: below, negative activations would pass."""
+        """Keep thresholds at or above zero: below it, negative activations would pass."""
         super().after_step(step)
         self.threshold.data.clamp_(min=0.0)
 
@@ -97,7 +97,9 @@ class JumpReluSae(TrainableSae):
             self.threshold.data.copy_(start.threshold)
 
     def _smooth_count(self, entries: Entries, d_acts: Tensor, step: StepInputs) -> tuple[Tensor, Tensor]:
-        """Σ tanh(4 · feature_acts · ‖W_dec‖), weighted; its gradient by the decoder's norms. Adds to `d_acts`."""
+        """Weighted Σ tanh(4 · feature_acts · ‖W_dec‖), and its gradient by the decoder's norms; adds its gradient by
+        the activations to `d_acts`.
+        """
         weight = step.coefficient / step.n_tokens
         norm = entries.per_feature(self.row_norms(self.W_dec.data))
         count = (entries.values * norm).mul_(_TANH_SCALE).tanh_()
@@ -106,13 +108,13 @@ class JumpReluSae(TrainableSae):
         return count.sum() * weight, entries.feature_sums(slope.mul_(entries.values))
 
     def _pre_act_loss(self, centred: Tensor, step: StepInputs, coefficient: float) -> Tensor:
-        """How far dead features stay under their thresholds, times their decoders' norms; adds its gradients."""
+        """Dead features' distances below their thresholds, times their decoder norms; adds its gradients."""
         dead, weight = step.dead, coefficient / step.n_tokens
         rows, decoder, threshold = self.W_rows[dead], self.W_dec.data[dead], self.threshold.data[dead]
         norm = self.row_norms(decoder)
-        missing = (threshold - torch.addmm(self.b_enc.data[dead], centred, rows.T)).relu_()
-        total = missing.sum(0) * weight
-        d_hidden = (missing > 0) * (norm * -weight)
+        shortfall = (threshold - torch.addmm(self.b_enc.data[dead], centred, rows.T)).relu_()
+        total = shortfall.sum(0) * weight
+        d_hidden = (shortfall > 0) * (norm * -weight)
         sums = d_hidden.sum(0)
         self.gradient("W_enc").index_add_(0, dead, d_hidden.T @ centred)
         self.gradient("b_enc").index_add_(0, dead, sums)

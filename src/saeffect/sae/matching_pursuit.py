@@ -1,4 +1,4 @@
-"""Matching pursuit: features are taken one at a time, each from what those before left (Costa et al. 2025)."""
+"""Matching pursuit SAE: features are chosen one at a time, each from the residual so far (Costa et al. 2025)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _CHUNK = 4096  # tokens whose products with all features are in memory at once
 
 
 class MatchingPursuitSae(SparseAutoencoder):
-    """Read only. The encoder is the decoder's transpose; a token takes features until little is left of it.
+    """Cannot be trained here. The encoder is the decoder's transpose; features are added until the residual is small.
 
-    Settings, kept in the metadata, with SAELens' defaults: `residual_threshold` (0.01: stop below this norm of what is
-    left; 0 never), `max_iterations` (`d_in`), `stop_on_duplicate_support` (True: stop when a feature comes again).
-    Source: SAELens' MatchingPursuitSAE, to which activations are equal.
+    Settings, kept in the metadata, with SAELens' defaults: `residual_threshold` (0.01: stop below this norm of the
+    residual; 0 never), `max_iterations` (`d_in`), `stop_on_duplicate_support` (True: stop when a feature is chosen
+    again). Source: SAELens' MatchingPursuitSAE, which gives the same activations.
     """
 
     architecture, label = "matching_pursuit", "Matching pursuit"
@@ -30,12 +30,14 @@ class MatchingPursuitSae(SparseAutoencoder):
     def __init__(self, cfg: SaeConfig) -> None:
         super().__init__(cfg)
         threshold = cfg.metadata.get("residual_threshold", 1e-2)
-        most = cfg.metadata.get("max_iterations")
+        max_iterations = cfg.metadata.get("max_iterations")
         if isinstance(threshold, bool) or not isinstance(threshold, int | float):
             raise BadFile(f"residual_threshold is {threshold!r}; expected a number.")
-        if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
-            raise BadFile(f"max_iterations is {most!r}; expected a whole number above 0, or null.")
-        self._threshold, self._most = float(threshold), most or cfg.d_in
+        if max_iterations is not None and (
+            isinstance(max_iterations, bool) or not isinstance(max_iterations, int) or max_iterations < 1
+        ):
+            raise BadFile(f"max_iterations is {max_iterations!r}; expected a whole number above 0, or null.")
+        self._threshold, self._max_iterations = float(threshold), max_iterations or cfg.d_in
         self._stops_at_repeats = bool(cfg.metadata.get("stop_on_duplicate_support", True))
 
     @classmethod
@@ -44,15 +46,15 @@ class MatchingPursuitSae(SparseAutoencoder):
 
     @property
     def W_enc(self) -> Tensor:  # type: ignore[override]
-        """The decoder, turned."""
+        """The decoder's transpose."""
         return self.W_dec.T
 
     def as_start(self) -> NoReturn:
-        """Always refuses: features are found one after another, by no encoder."""
+        """Always raises IncompatibleSae: features are chosen one after another, without an encoder."""
         raise IncompatibleSae("a matching pursuit SAE has no encoder to begin a training with.")
 
     def activation(self, hidden_pre: Tensor) -> Tensor:
-        """Of the first step alone, before anything is taken off."""
+        """Activations of the first step only, before anything is subtracted."""
         return hidden_pre.relu()
 
     def hidden_pre(self, sae_in: Tensor) -> Tensor:
@@ -60,34 +62,34 @@ class MatchingPursuitSae(SparseAutoencoder):
 
     def acts(self, sae_in: Tensor) -> Tensor:
         flat = self._centred(sae_in).reshape(-1, self.cfg.d_in)
-        found = [self._pursued(part) for part in flat.split(_CHUNK)]
-        return torch.cat(found).reshape(*sae_in.shape[:-1], self.cfg.d_sae)
+        parts = [self._pursue(part) for part in flat.split(_CHUNK)]
+        return torch.cat(parts).reshape(*sae_in.shape[:-1], self.cfg.d_sae)
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        # A tied SAE adds b_dec only if it was taken off.
+        # A tied SAE adds b_dec only if it was subtracted.
         out = feature_acts @ self.W_dec
         return out + self.b_dec if self.cfg.apply_b_dec_to_input else out
 
     def _centred(self, sae_in: Tensor) -> Tensor:
         return sae_in - self.b_dec if self.cfg.apply_b_dec_to_input else sae_in
 
-    def _pursued(self, left: Tensor) -> Tensor:
+    def _pursue(self, residual: Tensor) -> Tensor:
         """Feature activations `[n, d_sae]` of centred inputs `[n, d_in]`."""
-        acts = left.new_zeros(len(left), self.cfg.d_sae)
-        going = torch.arange(len(left), device=left.device)
-        for _ in range(self._most):
-            best = (left @ self.W_dec.T).relu().max(dim=1).indices
+        acts = residual.new_zeros(len(residual), self.cfg.d_sae)
+        active = torch.arange(len(residual), device=residual.device)
+        for _ in range(self._max_iterations):
+            best = (residual @ self.W_dec.T).relu().max(dim=1).indices
             rows = self.W_dec[best]
-            values = (left * rows).sum(dim=1).relu()
-            new = (acts[going, best] == 0) & (values != 0)
-            acts[going, best] += values
-            left = left - values[:, None] * rows
+            values = (residual * rows).sum(dim=1).relu()
+            new = (acts[active, best] == 0) & (values != 0)
+            acts[active, best] += values
+            residual = residual - values[:, None] * rows
             done = torch.zeros_like(new)
             if self._stops_at_repeats:
                 done |= ~new
             if self._threshold > 0:
-                done |= left.norm(dim=1) < self._threshold
-            going, left = going[~done], left[~done]
-            if not len(going):
+                done |= residual.norm(dim=1) < self._threshold
+            active, residual = active[~done], residual[~done]
+            if not len(active):
                 break
         return acts

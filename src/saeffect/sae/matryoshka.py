@@ -1,5 +1,5 @@
-"""Matryoshka BatchTopK SAE: nested SAEs (the first `widths[0]` features, the first `widths[1]`, ...) must each rebuild
-the input, so that general features stay in front instead of being absorbed by special ones.
+"""Matryoshka BatchTopK SAE: nested SAEs (the first `widths[0]` features, the first `widths[1]`, ...) each reconstruct
+the input, so that general features come first instead of being absorbed by specific ones.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class MatryoshkaSae(BatchTopKSae):
 
 
 def _groups(entries: Entries, widths: Sequence[int]) -> Iterator[tuple[slice, Entries]]:
-    """(features of the group, their entries, numbered from the group's first feature), from the inside out."""
+    """(the group's features, their entries with features numbered from the group's first), from the inside out."""
     n_tokens = entries.shape[0]
     start = 0
     for end in widths:

@@ -1,4 +1,4 @@
-"""How well an SAE reconstructs, and what the model loses by it."""
+"""How well an SAE reconstructs activations, and how much the reconstruction raises the model's loss."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def ce_loss_score(clean: float, sae: float, zero: float) -> float:
 
 
 class ReconstructionSums:
-    """Explained variance, l2 ratio and l0 over any number of batches, exactly as over one."""
+    """Explained variance, l2 ratio and l0, summed over batches."""
 
     def __init__(self, d_in: int) -> None:
         self.n_tokens = 0
@@ -89,7 +89,7 @@ class ReconstructionSums:
         return 1.0 - self._squared_error / about_mean
 
     def l2_ratio(self) -> float:
-        """Mean over tokens of the reconstruction's norm over the input's; below 1 the SAE shrinks."""
+        """Mean over tokens of the reconstruction's norm / the input's; below 1 the SAE shrinks."""
         return self._ratio / self.n_tokens if self.n_tokens else float("nan")
 
     def l0(self) -> float:
@@ -99,7 +99,7 @@ class ReconstructionSums:
 
 @torch.inference_mode()
 def reconstruction(sae: SparseAutoencoder, activations: Tensor) -> dict[str, float]:
-    """How well an SAE (in unscaled units) rebuilds activations, float32 `[n_tokens, d_in]`: explained_variance;
+    """How well an SAE (in unscaled units) reconstructs activations, float32 `[n_tokens, d_in]`: explained_variance;
     l2_ratio (mean of norm out over norm in); l0 (mean active features a token); dead_share (of features that never
     fire); mean_log10_density (mean of log10(firing rate + 1e-10)); n_tokens. For a crosscoder also
     explained_variance_base and explained_variance_tuned, of each model's half.
@@ -112,8 +112,8 @@ def reconstruction(sae: SparseAutoencoder, activations: Tensor) -> dict[str, flo
         sae_out = sae(x)
         sums.add(x, sae_out, feature_acts)
         if by_side:
-            for own, half_in, half_out in zip(by_side, x.chunk(2, dim=1), sae_out.chunk(2, dim=1), strict=True):
-                own.add(half_in, half_out)
+            for side_sums, half_in, half_out in zip(by_side, x.chunk(2, dim=1), sae_out.chunk(2, dim=1), strict=True):
+                side_sums.add(half_in, half_out)
         fired += (feature_acts > 0).sum(0)
     density = fired.double() / sums.n_tokens
     return {
@@ -124,7 +124,8 @@ def reconstruction(sae: SparseAutoencoder, activations: Tensor) -> dict[str, flo
         "mean_log10_density": float((density + 1e-10).log10().mean()),
         "n_tokens": sums.n_tokens,
         **{
-            f"explained_variance_{side}": own.explained_variance() for side, own in zip(sae.sides, by_side, strict=True)
+            f"explained_variance_{side}": side_sums.explained_variance()
+            for side, side_sums in zip(sae.sides, by_side, strict=True)
         },
     }
 
@@ -157,41 +158,41 @@ def spliced_losses(
     seen: Callable[[Tensor], None] | None = None,
     counts: NDArray[np.bool_] | None = None,
 ) -> SplicedLosses:
-    """Cross-entropy of the model clean, with the reconstruction, and with zeros at the hook.
+    """Cross-entropy of the clean model, with the reconstruction, and with zeros at the hook.
 
-    `rows` are token ids, int32 `[n_rows, context_size]`. The first position and outliers of the norm are never
-    replaced, nor is what `counts`, bool as `rows`, leaves out. A BOS in front is never predicted. `seen` gets each
-    batch's activations that count, `[n_kept, d_model]`, of the model's dtype. A function in place of the SAE makes
-    reconstructions of ids, int64 `[B, S]`, and activations `[B, S, d_in]`.
+    `rows` are token ids, int32 `[n_rows, context_size]`. Replaced are the positions in `counts`, bool as `rows` (None:
+    all), without the first of each row and norm outliers. A BOS in front is never predicted. `seen` is called with each
+    batch's activations that count, `[n_kept, d_model]`, of the model's dtype. In place of the SAE, `sae` may be a
+    function that makes reconstructions from ids, int64 `[B, S]`, and activations `[B, S, d_in]`.
     """
     rest = Rest(lm, hook)
-    ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    replacements: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "sae": (lambda _, x: sae(x)) if isinstance(sae, SparseAutoencoder) else sae,
         "zero": lambda _, x: torch.zeros_like(x),
     }
-    totals = dict.fromkeys(("clean", *ways), 0.0)
+    totals = dict.fromkeys(("clean", *replacements), 0.0)
     count, by_row = 0, {name: list[NDArray[np.float64]]() for name in totals}
     by_position = {name: np.zeros(rows.shape[1] - 1) for name in totals}
 
-    def note(name: str, logits: Tensor, ids: Tensor) -> None:
+    def record(name: str, logits: Tensor, ids: Tensor) -> None:
         losses = _token_losses(logits[:, :-1].float(), ids)
         by_row[name].append(losses.mean(dim=1).cpu().numpy())
         by_position[name] += losses.sum(0).cpu().numpy() / len(rows)
 
     for start in range(0, len(rows), batch_size):
         ids = torch.from_numpy(rows[start : start + batch_size].astype(np.int64)).to(lm.device)
-        with recorded(lm, hook) as found:
-            note("clean", lm.model(input_ids=ids, use_cache=False).logits, ids)
-        x = found[hook]
-        some = None if counts is None else torch.from_numpy(counts[start : start + batch_size])
-        kept = kept_positions(x, limit, some)
+        with recorded(lm, hook) as captured:
+            record("clean", lm.model(input_ids=ids, use_cache=False).logits, ids)
+        x = captured[hook]
+        on = None if counts is None else torch.from_numpy(counts[start : start + batch_size])
+        kept = kept_positions(x, limit, on)
         if seen is not None:
             seen(x[kept])
-        for name, new in ways.items():
-            logits = rest.logits(ids, torch.where(kept[..., None], new(ids, x).to(x.dtype), x))
-            note(name, logits, ids)
-        for name, rows_of in by_row.items():
-            totals[name] += float(rows_of[-1].sum()) * (ids.shape[1] - 1)
+        for name, replacement in replacements.items():
+            logits = rest.logits(ids, torch.where(kept[..., None], replacement(ids, x).to(x.dtype), x))
+            record(name, logits, ids)
+        for name, losses in by_row.items():
+            totals[name] += float(losses[-1].sum()) * (ids.shape[1] - 1)
         count += ids[:, 1:].numel()
     clean, spliced, zero = (total / count for total in totals.values())
     of_rows = {name: np.concatenate(parts) for name, parts in by_row.items()}

@@ -1,6 +1,6 @@
-"""Which change would make an SAE fit: it is read in other ways and at other hooks, and the one that mends is named.
+"""Find the change that makes an SAE fit a model, by reading it in other ways and at other hooks.
 
-Every way is compared by the explained variance of a few hundred tokens, so that most of the work is one pass of the
+Variants are compared by the explained variance of a few hundred tokens, so that most of the work is one pass of the
 model. Read `find_mismatch`.
 """
 
@@ -30,24 +30,25 @@ from saeffect.sae.topk import TopKSae
 
 __all__ = ["Change", "Mismatch", "Reading", "find_mismatch", "mended", "scan_hooks"]
 
-_TOKENS = 768  # that a way is judged by
-# A way mends if it leaves at most so much of the variance that the SAE as it stands leaves unexplained. One block away
+_TOKENS = 768  # on which variants are compared
+# A variant is better if it leaves at most this share of the variance that the SAE leaves unexplained. One block away
 # the SAEs that come with this package leave 1.35 times as much as at their own hook.
-_MENDS = 0.85
-_SCALES = tuple(2.0 ** (i / 2) for i in range(-24, 25) if i)  # of inputs; between them the named ones
-_NEAR_ONE = 1.5  # a factor below corrects shrinkage, which is no mistake
-_ALIKE = 0.01  # explained variance: of scales that are as good, the first one, which has a name
-_MANY = ("standard", "jumprelu")  # architectures in which any number of features may be active
-_TOPK = (8, 16, 32, 64, 128, 256)
-# An SAE that was trained as TopK has many small activations beside its k, which explain nothing.
-_FEWER, _AS_GOOD = 4.0, 1.1
+_MAX_UNEXPLAINED = 0.85
+_SCALES = tuple(2.0 ** (i / 2) for i in range(-24, 25) if i)  # of inputs, tried besides those that trainers use
+_MIN_FACTOR = 1.5  # a smaller factor corrects shrinkage, which is no mismatch
+_TOLERANCE = 0.01  # explained variance: of scales as good as the best, the first one, which trainers use
+_THRESHOLDED = ("standard", "jumprelu")  # architectures in which any number of features may be active
+_K_VALUES = (8, 16, 32, 64, 128, 256)
+# An SAE that was trained as TopK has many small activations besides its k largest, which explain nothing. It is read
+# as TopK if l0 is at least the first number times k, and the unexplained variance at most the second times as large.
+_MIN_RATIO, _MAX_RATIO = 4.0, 1.1
 _OTHER_KINDS = ("hook_resid_mid", "hook_attn_out", "hook_mlp_out")
 
 
 @dataclass(frozen=True)
 class Change:
-    """One thing that is done otherwise: its `name` (hook, scale, centring, normalisation, decoder bias, architecture
-    or bos), what was `found`, in words, and the `fix`.
+    """One change to how an SAE is read: its `name` (hook, scale, centring, normalisation, decoder bias, architecture
+    or bos), the evidence in words (`found`), and the `fix`.
     """
 
     name: str
@@ -57,7 +58,7 @@ class Change:
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """An SAE as it is read: perhaps another architecture or normalisation, of inputs multiplied by `scale`."""
+    """An SAE with `changes` made, such as another architecture or normalisation; inputs are multiplied by `scale`."""
 
     sae: SparseAutoencoder
     scale: float = 1.0
@@ -74,9 +75,9 @@ class Reading:
 
 @dataclass(frozen=True, eq=False)
 class Mismatch:
-    """What mends a pairing of a model and an SAE: the `changes` (none if nothing found is better); explained
-    variance `before` and `after`, on the tokens that ways are compared on; the SAE with the changes (`reading`); the
-    `hook` where it fits; and whether texts should begin with BOS, if that is one of the changes.
+    """What makes an SAE fit a model: the `changes` (none if nothing is better); explained variance `before` and
+    `after`, on the tokens that variants are compared on; the SAE with the changes (`reading`); the `hook` where it
+    fits; and whether texts should begin with BOS, if that is one of the changes.
     """
 
     changes: tuple[Change, ...]
@@ -100,42 +101,42 @@ def find_mismatch(
     *,
     counts: NDArray[np.bool_] | None = None,
 ) -> Mismatch:
-    """Look for what would make an SAE fit better: at most one other hook, and up to two other ways to read it.
+    """Look for changes that make an SAE fit better: at most one other hook, and up to two other ways to read it.
 
-    `ids` are rows of text, int32 `[n_rows, context_size]`, of which `counts`, bool of that shape, counts (None: all). A
-    change is reported only if it leaves clearly less of the variance unexplained. ConfigError: no such hook.
+    `ids` are rows of text, int32 `[n_rows, context_size]`; `counts`, bool of that shape, marks the tokens to use (None:
+    all). A change is reported only if it leaves clearly less of the variance unexplained. ConfigError: no such hook.
     """
     on = np.ones(ids.shape, dtype=bool) if counts is None else counts
     n_rows = min(len(ids), max(2, int(np.searchsorted(on.sum(axis=1).cumsum(), _TOKENS)) + 1))
     rows = TokenRows(ids[:n_rows], np.zeros(n_rows, dtype=np.int64), ("text",), on[:n_rows])
-    x = _kept(lm, hook, rows)
+    x = _sample(lm, hook, rows)
     before = _variance(Reading(sae), x)
     best, after = _best_reading(Reading(sae), x, before)
-    bos = _other_beginning(lm, hook, rows, best, after)
-    if bos is not None:
-        change, after, prepend = bos
+    bos_result = _with_bos_flipped(lm, hook, rows, best, after)
+    if bos_result is not None:
+        change, after, prepend = bos_result
         best = dataclasses.replace(best, changes=(*best.changes, change))
         return Mismatch(best.changes, before, after, best, hook, prepend)
-    elsewhere = scan_hooks(lm, Reading(sae), rows, near=hook, log=log)
-    if elsewhere and _mends(max(elsewhere.values()), after):
-        place, there = max(elsewhere.items(), key=lambda item: item[1])
-        reading, at_place = _best_reading(Reading(sae), _kept(lm, place, rows), there)
-        found = f"at {place} it explains {at_place:.2f} of the variance, at {hook} {before:.2f}"
-        change = Change("hook", f"another hook: {found}", f"read it there: hook: {place}.")
+    scores = scan_hooks(lm, Reading(sae), rows, near=hook, log=log)
+    if scores and _is_better(max(scores.values()), after):
+        best_hook, score = max(scores.items(), key=lambda item: item[1])
+        reading, explained = _best_reading(Reading(sae), _sample(lm, best_hook, rows), score)
+        evidence = f"at {best_hook} it explains {explained:.2f} of the variance, at {hook} {before:.2f}"
+        change = Change("hook", f"another hook: {evidence}", f"read it there: hook: {best_hook}.")
         reading = dataclasses.replace(reading, changes=(change, *reading.changes))
-        return Mismatch(reading.changes, before, at_place, reading, place)
+        return Mismatch(reading.changes, before, explained, reading, best_hook)
     return Mismatch(best.changes, before, after, best, hook)
 
 
-def _mends(after: float, before: float) -> bool:
-    return math.isfinite(after) and (1 - after) <= _MENDS * (1 - before)
+def _is_better(after: float, before: float) -> bool:
+    return math.isfinite(after) and (1 - after) <= _MAX_UNEXPLAINED * (1 - before)
 
 
-def _kept(lm: LanguageModel, hook: str, rows: TokenRows) -> Tensor:
-    return _counted(capture(lm, hook, torch.from_numpy(rows.ids.astype(np.int64))), rows)
+def _sample(lm: LanguageModel, hook: str, rows: TokenRows) -> Tensor:
+    return _counted_positions(capture(lm, hook, torch.from_numpy(rows.ids.astype(np.int64))), rows)
 
 
-def _counted(x: Tensor, rows: TokenRows) -> Tensor:
+def _counted_positions(x: Tensor, rows: TokenRows) -> Tensor:
     """Activations that count, float32 `[n, d_model]`, on the CPU."""
     wide = x.detach().float().cpu()
     return wide[kept_positions(wide, measure_norm_limit(wide[:, 1:]), rows.counts_of(0, len(rows)))][:_TOKENS]
@@ -146,73 +147,75 @@ def _variance(reading: Callable[[Tensor], Tensor], x: Tensor) -> float:
     sums = ReconstructionSums(x.shape[1])
     try:
         sums.add(x, reading(x).float())
-        found = sums.explained_variance()
+        explained = sums.explained_variance()
     except Undefined:
         return -math.inf
-    return found if math.isfinite(found) else -math.inf
+    return explained if math.isfinite(explained) else -math.inf
 
 
-def _best_reading(reading: Reading, x: Tensor, before: float, *, most: int = 2) -> tuple[Reading, float]:
-    """The best way to read the SAE, with at most `most` changes, each of which mends."""
+def _best_reading(reading: Reading, x: Tensor, before: float, *, max_changes: int = 2) -> tuple[Reading, float]:
+    """The best way to read the SAE, with at most `max_changes` changes, each better than the one before."""
     best, after = reading, before
-    for _ in range(most):
-        tried = [(other, _variance(other, x)) for other in _ways(best, x)]
-        highest = max((value for _, value in tried), default=-math.inf)
-        if not _mends(highest, after):
+    for _ in range(max_changes):
+        candidates = [(other, _variance(other, x)) for other in _variations(best, x)]
+        highest = max((value for _, value in candidates), default=-math.inf)
+        if not _is_better(highest, after):
             break
-        found, value = max(tried, key=lambda pair: pair[1])
-        if found.changes[-1].name == "scale":  # a factor that has a name, where it is as good as one between
-            named = [pair for pair in tried if pair[0].changes[-1].name == "scale" and pair[1] >= highest - _ALIKE]
-            found, value = named[0]
-        best, after = found, value
+        chosen, value = max(candidates, key=lambda pair: pair[1])
+        if chosen.changes[-1].name == "scale":  # a factor that has a name, where it is as good as one between
+            standard = [
+                pair for pair in candidates if pair[0].changes[-1].name == "scale" and pair[1] >= highest - _TOLERANCE
+            ]
+            chosen, value = standard[0]
+        best, after = chosen, value
     return _as_topk_if_as_good(best, x, after)
 
 
 def _as_topk_if_as_good(reading: Reading, x: Tensor, before: float) -> tuple[Reading, float]:
-    """As TopK, if a fraction of the active features explains as much: then the others are none of the training's."""
+    """The SAE as TopK, if a fraction of the active features explains as much: then it was trained as TopK."""
     cfg = reading.sae.cfg
-    if cfg.architecture not in _MANY or any(change.name == "architecture" for change in reading.changes):
+    if cfg.architecture not in _THRESHOLDED or any(change.name == "architecture" for change in reading.changes):
         return reading, before
     l0 = float((reading.sae.encode(x * reading.scale) > 0).sum(1).double().mean())
-    for k in (k for k in _TOPK if k < cfg.d_sae and _FEWER * k <= l0):
-        other = reading.with_sae(_as_topk(reading.sae, k), _of_topk(k, cfg.architecture, l0))
+    for k in (k for k in _K_VALUES if k < cfg.d_sae and _MIN_RATIO * k <= l0):
+        other = reading.with_sae(_as_topk(reading.sae, k), _topk_change(k, cfg.architecture, l0))
         value = _variance(other, x)
-        if 1 - value <= _AS_GOOD * (1 - before):
+        if 1 - value <= _MAX_RATIO * (1 - before):
             return other, value
     return reading, before
 
 
-def _ways(reading: Reading, x: Tensor) -> Iterator[Reading]:
-    """The same SAE with one more thing done otherwise."""
-    done = {change.name for change in reading.changes}
+def _variations(reading: Reading, x: Tensor) -> Iterator[Reading]:
+    """The same SAE with one more change."""
+    changed = {change.name for change in reading.changes}
     sae, cfg = reading.sae, reading.sae.cfg
-    if "centring" not in done:
+    if "centring" not in changed:
         on = not cfg.centre_input
-        yield reading.with_sae(_twin(sae, dataclasses.replace(cfg, centre_input=on)), _CENTRING[on])
-    if "normalisation" not in done:
+        yield reading.with_sae(_with_config(sae, dataclasses.replace(cfg, centre_input=on)), _CENTRING[on])
+    if "normalisation" not in changed:
         on = cfg.normalize_activations != "layer_norm"
-        other = dataclasses.replace(cfg, normalize_activations="layer_norm" if on else "none", centre_input=False)
-        yield reading.with_sae(_twin(sae, other), _LAYER_NORM[on])
-    if "decoder bias" not in done:
+        layer_norm = dataclasses.replace(cfg, normalize_activations="layer_norm" if on else "none", centre_input=False)
+        yield reading.with_sae(_with_config(sae, layer_norm), _LAYER_NORM[on])
+    if "decoder bias" not in changed:
         on = not cfg.apply_b_dec_to_input
-        yield reading.with_sae(_twin(sae, dataclasses.replace(cfg, apply_b_dec_to_input=on)), _DECODER_BIAS[on])
-    if "architecture" not in done and cfg.architecture in _MANY:
-        for k in (k for k in _TOPK if k < cfg.d_sae):
-            yield reading.with_sae(_as_topk(sae, k), _of_topk(k, cfg.architecture))
-    if "scale" not in done:
+        yield reading.with_sae(_with_config(sae, dataclasses.replace(cfg, apply_b_dec_to_input=on)), _DECODER_BIAS[on])
+    if "architecture" not in changed and cfg.architecture in _THRESHOLDED:
+        for k in (k for k in _K_VALUES if k < cfg.d_sae):
+            yield reading.with_sae(_as_topk(sae, k), _topk_change(k, cfg.architecture))
+    if "scale" not in changed:
         yield from _scaled(reading, x)
 
 
 _CENTRING = {
     True: Change(
         "centring",
-        "missing centring: it fits activations whose mean over dimensions is taken off (TransformerLens'"
+        "missing centring: it fits activations whose mean over dimensions is subtracted (TransformerLens'"
         " center_writing_weights)",
         "say so in its cfg.json: metadata.model_from_pretrained_kwargs: {center_writing_weights: true}.",
     ),
     False: Change(
         "centring",
-        "needless centring: it fits activations as they are, without their mean over dimensions taken off",
+        "needless centring: it fits activations as they are, their mean over dimensions not subtracted",
         "take center_writing_weights out of its cfg.json.",
     ),
 }
@@ -231,62 +234,64 @@ _LAYER_NORM = {
 _DECODER_BIAS = {
     True: Change(
         "decoder bias",
-        "b_dec is not taken off the input, as it was in training",
+        "b_dec is not subtracted from the input, as it was in training",
         "say so in its cfg.json: apply_b_dec_to_input: true.",
     ),
     False: Change(
         "decoder bias",
-        "b_dec is taken off the input, which it was not in training",
+        "b_dec is subtracted from the input, which it was not in training",
         "say so in its cfg.json: apply_b_dec_to_input: false.",
     ),
 }
 
 
-def _of_topk(k: int, architecture: str, l0: float | None = None) -> Change:
-    read = "ReLU" if architecture == "standard" else "JumpReLU"
-    found = f"TopK read as {read}: it fits with only the {k} largest activations of a token"
+def _topk_change(k: int, architecture: str, l0: float | None = None) -> Change:
+    activation = "ReLU" if architecture == "standard" else "JumpReLU"
+    evidence = f"TopK read as {activation}: it fits with only the {k} largest activations of a token"
     if l0 is not None:
-        found = f"TopK read as {read}: {l0:,.0f} features are active a token, and the {k} largest explain as much"
+        evidence = (
+            f"TopK read as {activation}: {l0:,.0f} features are active a token, and the {k} largest explain as much"
+        )
     return Change(
         "architecture",
-        found,
+        evidence,
         f"say so in its cfg.json: architecture: topk, with the k of its training (about {k}); or find the thresholds"
         " if it is a JumpReLU or BatchTopK SAE.",
     )
 
 
-def _twin(sae: SparseAutoencoder, cfg: SaeConfig) -> SparseAutoencoder:
-    """The same weights, not copied, under another configuration."""
-    twin = copy.copy(sae)
-    twin.cfg = cfg
-    return twin
+def _with_config(sae: SparseAutoencoder, cfg: SaeConfig) -> SparseAutoencoder:
+    """The same weights, not copied, with another configuration."""
+    view = copy.copy(sae)
+    view.cfg = cfg
+    return view
 
 
 def _as_topk(sae: SparseAutoencoder, k: int) -> SparseAutoencoder:
     with torch.device("meta"):
-        twin = TopKSae(dataclasses.replace(sae.cfg, architecture="topk", k=k))
+        topk = TopKSae(dataclasses.replace(sae.cfg, architecture="topk", k=k))
     for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
-        setattr(twin, name, getattr(sae, name))
-    return twin.eval().requires_grad_(False)
+        setattr(topk, name, getattr(sae, name))
+    return topk.eval().requires_grad_(False)
 
 
 def _scaled(reading: Reading, x: Tensor) -> Iterator[Reading]:
-    """Inputs of another scale: those that trainers use, and any other."""
+    """The SAE with inputs scaled otherwise: first by factors that trainers use, then by `_SCALES`."""
     norm, width = float(x.norm(dim=1).mean()), math.sqrt(x.shape[1])
-    named = {
+    standard = {
         width / norm: "a mean norm of sqrt(d_in)",
         norm / width: "a mean norm of sqrt(d_in), twice",
         1.0 / norm: "a mean norm of 1",
     }
-    for factor, why in (*named.items(), *((factor, "") for factor in _SCALES)):
-        if max(factor, 1 / factor) > _NEAR_ONE:
+    for factor, why in (*standard.items(), *((factor, "") for factor in _SCALES)):
+        if max(factor, 1 / factor) > _MIN_FACTOR:
             scale = reading.scale * factor
-            words = f" (it was trained on inputs scaled to {why})" if why else ""
+            origin = f" (it was trained on inputs scaled to {why})" if why else ""
             if why.endswith("twice"):
-                words = " (a scaling to a mean norm of sqrt(d_in) was folded into its weights twice)"
+                origin = " (a scaling to a mean norm of sqrt(d_in) was folded into its weights twice)"
             change = Change(
                 "scale",
-                f"unfolded scaling: it fits activations multiplied by {factor:.4g}{words}",
+                f"unfolded scaling: it fits activations multiplied by {factor:.4g}{origin}",
                 f"fold it into the weights: W_enc times {factor:.4g}, W_dec and b_dec divided by it.",
             )
             yield Reading(reading.sae, scale, (*reading.changes, change))
@@ -295,38 +300,35 @@ def _scaled(reading: Reading, x: Tensor) -> Iterator[Reading]:
 def scan_hooks(
     lm: LanguageModel, reading: Reading, rows: TokenRows, *, near: str | None = None, log: Log = SILENT
 ) -> dict[str, float]:
-    """Explained variance at the hooks of a model, all measured in one pass or two, but for `near`: first the places
-    of the residual stream, or those of the kind of `near`; where the SAE fits none of them, all kinds.
+    """Explained variance at the hooks of a model other than `near`, measured in one pass or two: first the residual
+    stream and hooks of the kind of `near`; if the SAE fits none of them, the other kinds.
     """
     point = None if near is None else parse_hook(near, lm.n_layers)
     layers = range(lm.n_layers)
     stream = [f"blocks.{i}.hook_resid_pre" for i in layers] + [f"blocks.{lm.n_layers - 1}.hook_resid_post"]
-    own = [] if point is None or point.kind.startswith("hook_resid") else [f"blocks.{i}.{point.kind}" for i in layers]
-    same = {near} if point is None else {near, *_same_place(point.layer, point.kind, lm.n_layers)}
-    found = _scan(lm, reading, [hook for hook in (*stream, *own) if hook not in same], rows)
-    log(f"  looked at {len(found)} other hooks")
-    if max(found.values(), default=-math.inf) < 0.5:
-        others = [f"blocks.{i}.{kind}" for i in layers for kind in _OTHER_KINDS if kind != (point and point.kind)]
-        more = _scan(lm, reading, others, rows)
-        log(f"  looked at {len(more)} further hooks")
-        found |= more
-    return found
-
-
-def _same_place(layer: int, kind: str, n_layers: int) -> list[str]:
-    """What `blocks.{i}.hook_resid_post` is called from the other side, and the reverse."""
-    if kind == "hook_resid_post" and layer + 1 < n_layers:
-        return [f"blocks.{layer + 1}.hook_resid_pre"]
-    return []
+    same_kind = (
+        [] if point is None or point.kind.startswith("hook_resid") else [f"blocks.{i}.{point.kind}" for i in layers]
+    )
+    excluded = {near}
+    if point is not None and point.kind == "hook_resid_post":
+        excluded.add(f"blocks.{point.layer + 1}.hook_resid_pre")  # the same activation
+    scores = _scan(lm, reading, [hook for hook in (*stream, *same_kind) if hook not in excluded], rows)
+    log(f"  looked at {len(scores)} other hooks")
+    if max(scores.values(), default=-math.inf) < 0.5:
+        other_kinds = [f"blocks.{i}.{kind}" for i in layers for kind in _OTHER_KINDS if kind != (point and point.kind)]
+        further = _scan(lm, reading, other_kinds, rows)
+        log(f"  looked at {len(further)} further hooks")
+        scores |= further
+    return scores
 
 
 def _scan(lm: LanguageModel, reading: Reading, hooks: Sequence[str], rows: TokenRows) -> dict[str, float]:
-    found: dict[str, float] = {}
+    scores: dict[str, float] = {}
 
     def listener(hook: str) -> Callable[[Tensor], Tensor]:
         def listen(x: Tensor) -> Tensor:
-            if x.shape[:2] == rows.ids.shape:  # and not what attaching another hook makes the model read
-                found[hook] = _variance(reading, _counted(x, rows))
+            if x.shape[:2] == rows.ids.shape:  # not the probe that attaching another hook runs
+                scores[hook] = _variance(reading, _counted_positions(x, rows))
             return x
 
         return listen
@@ -338,13 +340,15 @@ def _scan(lm: LanguageModel, reading: Reading, hooks: Sequence[str], rows: Token
         if hooks:
             ids = torch.from_numpy(rows.ids.astype(np.int64)).to(lm.device)
             lm.model(input_ids=ids, use_cache=False, logits_to_keep=1)
-    return found
+    return scores
 
 
-def _other_beginning(
+def _with_bos_flipped(
     lm: LanguageModel, hook: str, rows: TokenRows, reading: Reading, before: float
 ) -> tuple[Change, float, bool] | None:
-    """Whether the SAE fits rows better that begin the other way, with BOS or without; on the same tokens."""
+    """The change, explained variance and `prepend_bos` if the SAE fits the same tokens better with BOS added in front
+    (or taken away, if the rows have it); else None.
+    """
     has = lm.n_bos(rows.ids[0]) == 1
     try:
         bos = find_bos_id(lm.tokenizer, prepend=True) if lm.tokenizer is not None else None
@@ -357,8 +361,8 @@ def _other_beginning(
     if not has:
         ids = np.concatenate([np.full_like(ids[:, :1], bos), ids], axis=1)
         on = None if on is None else np.concatenate([np.zeros_like(on[:, :1]), on], axis=1)
-    value = _variance(reading, _kept(lm, hook, dataclasses.replace(rows, ids=ids, counts=on)))
-    if not _mends(value, before):
+    value = _variance(reading, _sample(lm, hook, dataclasses.replace(rows, ids=ids, counts=on)))
+    if not _is_better(value, before):
         return None
     with_or_without = "without" if has else "with"
     change = Change(
@@ -371,7 +375,7 @@ def _other_beginning(
 
 
 def mended(mismatch: Mismatch) -> SparseAutoencoder:
-    """A copy of the SAE with the changes made, to be saved: scaling folded, settings and hook in its configuration."""
+    """A copy of the SAE with the changes made: scaling folded into the weights, settings and hook in `cfg`."""
     reading = mismatch.reading
     sae = copy.deepcopy(reading.sae)
     if reading.scale != 1.0:

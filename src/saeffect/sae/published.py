@@ -1,6 +1,6 @@
-"""The list of published SAEs: names, where each lies on the hub, and what its files do not say.
+"""The list of published SAEs: their names, locations on the hub, and facts that their files leave out.
 
-It is a copy of SAELens' list, `bundled/published_saes.json.gz`, which scripts/refresh_published_saes.py renews.
+It is a copy of SAELens' list, `bundled/published_saes.json.gz`, updated by scripts/refresh_published_saes.py.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class PublishedSae:
 
     Attributes:
         model: The hub id of the model that it was trained on.
-        layout: SAELens' name for how its files are laid out.
-        path: In the repository; a folder, or a file.
-        l0: Active features a token as the authors say, 0 if they do not.
-        scale: Factor of the activations that its files leave out, 0 for none.
-        overrides: Keys of its cfg.json that count before those in the file.
+        layout: SAELens' name for the layout of its files.
+        path: A folder or a file in the repository.
+        l0: Active features a token as its authors report, 0 if unknown.
+        scale: Factor of the activations that is missing in its files, 0 for none.
+        overrides: Keys that replace those of its cfg.json.
         neuronpedia_id: Its page at Neuronpedia, "" for none.
     """
 
@@ -57,29 +57,29 @@ class PublishedSae:
 
     @property
     def name(self) -> str:
-        """What to write in a study file."""
+        """The name for study files and commands."""
         return f"{SAELENS}{self.release}/{self.id}"
 
     @property
     def not_read(self) -> str:
-        """Why this package does not read it; "" if it does."""
+        """The kind of SAE, if this package does not read it; "" if it does."""
         if self.layout == "gemma_3" and re.search("transcoder|clt", self.path):
             return "transcoder"
         return _UNREADABLE.get(self.layout, "")
 
     @property
     def hook(self) -> str:
-        """The hook as far as its names tell; "" for none."""
+        """The hook, parsed from its names; "" if they do not contain it."""
         text = f"{self.repo}/{self.path}/"
-        named = named_by_path(text).get("hook_name") if self.layout in ("gemma_2", "gemma_3") else None
-        if named:
-            return str(named)
-        known = re.search(
+        hook = named_by_path(text).get("hook_name") if self.layout in ("gemma_2", "gemma_3") else None
+        if hook:
+            return str(hook)
+        match = re.search(
             r"blocks\.(\d+)\.((?:attn\.)?hook_(?:resid_pre|resid_mid|resid_post|attn_out|mlp_out|z))",
             f"{self.id} {self.path}",
         )
-        if known:
-            return f"blocks.{known[1]}.{'attn.hook_z' if known[2] == 'hook_z' else known[2]}"
+        if match:
+            return f"blocks.{match[1]}.{'attn.hook_z' if match[2] == 'hook_z' else match[2]}"
         if llama := re.match(r"l(\d+)([ram])_", self.id):
             kind = {"r": "hook_resid_post", "a": "hook_attn_out", "m": "hook_mlp_out"}[llama[2]]
             return f"blocks.{llama[1]}.{kind}"
@@ -90,25 +90,25 @@ class PublishedSae:
 def published_saes(
     model: str | None = None, *, release: str | None = None, layer: int | None = None, readable: bool = False
 ) -> list[PublishedSae]:
-    """The list, or what it has for a model, in a release, at a block; `readable`: without what is not read here.
+    """The listed SAEs, if given those of a model, of a release, at a block; `readable`: only those read here.
 
-    `model` is a hub id, with or without its owner, in any case of letters. UnknownName, with similar ones, for a model
-    or release that the list does not have.
+    `model` is a hub id, with or without its owner, in any case. UnknownName, with similar names, for a model or release
+    that is not listed.
     """
-    found: Sequence[PublishedSae] = _table()[1]
+    saes: Sequence[PublishedSae] = _table()[1]
     if release is not None:
         if release not in _releases():
             raise _unknown("release of SAEs", release, list(_releases()))
-        found = list(_releases()[release].values())
+        saes = list(_releases()[release].values())
     if model is not None:
-        wanted = model.lower()
-        names = {sae.model for sae in found if wanted in (sae.model.lower(), sae.model.lower().rpartition("/")[2])}
+        model_name = model.lower()
+        names = {sae.model for sae in saes if model_name in (sae.model.lower(), sae.model.lower().rpartition("/")[2])}
         if not names:
-            raise _unknown("published SAE of a model", model, sorted({sae.model for sae in found}))
-        found = [sae for sae in found if sae.model in names]
+            raise _unknown("published SAE of a model", model, sorted({sae.model for sae in saes}))
+        saes = [sae for sae in saes if sae.model in names]
     if layer is not None:
-        found = [sae for sae in found if sae.hook.startswith(f"blocks.{layer}.")]
-    return [sae for sae in found if not (readable and sae.not_read)]
+        saes = [sae for sae in saes if sae.hook.startswith(f"blocks.{layer}.")]
+    return [sae for sae in saes if not (readable and sae.not_read)]
 
 
 def find_published(
@@ -118,7 +118,7 @@ def find_published(
     repository and path, or None.
     """
     if name is None:
-        return _places().get((repo, path))
+        return _by_path().get((repo, path))
     release, _, identity = name.partition("/")
     if release not in _releases():
         if identity:
@@ -134,58 +134,56 @@ def find_published(
 
 
 def list_source() -> str:
-    """Where the list comes from."""
+    """The origin of the list."""
     return _table()[0]
 
 
 @functools.cache
 def _table() -> tuple[str, tuple[PublishedSae, ...]]:
     raw = json.loads(gzip.decompress((BUNDLED_FOLDER / "published_saes.json.gz").read_bytes()))
-    found = []
-    for release, of in raw["releases"].items():
-        for row in of["saes"]:
+    saes = []
+    for release, fields in raw["releases"].items():
+        for row in fields["saes"]:
             identity, path, l0, neuronpedia, scale = (*row, 0, 0, 0, 0)[:5]
-            found.append(
+            saes.append(
                 PublishedSae(
                     release,
                     identity,
-                    of["model"],
-                    of["repo"],
+                    fields["model"],
+                    fields["repo"],
                     path or identity,
-                    of["layout"],
+                    fields["layout"],
                     float(l0),
                     float(scale),
                     neuronpedia or "",
-                    of.get("overrides", {}),
+                    fields.get("overrides", {}),
                 )
             )
-    return raw["source"], tuple(found)
+    return raw["source"], tuple(saes)
 
 
 @functools.cache
 def _releases() -> dict[str, dict[str, PublishedSae]]:
-    found: dict[str, dict[str, PublishedSae]] = {}
+    releases: dict[str, dict[str, PublishedSae]] = {}
     for sae in _table()[1]:
-        found.setdefault(sae.release, {})[sae.id] = sae
-    return found
+        releases.setdefault(sae.release, {})[sae.id] = sae
+    return releases
 
 
 @functools.cache
-def _places() -> dict[tuple[str, str], PublishedSae]:
+def _by_path() -> dict[tuple[str, str], PublishedSae]:
     return {(sae.repo, sae.path): sae for sae in reversed(_table()[1])}
 
 
 def _unknown(
     kind: str, name: str, valid: Sequence[str], *, at: str | None = None, fix: str | None = None
 ) -> UnknownName:
-    """As `unknown_name`, with the nearest few of many names."""
+    """As `unknown_name`, with only the most similar of many names."""
     if len(valid) <= _MANY:
         return unknown_name(kind, name, valid, at=at)
-    near = difflib.get_close_matches(name, valid, n=5, cutoff=0.3)
-    near += [other for other in valid if name and name.lower() in other.lower() and other not in near][
-        : _MANY - len(near)
-    ]
-    similar = f"; similar: {', '.join(near)}" if near else ""
+    close = difflib.get_close_matches(name, valid, n=5, cutoff=0.3)
+    close += [other for other in valid if name and name.lower() in other.lower() and other not in close]
+    similar = f"; similar: {', '.join(close[:_MANY])}" if close else ""
     return UnknownName(
         f"there is no {kind} {name!r} among {len(valid):,}{similar}.", at=at, fix=fix or "saeffect saes lists them."
     )

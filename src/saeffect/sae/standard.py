@@ -1,4 +1,4 @@
-"""The L1 SAE: a ReLU keeps features positive, a penalty keeps them few."""
+"""The L1 SAE: ReLU features with an L1 penalty on their activations."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class StandardSae(TrainableSae):
         d_out = error.mul_(2.0 / step.n_tokens)
         d_acts = entries.inner(d_out, W_dec)
         d_acts += entries.per_feature(norm * (step.coefficient / step.n_tokens))
-        # The penalty has a gradient for the decoder too: along each row, by its feature's activation.
+        # The penalty has a gradient for the decoder too: along each row, in proportion to the feature's activation.
         total = entries.feature_sums(entries.values) / step.n_tokens
         pull = self.pull_on_norms(step.coefficient * total, norm)
         self.backward(entries, d_acts.mul_(entries.values > 0), d_out, centred, pull)

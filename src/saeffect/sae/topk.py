@@ -39,7 +39,7 @@ class TopKSae(TrainableSae):
         W_dec = self.W_dec.data
         centred = self.centred(x)
         weight = self.row_norms(W_dec) if self.cfg.rescale_acts_by_decoder_norm else None
-        # Ranked by activation times decoder norm if so configured; what is decoded is the activation itself.
+        # Features may be ranked by activation times decoder norm; decoded is the activation itself.
         entries = step.encoder.top(centred, self.W_rows, self.b_enc.data, self.cfg.k, weight=weight)
         sae_out = entries.decode(entries.values, W_dec).add_(self.b_dec.data)
         error = sae_out - x
@@ -56,12 +56,12 @@ class TopKSae(TrainableSae):
 def auxiliary_loss(
     sae: TrainableSae, centred: Tensor, residual: Tensor, step: StepInputs, *, weight: Tensor | None = None
 ) -> Tensor:
-    """How badly dead features explain the residual; its gradients are added to those of the leaves.
+    """Weighted squared error of dead features reconstructing the residual; adds its gradients to those of the leaves.
 
     Each token uses the `auxiliary_k` dead features with the largest pre-activations (times `weight`, float32
-    `[d_sae]`); with fewer the loss weighs proportionally less. `centred` is the encoder's input; `residual`, `x -
-    sae_out`, counts as a constant. Both are float32 `[n, d_in]`. Source: Gao et al. (2024), appendix A.2, as SAELens
-    has it (no ReLU on the chosen pre-activations).
+    `[d_sae]`); with fewer, the loss has proportionally less weight. `centred` is the encoder's input; `residual`, `x -
+    sae_out`, is treated as constant. Both are float32 `[n, d_in]`. Source: Gao et al. (2024), appendix A.2, as in
+    SAELens (no ReLU on the chosen pre-activations).
     """
     dead, config = step.dead, step.config
     rows, decoder = sae.W_rows[dead], sae.W_dec.data[dead]

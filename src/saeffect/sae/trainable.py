@@ -1,4 +1,4 @@
-"""What training asks of an architecture. Gradients are written by hand: autograd would multiply by the zeros."""
+"""The interface of trainable architectures. Gradients are written by hand, since autograd would multiply by zeros."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from saeffect.sae.training.config import SaeTrainingConfig
 
 __all__ = ["StepInputs", "StepResult", "TrainableSae", "project_out_rows", "squared_error"]
 
-_ROWS = 4096  # features whose gradients are worked on at a time: they then stay in the cache
+_ROWS = 4096  # features whose gradients are computed at a time, so that they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class StepInputs:
     """Inputs of a step besides its batch.
 
     Attributes:
-        n_tokens: Tokens of the whole batch, over all processes: every loss is a sum over this process's tokens divided
+        n_tokens: Tokens of the whole batch, over all processes. Each loss is a sum over this process's tokens divided
             by it, so that losses and gradients add up over processes.
         coefficient: The sparsity penalty's coefficient at this step (warm-up applied).
-        dead: Indices of features that have not fired for long, int64 `[n_dead]`.
-        tangent: Leave out the part of the decoder's gradient parallel to rows that keep their length; only where
-            `leaves_out_parallel`, elsewhere `before_step` takes that part off.
+        dead: Indices of features that have not fired for `dead_after` tokens, int64 `[n_dead]`.
+        tangent: Whether to leave out the part of the decoder's gradient parallel to rows of fixed length; only set for
+            classes with `leaves_out_parallel`, for others `before_step` subtracts that part.
     """
 
     config: SaeTrainingConfig
@@ -54,9 +54,9 @@ class StepResult:
 
 
 class TrainableSae(SparseAutoencoder):
-    """An SAE that can be trained. Its encoder is kept with one row a feature; `W_enc` is a transposed view.
-    `leaves_out_parallel`: whether `accumulate_gradients` uses `StepInputs.tangent`; `running` names 0-dim float64
-    buffers that training updates, and that a checkpoint must keep.
+    """An SAE that can be trained. Its encoder is stored with one row a feature; `W_enc` is a transposed view.
+    `leaves_out_parallel`: whether `accumulate_gradients` uses `StepInputs.tangent`; `running`: names of 0-dim float64
+    buffers that training updates and a checkpoint must keep.
     """
 
     trainable = True
@@ -68,7 +68,7 @@ class TrainableSae(SparseAutoencoder):
         super().__init__(cfg)
         self.W_enc = nn.Parameter(torch.zeros(cfg.d_sae, cfg.d_in, dtype=torch.float32).T)
         for name in self.running:
-            # Float64, as in SAELens: a small rate times a small change is lost in float32.
+            # Float64, as in SAELens: in float32 a small rate times a small change is lost.
             self.register_buffer(name, torch.zeros((), dtype=torch.float64))
 
     @property
@@ -81,12 +81,12 @@ class TrainableSae(SparseAutoencoder):
         the SAE's memory. "W_enc" is `[d_sae, d_in]`.
         """
         if not hasattr(self, "_leaves"):
-            found = {}
+            leaves = {}
             for name, parameter in self.named_parameters():
                 data = self.W_rows if name == "W_enc" else parameter.data
-                found[name] = nn.Parameter(data)
-                found[name].grad = torch.zeros_like(data)
-            object.__setattr__(self, "_leaves", found)  # not a submodule: state_dict keeps the parameters' names
+                leaves[name] = nn.Parameter(data)
+                leaves[name].grad = torch.zeros_like(data)
+            object.__setattr__(self, "_leaves", leaves)  # not a submodule: state_dict keeps the parameters' names
         return self._leaves
 
     def gradient(self, name: str) -> Tensor:
@@ -115,7 +115,7 @@ class TrainableSae(SparseAutoencoder):
 
     @classmethod
     def in_words(cls, config: SaeTrainingConfig) -> list[str]:
-        """The architecture's own settings in the recipe, for the model card."""
+        """The architecture's settings of the recipe in words, for the model card."""
         del config
         return []
 
@@ -130,33 +130,34 @@ class TrainableSae(SparseAutoencoder):
     def before_step(self, step: StepInputs) -> None:
         """Change gradients before the optimizer's step."""
         if step.config.unit_decoder and not step.tangent:
-            # A few rows at a time: the products then stay in the cache instead of filling fresh memory.
+            # A few rows at a time, so that the products stay in the cache.
             for grad, rows in zip(self.gradient("W_dec").split(1024), self.W_dec.data.split(1024), strict=True):
                 project_out_rows(grad, rows)
 
     @torch.no_grad()
     def fold_scale(self, scale: float) -> None:
-        """Make the SAE take and give unscaled activations (SAELens' `expected_average_only_in`, folded): both biases
-        are divided by `scale`; the matrices stay, since feature activations shrink likewise.
+        """Convert an SAE of inputs multiplied by `scale` to one of unscaled activations (SAELens'
+        `expected_average_only_in`, folded): both biases are divided by `scale`; the matrices stay, and feature
+        activations become smaller by `scale`.
         """
         self.b_enc.div_(scale)
         self.b_dec.div_(scale)
 
     def for_inference(self) -> SparseAutoencoder:
-        """The SAE that is saved: this one, unless its inference form differs."""
+        """The SAE to save: this one, unless the architecture has another form at inference."""
         return self
 
     def running_state(self) -> dict[str, Tensor]:
-        """Tensors besides the leaves that a checkpoint must keep; changed in place."""
+        """Tensors besides the leaves that a checkpoint must keep; they are updated in place."""
         return {name: getattr(self, name) for name in self.running}
 
     # Starting from another SAE's weights.
 
     @torch.no_grad()
     def start_from(self, source: SparseAutoencoder, *, unit_decoder: bool) -> None:
-        """Copy another SAE's weights, of whatever architecture, in this one's units; each feature keeps its index.
-        With `unit_decoder` the lengths of decoder rows move into the encoder, and features that were ranked by
-        activation are then ranked by activation times length.
+        """Copy the weights of another SAE of any architecture; each feature keeps its index. With `unit_decoder` the
+        lengths of decoder rows move into the encoder, and features that were ranked by activation are then ranked by
+        activation times length.
         """
         start = source.as_start()
         ranked_alike = source.cfg.rescale_acts_by_decoder_norm <= self.cfg.rescale_acts_by_decoder_norm
@@ -165,17 +166,17 @@ class TrainableSae(SparseAutoencoder):
             start.W_enc, start.b_enc = start.W_enc * length, start.b_enc * length
             start.W_dec = start.W_dec / length[:, None]
             start.threshold = None if start.threshold is None else start.threshold * length
-        # The encoder's bias does what taking b_dec off the input did, or the other way round.
-        more = int(self.cfg.apply_b_dec_to_input) - int(source.cfg.apply_b_dec_to_input)
-        if more:
-            start.b_enc = start.b_enc + more * (start.b_dec @ start.W_enc)
+        # If only one of the two SAEs subtracts b_dec from the input, the encoder's bias makes up for it.
+        sign = int(self.cfg.apply_b_dec_to_input) - int(source.cfg.apply_b_dec_to_input)
+        if sign:
+            start.b_enc = start.b_enc + sign * (start.b_dec @ start.W_enc)
         self.W_enc.copy_(start.W_enc)
         self.W_dec.copy_(start.W_dec)
         self.b_dec.copy_(start.b_dec)
         self.set_start(start)
 
     def set_start(self, start: Start) -> None:
-        """Copy the biases and thresholds that the architecture has; the matrices are set."""
+        """Copy the biases and thresholds that the architecture has; the matrices are set already."""
         self.b_enc.data.copy_(start.b_enc)
 
     # Parts of a step.
@@ -188,12 +189,12 @@ class TrainableSae(SparseAutoencoder):
     def backward(
         self, entries: Entries, d_hidden: Tensor, d_out: Tensor, centred: Tensor, pull: Tensor | None = None
     ) -> None:
-        """From gradients at the entries (whose values are the activations) to those of the weights, which are
-        replaced.
+        """Set the gradients of the weights from gradients at the entries, whose values are the activations.
 
-        `d_hidden` is the loss by pre-activation, shaped like `entries.values`, zero where it does not flow; `d_out` the
-        loss by `sae_out` and `centred` the encoder's input, float32 `[n, d_in]`; `pull` the multiple of each decoder
-        row, `[d_sae]`, or of each of its sides, `[d_sae, n_sides]`, to add to its gradient (see `pull_on_norms`).
+        `d_hidden` is the loss's gradient by pre-activation, shaped like `entries.values`, zero where none flows;
+        `d_out` that by `sae_out` and `centred` the encoder's input, float32 `[n, d_in]`; `pull` the multiple of each
+        decoder row, `[d_sae]`, or of each of its sides, `[d_sae, n_sides]`, to add to its gradient (see
+        `pull_on_norms`).
         """
         W_dec, d_W_dec, d_W_enc = self.W_dec.data, self.gradient("W_dec"), self.gradient("W_enc")
         for start in range(0, len(W_dec), _ROWS):
@@ -213,21 +214,21 @@ class TrainableSae(SparseAutoencoder):
 
     @staticmethod
     def row_parallel_part(entries: Entries, d_acts: Tensor, step: StepInputs) -> Tensor | None:
-        """Minus the part of the decoder's gradient along each row (of length 1), in multiples of the row; None if
-        `step.tangent` is off. `d_acts = d_out @ W_dec.T` suffices for it.
+        """Minus the component of the decoder's gradient along each row (of length 1), in multiples of the row; None
+        if `step.tangent` is off. It follows from `d_acts = d_out @ W_dec.T`.
         """
         return entries.feature_sums(entries.values * d_acts).neg_() if step.tangent else None
 
     def pull_on_norms(self, d_norm: Tensor, norm: Tensor, rows: Tensor | None = None) -> Tensor:
         """The part of W_dec's gradient that comes through `row_norms`, in multiples of each row (or side of it).
-        `d_norm` is the loss by length, `norm` the lengths, both float32 `[n]`; `rows` are W_dec unless given.
+        `d_norm` is the loss's gradient by norm, `norm` the norms, both float32 `[n]`; `rows` are W_dec by default.
         """
         del rows
         return d_norm / norm.clamp_min(1e-12)
 
     @staticmethod
     def add_pull(gradient: Tensor, rows: Tensor, pull: Tensor) -> None:
-        """Add multiples of each row, or of each side of it, to the gradient, in place; all begin with `[n]`."""
+        """Add multiples of each row, or of each side of it, to the gradient, in place; all have `[n]` rows."""
         if pull.ndim == 2:
             shape = (len(rows), pull.shape[1], -1)
             gradient, rows, pull = gradient.view(shape), rows.view(shape), pull[:, :, None]
@@ -237,10 +238,10 @@ class TrainableSae(SparseAutoencoder):
 
 
 def project_out_rows(gradient: Tensor, rows: Tensor) -> None:
-    """Take off the part along each row, in place; both are float32 `[n, d_in]`, the rows of length 1."""
+    """Subtract from the gradient its component along each row, in place; both float32 `[n, d_in]`, rows of length 1."""
     gradient.addcmul_(rows, (gradient * rows).sum(1, keepdim=True), value=-1)
 
 
 def squared_error(error: Tensor) -> Tensor:
-    """Sum of all squares of float32 `[n, d_in]`, 0-dim; row by row, against rounding."""
+    """Sum of all squares of float32 `[n, d_in]`, 0-dim; summed row by row for accuracy."""
     return torch.linalg.vector_norm(error, dim=1).square_().sum()

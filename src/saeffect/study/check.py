@@ -38,11 +38,12 @@ from saeffect.steering.operators import steered_tokens
 from saeffect.study.check_text import chat_lines, check_text, duplicates_in_training, first_rows, template_words
 from saeffect.study.finished import html_of
 from saeffect.study.nulls import check_nulls
+from saeffect.study.review import store_digest
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.compare import arm_facts
 from saeffect.study.stages.dose_search import outcome_vectors
 from saeffect.study.stages.features import open_seeds
-from saeffect.study.stages.select import store_digest, study_verdicts
+from saeffect.study.stages.select import study_verdicts
 from saeffect.study.study import Study, require_width
 from saeffect.study.texts import beginning, study_rows
 from saeffect.study.training import arm_recipe, check_training

@@ -115,7 +115,7 @@ def template_words(study: Study) -> str:
             others.append(f"{arm} has none of its own")
         elif own.strip() != ours:
             others.append(f"{arm}'s own is another one")
-    return "; ".join([f"the chat template {study.chat.whose}", *others])
+    return "; ".join([f"the chat template {study.chat.origin}", *others])
 
 
 def chat_lines(study: Study) -> list[str]:

@@ -55,7 +55,7 @@ def guard(
     refuse_other_texts(budget, rows.names)
     known = [] if folder is None else read_nulls(folder, tracer.made_by, measured=tracer.measured_on, at="--nulls")
     groups, top_tokens = resolve_groups(budget, tracer.base, tracer.sae)
-    trace = tracer.trace(study.open_model(study.treatment, log), tuned)
+    trace = tracer.beside(known).trace(study.open_model(study.treatment, log), tuned)
     if not np.nanmax(np.abs(trace.kl)) > 0:
         raise ConfigError(
             "both models predict the same everywhere, so nothing was fine-tuned.",

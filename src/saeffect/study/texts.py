@@ -114,7 +114,7 @@ def _packed(text: TextConfig, lm: LanguageModel) -> TokenRows:
             break
     if not rows:
         raise EmptySelection("a source has less than one row of text.", at="sources", fix="give more text.")
-    return TokenRows.of(rows, sources, tuple(s.name for s in text.sources), text.positions)
+    return TokenRows.from_rows(rows, sources, tuple(s.name for s in text.sources), text.positions)
 
 
 def _named(name: str, rows: Iterator[Row]) -> Iterator[Row]:

@@ -1,8 +1,8 @@
 """SAEs on disk: one format a file, all in `FORMATS`.
 
-In comes a folder with weights and a cfg.json (or another file of settings), which is read once, or the name of an SAE
-on the hub (see `saeffect.sae.hub`); out comes a `SparseAutoencoder`. A format is a module (or any object) with what
-`SaeFormat` lists; the first one that `matches` reads the folder, and SAELens' is the last.
+The input is a folder with weights and a cfg.json (or another file of settings), which is read once, or the name of an
+SAE on the hub (see `saeffect.sae.hub`); the output is a `SparseAutoencoder`. A format is a module (or any object) with
+the members of `SaeFormat`; the first one that `matches` reads the folder, and SAELens' is the last.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ __all__ = [
     "saved_dtype",
 ]
 
-# Files that people mistake for an SAE, by the end of their name: what each is, and what to do with it.
+# Files that users pass in place of an SAE's folder, by suffix: what each is, and what to do with it.
 _CONVERT = "if it is an SAE's state dict, convert it: saeffect convert-sae {file} --out FOLDER."
-_FILES = {
+_NOT_FOLDERS = {
     "params.npz": ("Gemma Scope's weights, which are read from their folder", "give the folder itself: {folder}."),
     "params.safetensors": ("Gemma Scope 2's weights, which are read from their folder", "give the folder: {folder}."),
     ".safetensors": ("a file of tensors alone, without the cfg.json that says what they are", ""),
@@ -52,8 +52,8 @@ _FILES = {
 
 
 class SaeFormat(Protocol):
-    """A format. `raw` is the content of cfg.json, of any type; `where` names the place in errors. One whose settings
-    lie elsewhere names that file in `settings`, or has "" there and gets None.
+    """A format. `raw` is the parsed cfg.json, of any type; `where` is the location named in errors. A format with
+    another file of settings names it in `settings`; with "" there it has none, and `raw` is None.
     """
 
     weights: str
@@ -68,7 +68,7 @@ class SaeFormat(Protocol):
         ...
 
 
-#: In the order in which they are asked.
+#: In the order in which they are tried.
 FORMATS: dict[str, SaeFormat] = {
     "compact": compact,
     "sparsify": sparsify,
@@ -88,34 +88,34 @@ def load_sae(folder: Path | str, *, at: str | None = None) -> SparseAutoencoder:
     architecture. IncompatibleSae: shapes that contradict cfg.json, or something that is not supported.
     """
     where = at or str(folder)
-    folder = _located(folder, at)
-    raw, how = _opened(folder, where)
-    if not (folder / how.weights).is_file():
-        how.config(folder, raw, where)
+    folder = _folder_of(folder, at)
+    raw, sae_format = _find_format(folder, where)
+    if not (folder / sae_format.weights).is_file():
+        sae_format.config(folder, raw, where)
         raise NotFound(
-            f"there is no {how.weights} beside cfg.json{_what_lies_in(folder)}.",
+            f"there is no {sae_format.weights} beside cfg.json{_folder_hint(folder)}.",
             at=where,
             fix="give the folder that holds both.",
         )
-    return how.load(folder, raw, where).eval().requires_grad_(False)
+    return sae_format.load(folder, raw, where).eval().requires_grad_(False)
 
 
 def read_sae_config(folder: Path | str, *, at: str | None = None) -> SaeConfig:
-    """What cfg.json says about an SAE.
+    """An SAE's configuration, from cfg.json.
 
     NotFound: no such folder, or no cfg.json in it. BadFile: not JSON, or without valid sizes. UnknownName: another
     architecture. IncompatibleSae: a normalisation or reshaping that is not supported.
     """
     where = at or str(folder)
-    folder = _located(folder, at)
-    raw, how = _opened(folder, where)
-    return how.config(folder, raw, where)
+    folder = _folder_of(folder, at)
+    raw, sae_format = _find_format(folder, where)
+    return sae_format.config(folder, raw, where)
 
 
 def sae_identity(folder: Path) -> str:
     """SHA-256 of an SAE's settings and weights. NotFound: no settings; BadFile: they are not JSON."""
-    how = _opened(folder, str(folder))[1]
-    files = [folder / settings for settings in (_settings_of(how), how.weights) if settings]
+    sae_format = _find_format(folder, str(folder))[1]
+    files = [folder / settings for settings in (_settings_of(sae_format), sae_format.weights) if settings]
     if (folder / SCALER).is_file():
         files.append(folder / SCALER)
     return fingerprint([hash_file(file) for file in files])
@@ -123,58 +123,58 @@ def sae_identity(folder: Path) -> str:
 
 def saved_dtype(folder: Path | str) -> str:
     """The dtype in cfg.json, else that of the decoder."""
-    folder = _located(folder, None)
-    raw, how = _opened(folder, str(folder))
-    named = raw.get("dtype") if isinstance(raw, dict) else None
-    if named is None:
-        named = decoder_dtype(folder / how.weights, str(folder))
-    return str(named).removeprefix("torch.")
+    folder = _folder_of(folder, None)
+    raw, sae_format = _find_format(folder, str(folder))
+    dtype = raw.get("dtype") if isinstance(raw, dict) else None
+    if dtype is None:
+        dtype = decoder_dtype(folder / sae_format.weights, str(folder))
+    return str(dtype).removeprefix("torch.")
 
 
-def _located(place: Path | str, at: str | None) -> Path:
+def _folder_of(source: Path | str, at: str | None) -> Path:
     from saeffect.sae.hub import locate_sae
 
-    return locate_sae(place, at=at)
+    return locate_sae(source, at=at)
 
 
-def _settings_of(how: SaeFormat) -> str:
-    return str(getattr(how, "settings", "cfg.json"))
+def _settings_of(sae_format: SaeFormat) -> str:
+    return str(getattr(sae_format, "settings", "cfg.json"))
 
 
-def _opened(folder: Path, where: str) -> tuple[Any, SaeFormat]:
+def _find_format(folder: Path, where: str) -> tuple[Any, SaeFormat]:
     fix = f"give a folder with cfg.json and {WEIGHTS}."
     if folder.is_file():
-        kind, todo = _kind_of(folder) or ("a file", "")
-        beside = (folder.parent / "cfg.json").is_file()
-        shown = todo.format(file=folder.name, folder=repr(str(folder.parent)))
+        kind, advice = _file_kind(folder) or ("a file", "")
+        has_config = (folder.parent / "cfg.json").is_file()
+        hint = advice.format(file=folder.name, folder=repr(str(folder.parent)))
         raise BadFile(
             f"{folder.name!r} is {kind}; an SAE is a folder.",
             at=where,
-            fix=f"give the folder itself: {str(folder.parent)!r}." if beside else shown or fix,
+            fix=f"give the folder itself: {str(folder.parent)!r}." if has_config else hint or fix,
         )
     if not folder.is_dir():
         raise NotFound(f"there is no folder {str(folder)!r}.", at=where, fix=fix)
-    read: dict[str, Any] = {"": None}
-    for how in FORMATS.values():
-        settings = _settings_of(how)
-        if settings not in read and (folder / settings).is_file():
-            read[settings] = read_json(folder / settings)
-        if settings in read and how.matches(folder, read[settings]):
-            return read[settings], how
-    raise NotFound(f"the folder {folder.name!r} holds no cfg.json{_what_lies_in(folder)}.", at=where, fix=fix)
+    contents: dict[str, Any] = {"": None}
+    for sae_format in FORMATS.values():
+        settings = _settings_of(sae_format)
+        if settings not in contents and (folder / settings).is_file():
+            contents[settings] = read_json(folder / settings)
+        if settings in contents and sae_format.matches(folder, contents[settings]):
+            return contents[settings], sae_format
+    raise NotFound(f"the folder {folder.name!r} holds no cfg.json{_folder_hint(folder)}.", at=where, fix=fix)
 
 
-def _kind_of(path: Path) -> tuple[str, str] | None:
-    return next((words for ending, words in _FILES.items() if path.name.lower().endswith(ending)), None)
+def _file_kind(path: Path) -> tuple[str, str] | None:
+    return next((words for ending, words in _NOT_FOLDERS.items() if path.name.lower().endswith(ending)), None)
 
 
-def _what_lies_in(folder: Path) -> str:
-    """What a folder without an SAE holds instead, if known."""
-    there = sorted(folder.iterdir(), key=lambda path: (path.is_dir(), path.name)) if folder.is_dir() else ()
-    for path in there:
+def _folder_hint(folder: Path) -> str:
+    """The part of an error that says what a folder without an SAE holds instead, if known."""
+    children = sorted(folder.iterdir(), key=lambda path: (path.is_dir(), path.name)) if folder.is_dir() else ()
+    for path in children:
         if path.is_dir() and ((path / "cfg.json").is_file() or (path / "params.npz").is_file()):
             return f", but folders with one, such as {path.name!r}"
-        kind = _kind_of(path)
+        kind = _file_kind(path)
         if kind and path.name not in ("cfg.json", SPARSITY):
             return f"; {path.name!r} there is {kind[0]}"
     return ""

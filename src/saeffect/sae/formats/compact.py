@@ -1,4 +1,4 @@
-"""Compact SAEs: further seeds in a quarter of the space, the decoder in eight bits and feature statistics."""
+"""Compact SAEs, a quarter of the size, for further seeds: the decoder in eight bits and feature statistics."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["CompactSae", "config", "is_compact", "load", "load_compact", "matche
 weights = "decoder.safetensors"
 _STATISTICS = ("density", "mean_activation", "max_activation")
 _LEVELS = 127
-_CARD_ENDS = (
+_CARD_NOTE = (
     "What lies here is its compact form: the decoder in eight bits, and how often and how strongly each feature"
     " fired. The measures above are of the whole SAE."
 )
@@ -34,8 +34,8 @@ _CARD_ENDS = (
 class CompactSae:
     """The decoder of an SAE and its features' statistics on text. Without an encoder it cannot run on new text.
 
-    It holds what comparisons need of further seeds: feature directions, and how often and how strongly features fire.
-    On disk: `cfg.json`, SAELens' with `"decoder_only": true` in its metadata, and `decoder.safetensors`:
+    Comparisons need no more of further seeds: feature directions, and how often and how strongly features fire. On
+    disk: `cfg.json`, SAELens' with `"decoder_only": true` in its metadata, and `decoder.safetensors`:
 
     | tensor | dtype, shape | what |
     |---|---|---|
@@ -45,7 +45,7 @@ class CompactSae:
     | `density`, `mean_activation`, `max_activation` | float32 `[d_sae]` | see `saeffect.features.activity` |
     """
 
-    cfg: SaeConfig  # as of the whole SAE
+    cfg: SaeConfig  # of the whole SAE
     W_dec: Tensor  # float32 [d_sae, d_in]; each number within half a `scale` of the original
     b_dec: Tensor  # float32 [d_in]
     # One row a feature: feature (int64), density, mean_activation (NaN where it never fired), max_activation (float64).
@@ -63,7 +63,7 @@ def matches(folder: Path, raw: Any) -> bool:
 
 
 def load(folder: Path, raw: Any, where: str) -> NoReturn:
-    """Always refuses: there is no encoder."""
+    """Always raises NotFound: there is no encoder."""
     config(folder, raw, where)
     raise NotFound(
         f"there is no {WEIGHTS} beside cfg.json: this is a compact SAE, its decoder alone.",
@@ -73,9 +73,8 @@ def load(folder: Path, raw: Any, where: str) -> NoReturn:
 
 
 def save_compact(sae: SparseAutoencoder, statistics: pd.DataFrame, source: Path | str, folder: Path | str) -> Path:
-    """Write the compact form of an SAE loaded from its folder `source`, with its model card, to `folder`.
-    `statistics` has one row a feature, as `ActivityAccumulator.result` gives. BadFile if the
-    decoder is not finite.
+    """Write the compact form of an SAE loaded from its folder `source`, with its model card, to `folder`. `statistics`
+    has one row a feature, as `ActivityAccumulator.result` returns. BadFile if the decoder is not finite.
     """
     from safetensors.torch import save_file
 
@@ -85,8 +84,8 @@ def save_compact(sae: SparseAutoencoder, statistics: pd.DataFrame, source: Path 
         raise BadFile("the decoder holds NaN or infinity.", at=str(source))
     scale = W_dec.abs().amax(dim=1) / _LEVELS
     # A row of zeros has no scale: use any.
-    steps = (W_dec / scale.where(scale > 0, torch.ones(()))[:, None]).round().to(torch.int8)
-    tensors = {"W_dec": steps, "scale": scale, "b_dec": sae.b_dec.detach().float().cpu()}
+    quantised = (W_dec / scale.where(scale > 0, torch.ones(()))[:, None]).round().to(torch.int8)
+    tensors = {"W_dec": quantised, "scale": scale, "b_dec": sae.b_dec.detach().float().cpu()}
     for name in _STATISTICS:
         tensors[name] = torch.tensor(statistics[name].to_numpy(dtype="float32", copy=True))
     with atomic_path(folder / weights) as temporary:
@@ -104,7 +103,7 @@ def save_compact(sae: SparseAutoencoder, statistics: pd.DataFrame, source: Path 
             if not line.startswith("![")  # the figure stays with the whole SAE
         ]
         with atomic_path(folder / "README.md") as temporary:
-            temporary.write_text("\n".join([*card, _CARD_ENDS, ""]), encoding="utf-8")
+            temporary.write_text("\n".join([*card, _CARD_NOTE, ""]), encoding="utf-8")
     return folder
 
 

@@ -1,6 +1,6 @@
 """SAEs of Gemma Scope (`params.npz`) and Gemma Scope 2 (`params.safetensors`, perhaps with config.json): JumpReLU.
 
-Neither file names a model or a hook; the path does, as in the hub's repositories:
+Neither file names a model or a hook; both are parsed from the path, as in the hub's repositories:
 `gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82`, `gemma-scope-2-1b-pt/resid_post/layer_13_width_16k_l0_big`.
 """
 
@@ -21,7 +21,7 @@ from saeffect.sae.jumprelu import JumpReluSae
 __all__ = ["GemmaScope", "named_by_path"]
 
 _NAMES = {"w_enc": "W_enc", "b_enc": "b_enc", "w_dec": "W_dec", "b_dec": "b_dec", "threshold": "threshold"}
-# What a part of the path says of the hook: Gemma Scope's repositories, Gemma Scope 2's folders.
+# Hook by a part of the path: of Gemma Scope's repositories, of Gemma Scope 2's folders.
 _SITES = {
     "res": "hook_resid_post",
     "mlp": "hook_mlp_out",
@@ -55,30 +55,30 @@ class GemmaScope:
         missing = [name for name in _NAMES if name not in shapes]
         if missing:
             raise BadFile(f"{self.weights} has no {missing[0]}; it has: {', '.join(sorted(shapes))}.", at=where)
-        place = folder.resolve().as_posix()
+        path = folder.resolve().as_posix()
         width, d_sae = (*shapes["w_enc"], 0, 0)[:2]
         if len(shapes["w_enc"]) != 2 or len(shapes["w_dec"]) != 2:
             raise BadFile(f"W_enc and W_dec of {self.weights} are no matrices.", at=where)
-        if re.search("transcoder|/clt", place) or "affine_skip_connection" in shapes or shapes["w_dec"][-1] != width:
+        if re.search("transcoder|/clt", path) or "affine_skip_connection" in shapes or shapes["w_dec"][-1] != width:
             raise IncompatibleSae(
                 "this is a transcoder, which rebuilds the output of an MLP from its input.",
                 at=where,
                 fix="choose an SAE: res, mlp or att in Gemma Scope, resid_post, mlp_out or attn_out in Gemma Scope 2.",
             )
-        metadata = {"trained_by": "Gemma Scope", "prepend_bos": True, "context_size": _CONTEXT} | named_by_path(place)
+        metadata = {"trained_by": "Gemma Scope", "prepend_bos": True, "context_size": _CONTEXT} | named_by_path(path)
         return SaeConfig("jumprelu", width, d_sae, apply_b_dec_to_input=False, metadata=metadata)
 
     def load(self, folder: Path, raw: Any, where: str) -> SparseAutoencoder:
-        """The SAE. One of the embedding is given what enters block 0, which is the embedding times √d_in."""
+        """The SAE. SAEs of the embedding are rescaled to the input of block 0, which is the embedding times √d_in."""
         cfg, path = self.config(folder, raw, where), folder / self.weights
-        found = read_npz(path, where) if path.suffix == ".npz" else read_weights(path, where, shapes={})
+        stored = read_npz(path, where) if path.suffix == ".npz" else read_weights(path, where, shapes={})
         tensors: dict[str, Tensor] = {}
-        for name, tensor in found.items():
-            ours = _NAMES.get(name.lower())
-            if ours is None and not (name == "scaling_factor" and bool(torch.all(tensor == 1))):
+        for name, tensor in stored.items():
+            parameter = _NAMES.get(name.lower())
+            if parameter is None and not (name == "scaling_factor" and bool(torch.all(tensor == 1))):
                 raise IncompatibleSae(f"{self.weights} holds {name}, whose meaning is not known.", at=where)
-            if ours is not None:
-                tensors[ours] = tensor
+            if parameter is not None:
+                tensors[parameter] = tensor
         expected = JumpReluSae.shapes(cfg)
         for name, shape in expected.items():
             if tuple(tensors[name].shape) != shape:
@@ -92,25 +92,25 @@ class GemmaScope:
         return fill(JumpReluSae(cfg), tensors, self.weights, where)
 
 
-def named_by_path(place: str) -> dict[str, Any]:
-    """`model_name` and `hook_name`, as far as a path with forward slashes tells them.
+def named_by_path(path: str) -> dict[str, Any]:
+    """`model_name` and `hook_name`, as far as a path with forward slashes contains them.
 
     Example:
         >>> named_by_path("google/gemma-scope-9b-it-res/layer_20/width_16k/average_l0_47")
         {'model_name': 'google/gemma-2-9b-it', 'hook_name': 'blocks.20.hook_resid_post'}
     """
-    found: dict[str, Any] = {}
-    layer, site = re.search(r"layer_(\d+)", place), None
-    if first := _FIRST.search(place):
-        found["model_name"] = f"google/gemma-2-{first[1]}{'-it' if first[2] == 'it' else ''}"
+    metadata: dict[str, Any] = {}
+    layer, site = re.search(r"layer_(\d+)", path), None
+    if first := _FIRST.search(path):
+        metadata["model_name"] = f"google/gemma-2-{first[1]}{'-it' if first[2] == 'it' else ''}"
         site = _SITES[first[3]]
-        if "/embedding/" in f"{place}/":
-            return found | {"hook_name": "blocks.0.hook_resid_pre", "of_embedding": True}
-    elif second := _SECOND.search(place):
+        if "/embedding/" in f"{path}/":
+            return metadata | {"hook_name": "blocks.0.hook_resid_pre", "of_embedding": True}
+    elif second := _SECOND.search(path):
         # The smallest base model has no suffix on the hub.
         plain = second[1] == "270m" and second[2] == "pt"
-        found["model_name"] = f"google/gemma-3-{second[1]}{'' if plain else '-' + second[2]}"
-        site = _SITES[named[1]] if (named := _SITE.search(f"{place}/")) else None
+        metadata["model_name"] = f"google/gemma-3-{second[1]}{'' if plain else '-' + second[2]}"
+        site = _SITES[match[1]] if (match := _SITE.search(f"{path}/")) else None
     if layer and site:
-        found["hook_name"] = f"blocks.{layer[1]}.{site}"
-    return found
+        metadata["hook_name"] = f"blocks.{layer[1]}.{site}"
+    return metadata

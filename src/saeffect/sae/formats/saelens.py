@@ -1,5 +1,6 @@
-"""SAEs on disk as SAELens writes them: `cfg.json`, `sae_weights.safetensors` and perhaps `sparsity.safetensors`. Older
-releases and the checkpoints of SAELens' trainer (`save_model`) are read too, with thresholds and scaling folded in.
+"""SAEs on disk as SAELens writes them: `cfg.json`, `sae_weights.safetensors` and, optionally, `sparsity.safetensors`.
+Older releases and the checkpoints of SAELens' trainer (`save_model`) are read too, with thresholds and scaling folded
+in.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ __all__ = ["SPARSITY", "WEIGHTS", "config", "load", "matches", "read_sparsity", 
 
 WEIGHTS = weights = "sae_weights.safetensors"
 SPARSITY = "sparsity.safetensors"
-# SAELens takes a file without a version for one from before 6.0 and drops its metadata, the hook's name too.
+# SAELens treats a file without a version as from before 6.0 and drops its metadata, also the hook's name.
 _LAYOUT_VERSION = "6.0.0"
 _TOP_LEVEL_METADATA = (
     "hook_name",
@@ -34,18 +35,18 @@ _TOP_LEVEL_METADATA = (
     "dataset_path",
     "prepend_bos",
 )
-# Folded into the weights before saving, so nothing is left to do at inference. Older files say true or false.
+# Normalisations that are folded into the weights before saving. Older files have true or false.
 _FOLDED = ("none", "expected_average_only_in", None, False, True)
-_TOO_MANY = 2**60  # numbers of a matrix
+_MAX_NUMBERS = 2**60  # numbers of a matrix
 _EACH_INPUT = ("layer_norm", "constant_norm_rescale")
-# Features of both signs, read as two features each: those of the second half push the other way.
+# Features of both signs, read as two features each; the second half has the negative directions.
 _SIGNED = "abstopk"
 # Tensors of one number a feature that only some files have; see `_our_names`.
-_OTHER_VECTORS = ("log_threshold", "scaling_factor")
+_OPTIONAL_VECTORS = ("log_threshold", "scaling_factor")
 
 
 def matches(folder: Path, raw: Any) -> bool:
-    """Whatever no other format claims: errors then name SAELens' files."""
+    """Always, as the last format: errors about an unknown folder then name SAELens' files."""
     del folder, raw
     return True
 
@@ -54,16 +55,16 @@ def config(folder: Path, raw: Any, where: str) -> SaeConfig:
     del folder
     sizes = {key: raw.get(key) for key in ("d_in", "d_sae")} if isinstance(raw, dict) else {}
     if not (sizes and all(is_count(size) for size in sizes.values())):
-        said = "".join(f" Got {key}={_shown(size)}." for key, size in sizes.items() if not is_count(size))
+        got = "".join(f" Got {key}={_short_repr(size)}." for key, size in sizes.items() if not is_count(size))
         raise BadFile(
-            f"cfg.json gives no positive whole numbers d_in and d_sae.{said}",
+            f"cfg.json gives no positive whole numbers d_in and d_sae.{got}",
             at=where,
             fix="check that it is an SAE's.",
         )
-    if raw["d_in"] * raw["d_sae"] >= _TOO_MANY:
+    if raw["d_in"] * raw["d_sae"] >= _MAX_NUMBERS:
         raise BadFile("cfg.json gives sizes that no file of weights can have.", at=where, fix="restore cfg.json.")
     reshaping = raw.get("reshape_activations", "none")
-    # Heads lie side by side in what is read here, as in its weights: there is nothing to reshape.
+    # Heads are concatenated in the activations captured here, as in the weights: there is nothing to reshape.
     if reshaping not in ("none", "hook_z"):
         raise IncompatibleSae(
             f"this SAE has reshape_activations={str(reshaping)!r}; supported: none and hook_z.",
@@ -85,7 +86,7 @@ def config(folder: Path, raw: Any, where: str) -> SaeConfig:
     signed = raw.get("architecture") == _SIGNED
     metadata = _metadata(raw, where) | ({"signed_features": raw["d_sae"]} if signed else {})
     metadata |= {key: raw[key] for key in kind.settings if key in raw}
-    loaded_with = metadata.get("model_from_pretrained_kwargs")
+    load_options = metadata.get("model_from_pretrained_kwargs")
     return SaeConfig(
         architecture=architecture,
         d_in=raw["d_in"],
@@ -94,44 +95,43 @@ def config(folder: Path, raw: Any, where: str) -> SaeConfig:
         apply_b_dec_to_input=_flag(raw, "apply_b_dec_to_input", True, where),
         normalize_activations=normalisation if normalisation in _EACH_INPUT else "none",
         rescale_acts_by_decoder_norm=_flag(raw, "rescale_acts_by_decoder_norm", False, where) and has_k,
-        centre_input=isinstance(loaded_with, dict) and bool(loaded_with.get("center_writing_weights")),
+        centre_input=isinstance(load_options, dict) and bool(load_options.get("center_writing_weights")),
         metadata=metadata,
     )
 
 
 def load(folder: Path, raw: Any, where: str) -> SparseAutoencoder:
     cfg, kind = config(folder, raw, where), _architecture(raw, where)
-    n = raw["d_sae"]
-    shapes = dict.fromkeys(_OTHER_VECTORS, (n,)) | {
+    n_stored = raw["d_sae"]
+    shapes = dict.fromkeys(_OPTIONAL_VECTORS, (n_stored,)) | {
         name: tuple(part.shape)
-        for whole, shape in kind.shapes(replace(cfg, d_sae=n)).items()
+        for whole, shape in kind.shapes(replace(cfg, d_sae=n_stored)).items()
         for name, part in by_side(kind, {whole: torch.empty(shape, device="meta")}).items()
     }
-    needed = [name for name in ("W_enc", "W_dec", "b_dec") if name in kind.shapes(cfg)]
-    required = [part for name in needed for part in sides_of(kind, name)]
+    matrices = [name for name in ("W_enc", "W_dec", "b_dec") if name in kind.shapes(cfg)]
+    required = [part for name in matrices for part in sides_of(kind, name)]
     tensors = read_weights(folder / WEIGHTS, where, shapes=shapes, required=tuple(required))
-    tensors = _our_names(joined(kind, tensors), raw, where)
-    if n != cfg.d_sae:
-        tensors = {name: _both_signs(name, tensor) for name, tensor in tensors.items()}
+    tensors = _normalise_tensors(joined(kind, tensors), raw, where)
+    if n_stored != cfg.d_sae:
+        tensors = {name: _with_negatives(name, tensor) for name, tensor in tensors.items()}
     if kind.saved_as is None:
-        return _unscaled(fill(kind(cfg), tensors, WEIGHTS, where), folder, where)
+        return _fold_scaling(fill(kind(cfg), tensors, WEIGHTS, where), folder, where)
     rescaled = bool(raw.get("rescale_acts_by_decoder_norm", True))
-    trained = kind(replace(cfg, architecture=kind.architecture, rescale_acts_by_decoder_norm=rescaled))
-    assert isinstance(trained, TrainableSae)
-    sae = fill(trained, tensors, WEIGHTS, where).for_inference()
+    training_sae = kind(replace(cfg, architecture=kind.architecture, rescale_acts_by_decoder_norm=rescaled))
+    assert isinstance(training_sae, TrainableSae)
+    sae = fill(training_sae, tensors, WEIGHTS, where).for_inference()
     sae.cfg = cfg
-    return _unscaled(sae, folder, where)
+    return _fold_scaling(sae, folder, where)
 
 
 def save_sae(
     sae: SparseAutoencoder, folder: Path | str, *, dtype: str = "float32", sparsity: Tensor | None = None
 ) -> Path:
-    """Write an SAE, any scaling of its inputs folded in, in SAELens' layout and its inference form; `folder` is made
-    if missing.
+    """Write an SAE in its inference form, in SAELens' layout; `folder` is made if missing.
 
-    `dtype`: "float32", "float16" or "bfloat16", of the weights; thresholds stay float32, exactly (SAELens rounds them
+    `dtype` of the weights: "float32", "float16" or "bfloat16"; thresholds stay float32, exactly (SAELens rounds them
     when it loads, unless given `dtype="float32"`). `sparsity`: log10 of each feature's firing rate, float `[d_sae]`;
-    SAELens adds 1e-10 to the rate. ConfigError: another dtype, or one whose range the weights exceed.
+    SAELens adds 1e-10 to the rate. ConfigError: another dtype, or weights outside its range.
     """
     from safetensors.torch import save_file
 
@@ -192,24 +192,24 @@ def _cfg_json(sae: SparseAutoencoder, dtype: str) -> dict[str, Any]:
 
 
 def _architecture(raw: Mapping[str, Any], where: str) -> type[SparseAutoencoder]:
-    named = raw.get("architecture", "standard")
+    name = raw.get("architecture", "standard")
     activation = raw.get("activation_fn", raw.get("activation_fn_str"))
-    if named == "standard" and activation == "topk":
-        named = "topk"
-    if named == _SIGNED:
-        named = activation = "topk"
-    found = next((kind for kind in ARCHITECTURES.values() if kind.saelens_name == named), None)
-    if found is None:
+    if name == "standard" and activation == "topk":
+        name = "topk"
+    if name == _SIGNED:
+        name = activation = "topk"
+    kind = next((kind for kind in ARCHITECTURES.values() if kind.saelens_name == name), None)
+    if kind is None:
         valid = [kind.saelens_name for kind in ARCHITECTURES.values() if kind.saved_as is None] + [_SIGNED]
-        raise unknown_name("SAE architecture", named, valid, at=where)
-    architecture = found.saved_as or found.architecture
+        raise unknown_name("SAE architecture", name, valid, at=where)
+    architecture = kind.saved_as or kind.architecture
     if activation not in (None, "relu", architecture):
         raise IncompatibleSae(
-            f"this {architecture} SAE has activation_fn={_shown(activation)}; supported: relu, topk.",
+            f"this {architecture} SAE has activation_fn={_short_repr(activation)}; supported: relu, topk.",
             at=where,
             fix="use an SAE with one of these.",
         )
-    return found
+    return kind
 
 
 def _k(raw: Mapping[str, Any], architecture: str, where: str) -> int:
@@ -218,18 +218,19 @@ def _k(raw: Mapping[str, Any], architecture: str, where: str) -> int:
     if is_count(k) and k <= raw["d_sae"]:
         return k
     raise BadFile(
-        f"a {architecture} SAE needs a whole number k with 0 < k <= d_sae={raw['d_sae']}. Got {_shown(k)}.", at=where
+        f"a {architecture} SAE needs a whole number k with 0 < k <= d_sae={raw['d_sae']}. Got {_short_repr(k)}.",
+        at=where,
     )
 
 
 def _flag(raw: Mapping[str, Any], key: str, default: bool, where: str) -> bool:
     value = raw.get(key, default)
     if not isinstance(value, bool):
-        raise BadFile(f"{key} in cfg.json is {_shown(value)}; expected true or false.", at=where)
+        raise BadFile(f"{key} in cfg.json is {_short_repr(value)}; expected true or false.", at=where)
     return value
 
 
-def _shown(value: object) -> str:
+def _short_repr(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:59] + "…"
 
@@ -239,41 +240,41 @@ def _metadata(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise BadFile("metadata in cfg.json is no mapping.", at=where)
     metadata = {key: raw[key] for key in _TOP_LEVEL_METADATA if raw.get(key) is not None} | (raw.get("metadata") or {})
     if not isinstance(metadata.get("prepend_bos"), bool | None):
-        said = _shown(metadata["prepend_bos"])
-        raise BadFile(f"prepend_bos in cfg.json is {said}; expected true or false.", at=where)
+        got = _short_repr(metadata["prepend_bos"])
+        raise BadFile(f"prepend_bos in cfg.json is {got}; expected true or false.", at=where)
     if "hook_point" in metadata:
         metadata.setdefault("hook_name", metadata.pop("hook_point"))
     return metadata
 
 
-def _our_names(tensors: Mapping[str, Tensor], raw: Mapping[str, Any], where: str) -> dict[str, Tensor]:
-    """Undo what only some files have: thresholds as logarithms, and a factor on what each feature adds."""
-    found = dict(tensors)
-    if "log_threshold" in found:
-        found["threshold"] = found.pop("log_threshold").float().exp()
-    factor = found.pop("scaling_factor", torch.ones(1)).float()
+def _normalise_tensors(tensors: Mapping[str, Tensor], raw: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+    """Convert variants of some files: thresholds as logarithms, and a factor on each feature's output."""
+    result = dict(tensors)
+    if "log_threshold" in result:
+        result["threshold"] = result.pop("log_threshold").float().exp()
+    factor = result.pop("scaling_factor", torch.ones(1)).float()
     if torch.all(factor == 1):
-        return found
+        return result
     if not raw.get("finetuning_scaling_factor"):
         raise IncompatibleSae(
             "this SAE has a scaling_factor, but finetuning_scaling_factor is not set, so it may be of no use.",
             at=where,
             fix="set finetuning_scaling_factor to true in cfg.json if the SAE was fine-tuned with it.",
         )
-    # Activations stay as they are; what they add is multiplied, as in SAELens before 6.0.
-    return found | {"W_dec": found["W_dec"].float() * factor[:, None]}
+    # Activations stay unchanged; their outputs are multiplied, as in SAELens before 6.0.
+    return result | {"W_dec": result["W_dec"].float() * factor[:, None]}
 
 
-def _both_signs(name: str, tensor: Tensor) -> Tensor:
-    """The k largest of pre-activations and their negatives are the k largest by size, so TopK is AbsTopK then."""
+def _with_negatives(name: str, tensor: Tensor) -> Tensor:
+    """TopK over pre-activations and their negatives is AbsTopK: the k largest are the k largest by magnitude."""
     if name == "b_dec":
         return tensor
     return torch.cat([tensor, -tensor], dim=1 if name == "W_enc" else 0)
 
 
 @torch.no_grad()
-def _unscaled(sae: SparseAutoencoder, folder: Path, where: str) -> SparseAutoencoder:
-    """Fold in the scaling of inputs that a checkpoint of an unfinished run has in a separate file."""
+def _fold_scaling(sae: SparseAutoencoder, folder: Path, where: str) -> SparseAutoencoder:
+    """Fold in the scaling of inputs, which a checkpoint of an unfinished run stores in a separate file."""
     if (folder / "activation_whitening.safetensors").is_file():
         raise IncompatibleSae(
             "this checkpoint was trained on whitened inputs, which is not supported.",
@@ -282,15 +283,15 @@ def _unscaled(sae: SparseAutoencoder, folder: Path, where: str) -> SparseAutoenc
         )
     if not (folder / "activation_scaler.json").is_file():
         return sae
-    kept = read_json(folder / "activation_scaler.json")
-    if not isinstance(kept, dict) or "scaling_factor" not in kept:
+    scaler = read_json(folder / "activation_scaler.json")
+    if not isinstance(scaler, dict) or "scaling_factor" not in scaler:
         raise BadFile("activation_scaler.json names no scaling_factor.", at=where, fix="copy or download it again.")
-    scale = kept["scaling_factor"]
+    scale = scaler["scaling_factor"]
     if scale is None:  # no scaling, or folded already
         return sae
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < 1e30:
         raise BadFile(f"activation_scaler.json gives scaling_factor={scale!r}; expected a positive number.", at=where)
-    # As SAELens folds it: activations keep the scaled size.
+    # Folded as in SAELens: feature activations keep the scale of training.
     sae.W_enc.mul_(scale)
     sae.W_dec.mul_(scale**-1)
     sae.b_dec.mul_(scale**-1)

@@ -1,4 +1,4 @@
-"""SAEs on disk as EleutherAI's sparsify writes them: `cfg.json` and `sae.safetensors`. TopK only, and read only."""
+"""SAEs on disk as EleutherAI's sparsify writes them: `cfg.json` and `sae.safetensors`. TopK only; not written."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def matches(folder: Path, raw: Any) -> bool:
 
 def config(folder: Path, raw: Any, where: str) -> SaeConfig:
     """The SAE's configuration; the hook is the folder's name, such as layers.8. BadFile if d_in, num_latents (or
-    expansion_factor) or k is no positive whole number. IncompatibleSae for transcoders, skip connections, or another
-    activation function than TopK.
+    expansion_factor) or k is no positive whole number. IncompatibleSae for transcoders, skip connections, or an
+    activation function other than TopK.
     """
     for key, why in _REFUSED.items():
         if raw.get(key):
@@ -43,8 +43,8 @@ def config(folder: Path, raw: Any, where: str) -> SaeConfig:
             at=where,
             fix="use a plain TopK SAE.",
         )
-    d_in, k = raw.get("d_in"), raw.get("k", 32)
-    d_sae = raw.get("num_latents") or _product(d_in, raw.get("expansion_factor", 32))
+    d_in, k, factor = raw.get("d_in"), raw.get("k", 32), raw.get("expansion_factor", 32)
+    d_sae = raw.get("num_latents") or (d_in * factor if is_count(d_in) and is_count(factor) else None)
     if not (is_count(d_in) and is_count(d_sae) and is_count(k) and k <= d_sae):
         raise BadFile(
             f"sparsify's cfg.json gives d_in={d_in!r}, num_latents={raw.get('num_latents')!r},"
@@ -61,14 +61,10 @@ def config(folder: Path, raw: Any, where: str) -> SaeConfig:
 def load(folder: Path, raw: Any, where: str) -> SparseAutoencoder:
     """The SAE; BadFile if damaged or not finite, IncompatibleSae for a skip connection or shapes unlike cfg.json."""
     cfg = config(folder, raw, where)
-    ours = TopKSae.shapes(cfg)
-    shapes = {theirs: ours[name] for theirs, name in _NAMES.items()} | {"encoder.weight": ours["W_dec"]}
+    expected = TopKSae.shapes(cfg)
+    shapes = {stored: expected[name] for stored, name in _NAMES.items()} | {"encoder.weight": expected["W_dec"]}
     tensors = read_weights(folder / weights, where, shapes=shapes, required=tuple(_NAMES))
     if "W_skip" in tensors:
         raise IncompatibleSae(f"{weights} holds W_skip: {_REFUSED['skip_connection']}.", at=where)
-    found = {name: tensors[theirs] for theirs, name in _NAMES.items()}
-    return fill(TopKSae(cfg), found | {"W_enc": found["W_enc"].T}, weights, where)
-
-
-def _product(d_in: Any, factor: Any) -> Any:
-    return d_in * factor if is_count(d_in) and is_count(factor) else None
+    parameters = {name: tensors[stored] for stored, name in _NAMES.items()}
+    return fill(TopKSae(cfg), parameters | {"W_enc": parameters["W_enc"].T}, weights, where)

@@ -1,7 +1,7 @@
-"""SAEs saved as a bare state dict (`torch.save`), told apart by the names of their tensors and normalised to ours.
+"""SAEs saved as a bare state dict (`torch.save`), recognised by their tensors' names, which are converted to ours.
 
-What a state dict does not say, such as the k of some TopK SAEs or the hook, comes from the settings beside it or from
-the list of published SAEs, as `facts`. The order of `LAYOUTS` is that in which they are asked.
+What a state dict does not contain, such as the k of some TopK SAEs or the hook, comes from the settings beside it or
+from the list of published SAEs, as `facts`. Layouts are tried in the order of `LAYOUTS`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ __all__ = ["LAYOUTS", "PICKLED", "Recognised", "read_pickled", "sae_of_state_dic
 
 #: Endings of files that are pickled.
 PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
-# State dicts hold tensors, counters and plain values. A torch.nn module runs the code of its class.
-_HARMLESS = ("torch.", "collections.", "numpy.", "_codecs.")
-_PLAIN = ("set", "frozenset", "dict", "list", "complex", "bytearray")
+# Modules and builtins that tensors, counters and plain values need. Unpickling a torch.nn module runs its class's code.
+_SAFE_MODULES = ("torch.", "collections.", "numpy.", "_codecs.")
+_SAFE_BUILTINS = ("set", "frozenset", "dict", "list", "complex", "bytearray")
 _FETCH_AGAIN = "copy or download it again."
 
 Tensors = Mapping[str, Tensor]
@@ -39,39 +39,39 @@ class Recognised:
 
     architecture: str
     tensors: dict[str, Tensor]
-    takes_off: bool = True  # b_dec is taken off the input first
+    subtracts_b_dec: bool = True  # from the input, before the encoder
     layer_norm: bool = False
     k: int | None = None
     extra: dict[str, Any] = field(default_factory=dict)  # for the metadata
 
 
-def _dictionary(found: Tensors, facts: Mapping[str, Any]) -> Recognised | None:
-    """dictionary_learning's AutoEncoder (`bias`) and AutoEncoderNew (`decoder.bias`, which stays on the input)."""
+def _dictionary(state: Tensors, facts: Mapping[str, Any]) -> Recognised | None:
+    """dictionary_learning's AutoEncoder (`bias`) and AutoEncoderNew (`decoder.bias`, not subtracted from the input)."""
     del facts
-    if not {"encoder.weight", "encoder.bias", "decoder.weight"} <= set(found):
+    if not {"encoder.weight", "encoder.bias", "decoder.weight"} <= set(state):
         return None
-    name = next((name for name in ("bias", "decoder.bias") if name in found), None)
+    name = next((name for name in ("bias", "decoder.bias") if name in state), None)
     if name is None:
         return None
-    return Recognised("standard", _linear(found, found[name]), takes_off=name == "bias")
+    return Recognised("standard", _linear(state, state[name]), subtracts_b_dec=name == "bias")
 
 
-def _dictionary_gated(found: Tensors, facts: Mapping[str, Any]) -> Recognised | None:
+def _dictionary_gated(state: Tensors, facts: Mapping[str, Any]) -> Recognised | None:
     del facts
-    if not {"encoder.weight", "decoder.weight", "decoder_bias", "gate_bias", "mag_bias", "r_mag"} <= set(found):
+    if not {"encoder.weight", "decoder.weight", "decoder_bias", "gate_bias", "mag_bias", "r_mag"} <= set(state):
         return None
-    tensors = _linear(found, found["decoder_bias"]) | {"b_gate": found["gate_bias"], "b_mag": found["mag_bias"]}
-    return Recognised("gated", tensors | {"r_mag": found["r_mag"]})
+    tensors = _linear(state, state["decoder_bias"]) | {"b_gate": state["gate_bias"], "b_mag": state["mag_bias"]}
+    return Recognised("gated", tensors | {"r_mag": state["r_mag"]})
 
 
-def _dictionary_topk(found: Tensors, facts: Mapping[str, Any]) -> Recognised | None:
-    """AutoEncoderTopK and BatchTopKSAE: the same tensors, but the second one is read with its threshold."""
-    if not {"encoder.weight", "encoder.bias", "decoder.weight", "b_dec"} <= set(found):
+def _dictionary_topk(state: Tensors, facts: Mapping[str, Any]) -> Recognised | None:
+    """AutoEncoderTopK and BatchTopKSAE: the same tensors, but BatchTopKSAE is read as a JumpReLU by its threshold."""
+    if not {"encoder.weight", "encoder.bias", "decoder.weight", "b_dec"} <= set(state):
         return None
-    tensors, k, named = _linear(found, found["b_dec"]), _k(found, facts), str(facts.get("dict_class", ""))
-    if "Batch" in named:
-        return Recognised("jumprelu", tensors | _threshold(found, tensors), extra={"k": k} if k else {})
-    if "threshold" in found and not named:
+    tensors, k, class_name = _linear(state, state["b_dec"]), _k(state, facts), str(facts.get("dict_class", ""))
+    if "Batch" in class_name:
+        return Recognised("jumprelu", tensors | _threshold(state, tensors), extra={"k": k} if k else {})
+    if "threshold" in state and not class_name:
         raise IncompatibleSae(
             "this is AutoEncoderTopK or BatchTopKSAE of dictionary_learning, whose tensors have the same names.",
             fix="put the config.json of its trainer beside it, which says trainer.dict_class.",
@@ -79,54 +79,58 @@ def _dictionary_topk(found: Tensors, facts: Mapping[str, Any]) -> Recognised | N
     return Recognised("topk", tensors, k=k)
 
 
-def _dictionary_jumprelu(found: Tensors, facts: Mapping[str, Any]) -> Recognised | None:
-    """JumpReluAutoEncoder (one threshold a feature) and MatryoshkaBatchTopKSAE (one for all, b_dec off the input)."""
-    if not {"W_enc", "b_enc", "W_dec", "b_dec", "threshold"} <= set(found):
+def _dictionary_jumprelu(state: Tensors, facts: Mapping[str, Any]) -> Recognised | None:
+    """JumpReluAutoEncoder (one threshold a feature) and MatryoshkaBatchTopKSAE (one in all, b_dec subtracted)."""
+    if not {"W_enc", "b_enc", "W_dec", "b_dec", "threshold"} <= set(state):
         return None
-    tensors = _plain(found)
-    one = found["threshold"].numel() == 1 or "group_sizes" in found or "BatchTopK" in str(facts.get("dict_class", ""))
-    return Recognised("jumprelu", tensors | _threshold(found, tensors), takes_off=one)
+    tensors = _by_our_names(state)
+    shared = (
+        state["threshold"].numel() == 1 or "group_sizes" in state or "BatchTopK" in str(facts.get("dict_class", ""))
+    )
+    return Recognised("jumprelu", tensors | _threshold(state, tensors), subtracts_b_dec=shared)
 
 
-def _openai(found: Tensors, facts: Mapping[str, Any]) -> Recognised | None:
+def _openai(state: Tensors, facts: Mapping[str, Any]) -> Recognised | None:
     """OpenAI's sparse_autoencoder: TopK ones read normalised inputs; the decoder may be the encoder's transpose."""
-    if not {"pre_bias", "latent_bias", "encoder.weight"} <= set(found):
+    if not {"pre_bias", "latent_bias", "encoder.weight"} <= set(state):
         return None
-    decoder = found.get("decoder.weight")
+    decoder = state.get("decoder.weight")
     tensors = {
-        "W_enc": found["encoder.weight"].T,
-        "b_enc": found["latent_bias"],
-        "W_dec": found["encoder.weight"] if decoder is None else decoder.T,
-        "b_dec": found["pre_bias"],
+        "W_enc": state["encoder.weight"].T,
+        "b_enc": state["latent_bias"],
+        "W_dec": state["encoder.weight"] if decoder is None else decoder.T,
+        "b_dec": state["pre_bias"],
     }
-    named, state = facts.get("activation", "ReLU"), facts.get("activation_state_dict") or {}
-    if named == "TopK":
-        if state.get("postact_fn", "ReLU") != "ReLU":
-            raise IncompatibleSae(f"this TopK SAE has postact_fn={state['postact_fn']!r}; supported: ReLU.")
-        return Recognised("topk", tensors, layer_norm=True, k=state.get("k"))
-    if named != "ReLU":
-        raise IncompatibleSae(f"this SAE has activation={named!r}; supported: ReLU, TopK.")
+    activation, options = facts.get("activation", "ReLU"), facts.get("activation_state_dict") or {}
+    if activation == "TopK":
+        if options.get("postact_fn", "ReLU") != "ReLU":
+            raise IncompatibleSae(f"this TopK SAE has postact_fn={options['postact_fn']!r}; supported: ReLU.")
+        return Recognised("topk", tensors, layer_norm=True, k=options.get("k"))
+    if activation != "ReLU":
+        raise IncompatibleSae(f"this SAE has activation={activation!r}; supported: ReLU, TopK.")
     return Recognised("standard", tensors)
 
 
-def _goodfire(found: Tensors, facts: Mapping[str, Any]) -> Recognised | None:
+def _goodfire(state: Tensors, facts: Mapping[str, Any]) -> Recognised | None:
     del facts
-    if "encoder_linear.weight" not in found:
+    if "encoder_linear.weight" not in state:
         return None
-    names = {name.replace("_linear", ""): tensor for name, tensor in found.items()}
-    return Recognised("standard", _linear(names, names["decoder.bias"]), takes_off=False)
+    names = {name.replace("_linear", ""): tensor for name, tensor in state.items()}
+    return Recognised("standard", _linear(names, names["decoder.bias"]), subtracts_b_dec=False)
 
 
-def _plain_names(found: Tensors, facts: Mapping[str, Any]) -> Recognised | None:
-    """`W_enc`, `b_enc`, `W_dec`, `b_dec` alone: a ReLU, or the TopK with features first of Qwen Scope."""
-    if not {"W_enc", "b_enc", "W_dec", "b_dec"} <= set(found):
+def _plain_names(state: Tensors, facts: Mapping[str, Any]) -> Recognised | None:
+    """`W_enc`, `b_enc`, `W_dec`, `b_dec` only: a ReLU SAE, or Qwen Scope's TopK, with features on the first axis."""
+    if not {"W_enc", "b_enc", "W_dec", "b_dec"} <= set(state):
         return None
     if facts.get("architecture") == "topk":
-        return Recognised("topk", _plain(found), takes_off=bool(facts.get("takes_off", True)), k=_k(found, facts))
-    return Recognised("standard", _plain(found), takes_off=bool(facts.get("takes_off", True)))
+        return Recognised(
+            "topk", _by_our_names(state), subtracts_b_dec=bool(facts.get("subtracts_b_dec", True)), k=_k(state, facts)
+        )
+    return Recognised("standard", _by_our_names(state), subtracts_b_dec=bool(facts.get("subtracts_b_dec", True)))
 
 
-#: By name: from the tensors and the facts to what they are, or None.
+#: By name, functions that recognise a layout from tensors and facts, and return None otherwise.
 LAYOUTS: dict[str, Callable[[Tensors, Mapping[str, Any]], Recognised | None]] = {
     "openai": _openai,
     "goodfire": _goodfire,
@@ -138,22 +142,22 @@ LAYOUTS: dict[str, Callable[[Tensors, Mapping[str, Any]], Recognised | None]] = 
 }
 
 
-def sae_of_state_dict(found: Tensors, facts: Mapping[str, Any], *, file: str, where: str) -> SparseAutoencoder:
+def sae_of_state_dict(state: Tensors, facts: Mapping[str, Any], *, file: str, where: str) -> SparseAutoencoder:
     """The SAE, float32.
 
-    `facts` say what is known besides: `architecture`, `k`, `takes_off` (of b_dec, from the input), `dict_class`,
-    OpenAI's `activation`, and `metadata`; `file` is its name, for messages. IncompatibleSae: tensors of no known
-    layout, or whose shapes contradict each other. BadFile: not finite, or a TopK SAE whose k is unknown.
+    `facts` may have: `architecture`, `k`, `subtracts_b_dec` (from the input), `dict_class`, OpenAI's `activation`, and
+    `metadata`; `file` is the file's name, for messages. IncompatibleSae: tensors of no known layout, or whose shapes
+    contradict each other. BadFile: not finite, or a TopK SAE whose k is unknown.
     """
     recognised, layout = None, ""
     for layout, recognise in LAYOUTS.items():  # noqa: B007 - the name is used below
         with placed(where):
-            recognised = recognise(found, facts)
+            recognised = recognise(state, facts)
         if recognised is not None:
             break
     if recognised is None:
         raise IncompatibleSae(
-            f"{file} holds the tensors of no known SAE: {', '.join(sorted(found)[:12]) or 'none'}.",
+            f"{file} holds the tensors of no known SAE: {', '.join(sorted(state)[:12]) or 'none'}.",
             at=where,
             fix=f"known are those of: {', '.join(LAYOUTS)}.",
         )
@@ -173,7 +177,7 @@ def sae_of_state_dict(found: Tensors, facts: Mapping[str, Any], *, file: str, wh
         d_in,
         d_sae,
         k=recognised.k,
-        apply_b_dec_to_input=recognised.takes_off,
+        apply_b_dec_to_input=recognised.subtracts_b_dec,
         normalize_activations="layer_norm" if recognised.layer_norm else "none",
         metadata={"layout": layout, **recognised.extra, **dict(facts.get("metadata") or {})},
     )
@@ -185,31 +189,31 @@ def sae_of_state_dict(found: Tensors, facts: Mapping[str, Any], *, file: str, wh
     return fill(kind(cfg), tensors, file, where).eval().requires_grad_(False)
 
 
-def _linear(found: Tensors, b_dec: Tensor) -> dict[str, Tensor]:
-    """Weights of two `nn.Linear`, each with its outputs first."""
-    tensors = {"W_enc": found["encoder.weight"].T, "W_dec": found["decoder.weight"].T, "b_dec": b_dec}
-    return tensors | ({"b_enc": found["encoder.bias"]} if "encoder.bias" in found else {})
+def _linear(state: Tensors, b_dec: Tensor) -> dict[str, Tensor]:
+    """Weights of two `nn.Linear`, whose first axis is the output."""
+    tensors = {"W_enc": state["encoder.weight"].T, "W_dec": state["decoder.weight"].T, "b_dec": b_dec}
+    return tensors | ({"b_enc": state["encoder.bias"]} if "encoder.bias" in state else {})
 
 
-def _plain(found: Tensors) -> dict[str, Tensor]:
-    """Tensors by our names, turned if features come first in the encoder."""
-    tensors = {name: found[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+def _by_our_names(state: Tensors) -> dict[str, Tensor]:
+    """The four tensors with our names, the matrices transposed if features are on the encoder's first axis."""
+    tensors = {name: state[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
     features, width = len(tensors["b_enc"]), len(tensors["b_dec"])
     if features != width and tuple(tensors["W_enc"].shape) == (features, width):
         tensors |= {"W_enc": tensors["W_enc"].T, "W_dec": tensors["W_dec"].T}
     return tensors
 
 
-def _threshold(found: Tensors, tensors: Tensors) -> dict[str, Tensor]:
-    """One threshold a feature; an untrained one, below zero, lets all positive activations pass."""
-    threshold = found["threshold"].float().clamp_min(0.0)
+def _threshold(state: Tensors, tensors: Tensors) -> dict[str, Tensor]:
+    """One threshold a feature; negative ones, as before training, become 0."""
+    threshold = state["threshold"].float().clamp_min(0.0)
     return {"threshold": threshold.expand(tensors["W_enc"].shape[1]) if threshold.numel() == 1 else threshold}
 
 
-def _k(found: Tensors, facts: Mapping[str, Any]) -> int | None:
-    own = found.get("k")
-    known = int(own) if own is not None and torch.numel(own) == 1 else facts.get("k")
-    return known if is_count(known) else None
+def _k(state: Tensors, facts: Mapping[str, Any]) -> int | None:
+    stored = state.get("k")
+    k = int(stored) if stored is not None and torch.numel(stored) == 1 else facts.get("k")
+    return k if is_count(k) else None
 
 
 def read_pickled(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -219,36 +223,38 @@ def read_pickled(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, A
     """
     if not path.is_file():
         raise NotFound(f"there is no file {path.name!r}.", at=where)
-    _refuse_packed(path, where)
+    _refuse_compressed(path, where)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of the protocol's number
-            held = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds: whatever stops it, the file is none that can be read
-        if called := _called(path):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds, all of which mean that the file cannot be read
+        if calls := _unsafe_calls(path):
             raise BadFile(
-                f"{path.name} holds more than weights: reading it would call {called}.",
+                f"{path.name} holds more than weights: reading it would call {calls}.",
                 at=where,
                 fix="do not load it, unless you trust who made it: then load it with the package that did,"
                 " and save its state_dict().",
             ) from error
-        says_why = isinstance(error, OSError | RuntimeError) or type(error).__name__ == "UnpicklingError"
-        why = first_line(error)[:200].rstrip(".") if says_why else "torch.save did not write it, or not all of it"
+        informative = isinstance(error, OSError | RuntimeError) or type(error).__name__ == "UnpicklingError"
+        why = first_line(error)[:200].rstrip(".") if informative else "torch.save did not write it, or not all of it"
         raise BadFile(f"{path.name} cannot be read: {why}.", at=where, fix=_FETCH_AGAIN) from error
     for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(held, dict) and isinstance(held.get(key), dict):
-            held = held[key]
-    tensors = {str(k): v.detach() for k, v in held.items() if isinstance(v, Tensor)} if isinstance(held, dict) else {}
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    tensors = (
+        {str(k): v.detach() for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
+    )
     if not tensors:
-        raise BadFile(f"{path.name} holds no state dict, but {type(held).__name__}.", at=where)
+        raise BadFile(f"{path.name} holds no state dict, but {type(content).__name__}.", at=where)
     for name, tensor in tensors.items():
         if tensor.nbytes > tensor.untyped_storage().nbytes():
             raise BadFile(f"{name} claims more numbers than {path.name} holds of it.", at=where, fix=_FETCH_AGAIN)
-    return tensors, {str(key): value for key, value in held.items() if not isinstance(value, Tensor)}
+    return tensors, {str(key): value for key, value in content.items() if not isinstance(value, Tensor)}
 
 
-def _refuse_packed(path: Path, where: str) -> None:
-    """Refuse an archive that takes more memory than disk; `torch.save` packs nothing."""
+def _refuse_compressed(path: Path, where: str) -> None:
+    """BadFile for a compressed archive, which may fill the memory; `torch.save` does not compress."""
     if not zipfile.is_zipfile(path):
         return
     try:
@@ -264,25 +270,25 @@ def _refuse_packed(path: Path, where: str) -> None:
         )
 
 
-def _called(path: Path) -> str:
-    """Functions and classes that reading a pickle would call, apart from those that build tensors; "" for none."""
+def _unsafe_calls(path: Path) -> str:
+    """Functions and classes, other than those that build tensors, that unpickling would call; "" for none."""
     names: list[str] = []
     try:
-        for data in _programs(path):
-            names += [name for name in _globals(data) if _runs(name)]
+        for data in _pickle_data(path):
+            names += [name for name in _globals(data) if _is_unsafe(name)]
     except (OSError, ValueError, IndexError, zipfile.BadZipFile):
-        pass  # damaged: what was found up to there counts
+        pass  # damaged: the names up to there count
     return ", ".join(dict.fromkeys(names))
 
 
-def _runs(name: str) -> bool:
+def _is_unsafe(name: str) -> bool:
     module, _, function = name.rpartition(".")
     if module in ("builtins", "__builtin__"):
-        return function not in _PLAIN
-    return not name.startswith(_HARMLESS) or name.startswith("torch.nn.")
+        return function not in _SAFE_BUILTINS
+    return not name.startswith(_SAFE_MODULES) or name.startswith("torch.nn.")
 
 
-def _programs(path: Path) -> Iterator[bytes]:
+def _pickle_data(path: Path) -> Iterator[bytes]:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             for entry in archive.namelist():
@@ -293,7 +299,7 @@ def _programs(path: Path) -> Iterator[bytes]:
 
 
 def _globals(data: bytes) -> Iterator[str]:
-    """`module.name` of everything that a pickle looks up; it is only parsed."""
+    """`module.name` of every global that a pickle looks up; it is parsed, not run."""
     strings: list[str] = []
     for code, argument, _ in pickletools.genops(data):
         if code.name == "GLOBAL":

@@ -1,4 +1,4 @@
-"""Tensors of an SAE's file, read only if they have the shapes that its cfg.json names."""
+"""Tensors of an SAE's file, read only if their shapes are those of its cfg.json."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def read_weights(
     required: tuple[str, ...] = (),
     dtypes: Mapping[str, tuple[str, ...]] | None = None,
 ) -> dict[str, Tensor]:
-    """Read all tensors of a file. Memory is bounded by the file, whatever sizes cfg.json claims.
+    """Read all tensors of a file. Memory is bounded by the file's size, whatever sizes cfg.json claims.
 
-    `shapes` are expected by name, checked before anything is read; tensors of other names may have any. `required`
-    names must be there. `dtypes` by name, in safetensors' words, are allowed; floats for the other names in `shapes`.
-    BadFile: truncated or malformed, a missing name, another dtype. IncompatibleSae: another shape.
+    `shapes`, by name, are checked before anything is read; tensors of other names may have any shape. `required` names
+    must be present. `dtypes`: allowed dtypes by name, as safetensors writes them; floats for the other names in
+    `shapes`. BadFile: truncated or malformed, a missing name, another dtype. IncompatibleSae: another shape.
     """
     with open_tensors(path, path.name, at=where, fix="copy or download it again.") as file:
         names = sorted(file.keys())
@@ -64,14 +64,14 @@ def read_weights(
 
 
 def tensor_shapes(path: Path, where: str) -> dict[str, tuple[int, ...]]:
-    """Shapes by name in a safetensors or .npz file, from its headers alone; BadFile as `read_weights`, `read_npz`."""
+    """Shapes by name in a safetensors or .npz file, from its headers; BadFile as `read_weights` and `read_npz`."""
     if path.suffix != ".npz":
         with open_tensors(path, path.name, at=where, fix="copy or download it again.") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     try:
         return npz_shapes(path)
     except NPZ_ERRORS as error:
-        raise _broken(path, where, error) from error
+        raise _unreadable(path, where, error) from error
 
 
 def decoder_dtype(path: Path, where: str) -> str:
@@ -87,8 +87,8 @@ def decoder_dtype(path: Path, where: str) -> str:
 
 
 def read_npz(path: Path, where: str) -> dict[str, Tensor]:
-    """The arrays of a NumPy archive, as tensors. BadFile: truncated, no archive, Python objects, or arrays far larger
-    than the file.
+    """The arrays of a NumPy archive as tensors. BadFile: truncated, not an archive, Python objects, or arrays far
+    larger than the file.
     """
     import numpy as np
 
@@ -97,10 +97,10 @@ def read_npz(path: Path, where: str) -> dict[str, Tensor]:
         with np.load(path, allow_pickle=False) as archive:  # objects would be pickled
             return {name: torch.from_numpy(np.atleast_1d(archive[name])) for name in archive.files}
     except NPZ_ERRORS as error:
-        raise _broken(path, where, error) from error
+        raise _unreadable(path, where, error) from error
 
 
-def _broken(path: Path, where: str, error: Exception) -> BadFile:
+def _unreadable(path: Path, where: str, error: Exception) -> BadFile:
     return BadFile(
         f"{path.name} cannot be read: {first_line(error).rstrip('.')}.", at=where, fix="copy or download it again."
     )
@@ -108,7 +108,7 @@ def _broken(path: Path, where: str, error: Exception) -> BadFile:
 
 def fill(sae: AnySae, tensors: Mapping[str, Tensor], file: str, where: str) -> AnySae:
     """The SAE, with tensors copied into its parameters and buffers by name; BadFile if one is missing or not finite."""
-    for name, own in (*sae.named_parameters(), *sae.named_buffers()):
+    for name, target in (*sae.named_parameters(), *sae.named_buffers()):
         if name not in tensors:
             raise BadFile(f"{file} has no {name}; it has: {', '.join(sorted(tensors))}.", at=where)
         if not torch.isfinite(tensors[name]).all():
@@ -116,16 +116,16 @@ def fill(sae: AnySae, tensors: Mapping[str, Tensor], file: str, where: str) -> A
                 f"{name} holds NaN or infinite values.", at=where, fix="the training run diverged; use another."
             )
         with torch.no_grad():
-            own.copy_(tensors[name].float())
+            target.copy_(tensors[name].float())
     return sae
 
 
-# Where the width of the input is, counted from the last axis, in the parameters that have it.
+# The axis of the input's width, in the parameters that have it.
 _WIDTH = {"W_enc": -2, "W_dec": -1, "b_dec": -1}
 
 
 def sides_of(kind: type[SparseAutoencoder], name: str) -> dict[str, int]:
-    """Names under which a parameter is stored, and the axis along which they lie side by side.
+    """Names under which a parameter is stored, and the axis along which those tensors are concatenated.
 
     Example:
         >>> from saeffect.sae.crosscoder import L1CrosscoderSae
@@ -138,7 +138,7 @@ def sides_of(kind: type[SparseAutoencoder], name: str) -> dict[str, int]:
 
 
 def by_side(kind: type[SparseAutoencoder], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as they are stored: a crosscoder's with one a model."""
+    """Tensors as they are stored: a crosscoder's are split into one for each model."""
     stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         names = sides_of(kind, name)
@@ -148,12 +148,12 @@ def by_side(kind: type[SparseAutoencoder], tensors: Mapping[str, Tensor]) -> dic
 
 
 def joined(kind: type[SparseAutoencoder], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`by_side` undone."""
-    found = dict(tensors)
+    """The inverse of `by_side`."""
+    result = dict(tensors)
     for name in _WIDTH if kind.sides else ():
         names = sides_of(kind, name)
-        found[name] = torch.cat([found.pop(part) for part in names], dim=_WIDTH[name])
-    return found
+        result[name] = torch.cat([result.pop(part) for part in names], dim=_WIDTH[name])
+    return result
 
 
 def is_count(value: Any) -> TypeGuard[int]:

@@ -1,4 +1,4 @@
-"""A recipe: everything that decides an SAE. Keys of its YAML are the fields below; so is the page that lists them."""
+"""A recipe: everything that decides an SAE. The fields below are the keys of its YAML and of their reference page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from saeffect.sae.base import ARCHITECTURES, SparseAutoencoder
 __all__ = ["SaeRecipe", "SaeTrainingConfig", "recipe_keys"]
 
 _TOKENS_IN_SHARDS = 1_048_576
-# SAEs in one pass over the activations take the same batches.
+# Keys that SAEs trained in one pass over the activations share, since they take the same batches.
 _SHARED = ("batch_size", "steps", "epochs", "checkpoint_every", "normalise_inputs", "order_seed")
 
 _HEAD = """# The keys of a recipe
@@ -129,9 +129,9 @@ class SaeTrainingConfig(StrictModel):
     @model_validator(mode="after")
     def _fits(self) -> SaeTrainingConfig:
         for name in dict.fromkeys(key for kind in _trainable().values() for key in kind.keys):
-            of = _architectures_with(name)
-            if self.architecture not in of and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} is a setting of {', '.join(of)}, not of {self.architecture}")
+            architectures = _architectures_with(name)
+            if self.architecture not in architectures and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is a setting of {', '.join(architectures)}, not of {self.architecture}")
         if self.has_k and self.k > self.d_sae:
             raise ValueError(f"k={self.k} is more than d_sae={self.d_sae}")
         widths = self.matryoshka_widths
@@ -172,11 +172,11 @@ class SaeTrainingConfig(StrictModel):
         return self.seed if self.data_seed is None else self.data_seed
 
     def unlike(self, other: SaeTrainingConfig) -> tuple[str, Any, Any] | None:
-        """Why two SAEs cannot train side by side: a key and its two values; None if they can."""
+        """A key that keeps two SAEs from training side by side, and its two values; None if they can."""
         for key in _SHARED:
-            mine, theirs = getattr(self, key), getattr(other, key)
-            if mine != theirs:
-                return ("data_seed" if key == "order_seed" else key), mine, theirs
+            value, other_value = getattr(self, key), getattr(other, key)
+            if value != other_value:
+                return ("data_seed" if key == "order_seed" else key), value, other_value
         return None
 
 
@@ -236,7 +236,7 @@ class SaeRecipe(ReadKeys):
     @model_validator(mode="after")
     def _sound(self) -> Self:
         parse_hook(self.hook, at="hook")
-        self.combination  # noqa: B018 - which checks every training
+        self.combination  # noqa: B018 - the property checks every training
         if self.activations == "streamed" and self.positions != ("all",):
             raise ValueError("streamed activations are of all positions: leave positions out, or harvest shards")
         if self.activations == "streamed" and self.tokens is None and self.sae.steps is None:
@@ -245,7 +245,9 @@ class SaeRecipe(ReadKeys):
 
     @property
     def combination(self) -> Literal["both", "difference"] | None:
-        """What is read of two models; None for one model. ConfigError if the architectures do not fit `tuned`."""
+        """How two models' activations are combined; None for one model. ConfigError if architectures and `tuned` do not
+        fit.
+        """
         kinds = {name: bool(config.kind.sides) for name, config in self.trainings().items()}
         if self.tuned is None and any(kinds.values()):
             raise ConfigError(
@@ -263,7 +265,7 @@ class SaeRecipe(ReadKeys):
 
     @property
     def tokens_a_pass(self) -> int | None:
-        """Tokens of text in one pass over it; None if unknown before the end."""
+        """Tokens of text in one pass over it; None if unknown beforehand."""
         return _TOKENS_IN_SHARDS if self.tokens is None and self.activations == "shards" else self.tokens
 
     @property
@@ -271,55 +273,55 @@ class SaeRecipe(ReadKeys):
         return None if self.max_disk_gb is None else int(self.max_disk_gb * 1e9)
 
     def trainings(self) -> dict[str, SaeTrainingConfig]:
-        """How each SAE is trained, by name, "" if single; ConfigError for invalid names, keys or combinations."""
+        """The config of each SAE by name ("" for a single one); ConfigError for invalid names, keys or combinations."""
         if self.saes is None:
             return {"": self.sae}
         if not self.saes:
             raise ConfigError("no SAE is named.", at="saes", fix="name one, or leave saes out.")
         base = self.sae.model_dump(exclude_unset=True)
         base["data_seed"] = self.sae.order_seed
-        found = {}
+        configs = {}
         for name, changes in self.saes.items():
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", name):
                 raise ConfigError(
                     f"{name!r} is no name for a folder.", at="saes", fix="use letters, digits, dot, dash, underscore."
                 )
-            found[name] = config = SaeTrainingConfig.read(base | changes, at=f"saes.{name}")
-            if unlike := config.unlike(found[next(iter(found))]):
-                key, mine, first = unlike
+            configs[name] = config = SaeTrainingConfig.read(base | changes, at=f"saes.{name}")
+            if unlike := config.unlike(configs[next(iter(configs))]):
+                key, value, first = unlike
                 raise ConfigError(
-                    f"SAEs that are trained side by side share {key}; got {first} and {mine}.",
+                    f"SAEs that are trained side by side share {key}; got {first} and {value}.",
                     at=f"saes.{name}.{key}",
                     fix="set it in sae alone, or give this SAE a recipe of its own: shards are shared anyway.",
                 )
-        return found
+        return configs
 
     def folders(self, out: Path) -> dict[str, Path]:
         return {name: out / name if name else out for name in self.trainings()}
 
     def of_one(self, name: str) -> SaeRecipe:
-        """The recipe of one of the SAEs as if it were alone."""
+        """The recipe of one of the SAEs, without the others."""
         return self.model_copy(update={"sae": self.trainings()[name], "saes": None})
 
 
 def recipe_keys() -> str:
-    """The keys as a page of Markdown: a table for the recipe and one for each kind of mapping in it."""
+    """The keys as a page of Markdown: a table for the recipe and one for each mapping in it."""
     return "\n".join(
         [
             _HEAD,
             keys_table("Recipe", SaeRecipe),
-            keys_table("`sae`, and each of `saes`", SaeTrainingConfig, more=_of_architectures),
+            keys_table("`sae`, and each of `saes`", SaeTrainingConfig, more=_architecture_note),
             keys_table("`model`", ModelConfig),
             keys_table("each of `text`", TextSource),
         ]
     )
 
 
-def _of_architectures(key: str) -> str:
+def _architecture_note(key: str) -> str:
     if key == "architecture":
         return f"One of {', '.join(_trainable())}."
-    of = _architectures_with(key)
-    return f"Only for {', '.join(of)}." if of else ""
+    architectures = _architectures_with(key)
+    return f"Only for {', '.join(architectures)}." if architectures else ""
 
 
 def _trainable() -> dict[str, type[SparseAutoencoder]]:
@@ -327,5 +329,5 @@ def _trainable() -> dict[str, type[SparseAutoencoder]]:
 
 
 def _architectures_with(key: str) -> tuple[str, ...]:
-    """Architectures that a key is a setting of; none if all have it."""
+    """Architectures that have a key; empty for keys that all have."""
     return tuple(name for name, kind in _trainable().items() if key in kind.keys)

@@ -1,4 +1,4 @@
-"""The curves of a training, from its metrics.jsonl: for people, beside the SAE."""
+"""A figure of a training's curves, drawn from its metrics.jsonl and saved beside the SAE."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _METADATA: tuple[dict[str, Any], ...] = (
     {"Software": None},
 )
 
-# As in the report's figures (that package may not be imported here).
+# The style of the report's figures (that package may not be imported here).
 _INK, _MUTED, _GRID = "#1f2328", "#59636e", "#d8dee4"
-_TRAIN, _HELD_OUT, _EVENT = "#0072b2", "#d55e00", "#8c959f"  # Okabe & Ito's blue and vermilion: far apart in grey too
+_TRAIN, _HELD_OUT, _EVENT = "#0072b2", "#d55e00", "#8c959f"  # Okabe & Ito's blue and vermilion: distinct in grey too
 _LINES: tuple[Any, ...] = ("-", (0, (6, 1.5)), (0, (1.5, 1.5)), (0, (4, 1, 1, 1)))
 _PART_COLOURS = ("#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _RC: Mapping[str, Any] = {
-    "font.family": ["DejaVu Sans"],  # ships with matplotlib, so that the layout is the same on every machine
+    "font.family": ["DejaVu Sans"],  # part of matplotlib, so that the layout is the same on every machine
     "font.size": 9,
     "axes.titlesize": 9.5,
     "axes.titleweight": "bold",
@@ -48,7 +48,7 @@ _RC: Mapping[str, Any] = {
 
 
 class _Panel(NamedTuple):
-    """One metric against tokens. `ideal`: a value to draw a line at; `logarithmic`: where the values span much."""
+    """One metric against tokens. `ideal`: a value to draw a line at; `logarithmic`: if the values span a wide range."""
 
     metric: str
     title: str
@@ -73,14 +73,14 @@ class _Run:
     def __init__(self, rows: list[dict[str, Any]]) -> None:
         self.rows = [row for row in rows if _finite(row.get("tokens"))]
         self.kinds = {row["kind"] for row in rows}
-        self.most = max((float(row["tokens"]) for row in self.rows), default=0.0)
-        # What to divide tokens by, and the label of the axis.
+        self.max_tokens = max((float(row["tokens"]) for row in self.rows), default=0.0)
+        # The unit of the tokens' axis: lower limit, divisor, label.
         scales = ((1e9, 1e9, " (billions)"), (1e6, 1e6, " (millions)"), (1e4, 1e3, " (thousands)"), (-1, 1.0, ""))
-        self.divisor, unit = next((divisor, unit) for least, divisor, unit in scales if self.most >= least)
+        self.divisor, unit = next((divisor, unit) for least, divisor, unit in scales if self.max_tokens >= least)
         self.axis = f"tokens{unit}"
 
     def series(self, metric: str, kind: str) -> tuple[list[float], list[float]]:
-        """Tokens and values, NaN where a row has none that is finite; empty where no row has one."""
+        """Tokens and values of the rows with this metric, NaN where it is not finite; empty if no value is finite."""
         rows = [row for row in self.rows if row["kind"] == kind and metric in row]
         values = [float(row[metric]) if _finite(row[metric]) else math.nan for row in rows]
         if not any(map(math.isfinite, values)):
@@ -88,11 +88,11 @@ class _Run:
         return [row["tokens"] / self.divisor for row in rows], values
 
     def has(self, panel: _Panel) -> bool:
-        found = any(self.series(panel.metric, kind)[0] for kind in ("train", "evaluation"))
-        return found or (panel is _LOSS and bool(self.parts()))
+        measured = any(self.series(panel.metric, kind)[0] for kind in ("train", "evaluation"))
+        return measured or (panel is _LOSS and bool(self.parts()))
 
     def parts(self) -> dict[str, str]:
-        """The parts of the loss and their labels, without those that are nearly always 0."""
+        """The parts of the loss and their labels, without those that are 0 in nine of ten rows."""
         names = dict.fromkeys(name for row in self.rows if row["kind"] == "train" for name in row)
         values = {name: self.series(name, "train")[1] for name in loss_parts(names)}
         return {
@@ -107,9 +107,9 @@ class _Run:
 
 
 def save_training_figure(folder: Path) -> Path:
-    """Draw a training's curves beside its metrics.jsonl, as training.svg and training.png; the path of the latter.
-    Lines are training batches, dots are held-out text. NotFound without a metrics.jsonl, EmptySelection if nothing
-    has been measured, BadFile if it is damaged or the figure cannot be written.
+    """Draw a training's curves beside its metrics.jsonl, as training.svg and training.png; returns the latter's path.
+    Lines are training batches, dots are held-out text. NotFound without a metrics.jsonl, EmptySelection if nothing has
+    been measured, BadFile if it is damaged or the figure cannot be written.
     """
     import matplotlib
 
@@ -144,16 +144,16 @@ def _draw(run: _Run, panels: list[_Panel]) -> Any:
     )
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(n_rows, n_columns)
-    spare = n_rows * n_columns - len(panels)  # of an odd number the first is drawn wide
+    n_empty = n_rows * n_columns - len(panels)  # of an odd number the first is drawn wide
     for index, panel in enumerate(panels):
-        row, column = divmod(index + (spare if index else 0), n_columns)
-        ax = figure.add_subplot(grid[row, :] if spare and not index else grid[row, column])
+        row, column = divmod(index + (n_empty if index else 0), n_columns)
+        ax = figure.add_subplot(grid[row, :] if n_empty and not index else grid[row, column])
         _draw_panel(ax, panel, run)
-        ax.set_xlim(0, (run.most or 1) * 1.015 / run.divisor)
+        ax.set_xlim(0, (run.max_tokens or 1) * 1.015 / run.divisor)
         if row + 1 == n_rows:
             ax.set_xlabel(run.axis)
     _legend(figure, run)
-    figure.draw_without_rendering()  # laid out once, or each saving would do it a little differently
+    figure.draw_without_rendering()  # lay out once, since each saving would lay out slightly differently
     figure.set_layout_engine("none")
     return figure
 
@@ -162,7 +162,7 @@ def _draw_panel(ax: Any, panel: _Panel, run: _Run) -> None:
     for tokens, _ in run.resamplings():
         ax.axvline(tokens, color=_EVENT, linewidth=0.8, linestyle=(0, (1.5, 2)), zorder=1)
     measured, held_out = run.series(panel.metric, "train"), run.series(panel.metric, "evaluation")
-    # The total is a broad line at the back, so that a part that nearly equals it stays visible.
+    # The total loss is a broad line at the back, so that a part nearly equal to it stays visible.
     look: dict[str, Any] = {"color": _INK, "linewidth": 2.0} if panel is _LOSS else {"color": _TRAIN}
     drawn = _curve(ax, measured, label="total" if panel is _LOSS else panel.title, **look)
     parts = run.parts() if panel is _LOSS else {}
@@ -178,11 +178,11 @@ def _draw_panel(ax: Any, panel: _Panel, run: _Run) -> None:
         ax.legend(loc="best", ncols=2 if len(parts) > 2 else 1, handlelength=2.6)
     _scale(ax, panel, drawn)
     ax.set_title(panel.title, pad=6)
-    ax.set_title(_end(run, panel), loc="right", color=_MUTED, weight="normal", size=8.5, pad=6)
+    ax.set_title(_last_value(run, panel), loc="right", color=_MUTED, weight="normal", size=8.5, pad=6)
 
 
 def _curve(ax: Any, series: tuple[list[float], list[float]], **look: Any) -> list[float]:
-    """Draw a curve (a dot for a single value); the finite values."""
+    """Draw a curve (a dot for a single value); returns its finite values."""
     finite = [value for value in series[1] if math.isfinite(value)]
     if finite:
         dot = {"marker": "o", "markersize": 3.5} if len(finite) == 1 else {}
@@ -208,10 +208,10 @@ def _scale(ax: Any, panel: _Panel, values: list[float]) -> None:
     if panel.ideal is not None and values:
         bottom, top = min(values), max(*values, panel.ideal)
         late = sorted(values)[len(values) // 4]
-        if bottom < 0 < late:  # the first steps can be far below; what matters comes after them
+        if bottom < 0 < late:  # cut off the first steps, which can be far below the rest
             bottom = max(bottom, late - 1.0) if late < 0.2 else 0.0
         margin = 0.04 * (top - bottom)
-        if top > bottom:  # one value, and it is the ideal: any limits will do
+        if top > bottom:  # not for a single value that is the ideal
             ax.set_ylim(bottom - (margin if bottom else 0), top + margin)
         ax.axhline(panel.ideal, color=_EVENT, linewidth=0.8, zorder=2)
     number = FuncFormatter(lambda value, _: f"{value:,.10g}".replace("-", "−"))
@@ -224,8 +224,8 @@ def _scale(ax: Any, panel: _Panel, values: list[float]) -> None:
     ax.set_axisbelow(True)
 
 
-def _end(run: _Run, panel: _Panel) -> str:
-    """The last finite value in words; that of held-out text where it was measured."""
+def _last_value(run: _Run, panel: _Panel) -> str:
+    """The last finite value in words; that of held-out text if it was measured."""
     for kind, words in (("evaluation", "held out"), ("train", "ends at")):
         finite = [value for value in run.series(panel.metric, kind)[1] if math.isfinite(value)]
         if finite:

@@ -1,4 +1,4 @@
-"""What a training reports while it runs: lines of progress for people, and metrics.jsonl."""
+"""The log of a training: lines of progress, and metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ __all__ = ["METRICS_FILE", "Pace", "TrainingLog", "loss_parts", "progress_line",
 
 METRICS_FILE = "metrics.jsonl"
 
-# What a line of progress shows beside the loss: name in metrics.jsonl, words, format.
-_SHOWN = (
+# Metrics in a line of progress besides the loss: name in metrics.jsonl, label, format.
+_PROGRESS_METRICS = (
     ("l0", "l0", ",.1f"),
     ("explained_variance", "explained variance", ".3f"),
     ("ce_loss_score", "CE loss score", ".3f"),
@@ -36,8 +36,8 @@ _SHOWN = (
     ("dead", "dead", ",.0f"),
 )
 
-_WINDOW = 60.0  # seconds that the rate is taken over
-_MARKS = 6  # but at least five intervals
+_WINDOW = 60.0  # seconds over which the rate is measured
+_MIN_MARKS = 6  # so at least five intervals
 
 
 class TrainingLog:
@@ -45,10 +45,10 @@ class TrainingLog:
 
     Each line of metrics.jsonl is an object: "step" (the finished step, from 0), "tokens" (seen by then), "kind"
     ("train", "evaluation" or "event"), "seconds" (of training and evaluation, over all restarts) and the metrics; a
-    metric that is not finite is null. Lines are on disk when a method returns. Rows from `first_step` on, left by a run
-    that was stopped, are dropped; `batch_size` is over all processes. UnknownName, NotFound, ConfigError: no such
-    logger, not installed, or it refuses. BadFile: the folder cannot be written, or its metrics.jsonl is damaged before
-    its last line.
+    metric that is not finite is null. Lines are on disk when a method returns. Rows from `first_step` on, left by a
+    stopped run, are dropped; `batch_size` is over all processes. UnknownName: no such logger. NotFound: it is not
+    installed. ConfigError: it refuses to start. BadFile: the folder cannot be written, or its metrics.jsonl is damaged
+    before its last line.
 
     Example:
         >>> import tempfile; from saeffect.progress import SILENT; folder = Path(tempfile.mkdtemp())
@@ -80,34 +80,34 @@ class TrainingLog:
 
     def __enter__(self) -> TrainingLog:
         path = self._folder / METRICS_FILE
-        kept: list[dict[str, Any]] = []
+        earlier: list[dict[str, Any]] = []
         try:
             with writing(path):
                 self._folder.mkdir(parents=True, exist_ok=True)
                 if self._first and path.exists():
-                    kept = [row for row in read_metrics(path) if row["step"] < self._first]
-                run = TrainingRun(self._folder, self._config, self._first, kept)
+                    earlier = [row for row in read_metrics(path) if row["step"] < self._first]
+                run = TrainingRun(self._folder, self._config, self._first, earlier)
                 self._logger = open_logger(self._logger_name, run, self._log)
                 with atomic_path(path) as temporary:
-                    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+                    temporary.write_text("".join(json.dumps(row) + "\n" for row in earlier), encoding="utf-8")
                 self._file = io.FileIO(path, "a")
         except BaseException:
             self._close_logger(failed=True)
             raise
-        self._seconds_before = max((row.get("seconds") or 0.0 for row in kept), default=0.0)
+        self._seconds_before = max((row.get("seconds") or 0.0 for row in earlier), default=0.0)
         self._pace.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close both; a logger's failure to close is reported, not raised."""
+        """Close file and logger; a logger's failure to close is reported, not raised."""
         if self._file is not None:
             self._file.close()
         self._close_logger(failed=kind is not None)
 
     def metrics(self, step: int, row: Mapping[str, float], *, kind: Literal["train", "evaluation"] = "train") -> None:
-        """Record what was measured after a step; lines and figure use "loss", its parts, and the names in `_SHOWN`."""
+        """Record metrics after a step; lines of progress show "loss", its parts, and those of `_PROGRESS_METRICS`."""
         if kind == "train":
             self._pace.mark(step + 1)
         seconds = self._record(step, kind, row)
@@ -120,25 +120,25 @@ class TrainingLog:
     def event(self, step: int, event: str, **numbers: float) -> None:
         """Record and report an event after a step: `event(999, "resampled", n_features=12)`."""
         self._record(step, "event", numbers, event=event)
-        said = [
-            f"{_short(value)} {name[2:]}" if name.startswith("n_") else f"{name} {_short(value)}"
+        words = [
+            f"{_three_digits(value)} {name[2:]}" if name.startswith("n_") else f"{name} {_three_digits(value)}"
             for name, value in numbers.items()
         ]
-        self._log(f"step {step + 1:,}/{self._total:,}  {event} {', '.join(said)}".rstrip())
+        self._log(f"step {step + 1:,}/{self._total:,}  {event} {', '.join(words)}".rstrip())
 
     def pause(self) -> AbstractContextManager[None]:
         """While the block runs, time does not count for tokens/s: `with log.pause(): evaluate()`."""
         return self._pace.pause()
 
-    def _record(self, step: int, kind: str, numbers: Mapping[str, Any], **more: str) -> float:
+    def _record(self, step: int, kind: str, numbers: Mapping[str, Any], **labels: str) -> float:
         seconds = self._seconds_before + self._pace.seconds()
         row: dict[str, Any] = {"step": step, "tokens": (step + 1) * self._batch_size, "kind": kind}
-        row |= {"seconds": round(seconds, 3), **more} | {name: _plain(value) for name, value in numbers.items()}
+        row |= {"seconds": round(seconds, 3), **labels} | {name: _json_number(value) for name, value in numbers.items()}
         self._write(json.dumps(row, allow_nan=False) + "\n")
         if self._logger is not None:
             try:
                 self._logger.log(row)
-            except Exception as error:  # days of training are worth more than a copy of the curve
+            except Exception as error:  # a logger's failure must not end a training
                 self._log(f"{self._logger_name} takes no more metrics ({error}); {METRICS_FILE} goes on")
                 self._close_logger(failed=True)
         return seconds
@@ -151,14 +151,14 @@ class TrainingLog:
             if self._file.write(data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def _time_words(self, done: int, seconds: float) -> list[str]:
+    def _time_words(self, n_done: int, seconds: float) -> list[str]:
         rate = self._pace.steps_per_second() * self._batch_size
         words = [f"{rate:,.0f} tokens/s"] if math.isfinite(rate) else []
-        left = self._pace.seconds_left()
-        if done >= self._total:
+        seconds_left = self._pace.seconds_left()
+        if n_done >= self._total:
             words.append(f"done in {duration(seconds)}")
-        elif math.isfinite(left):
-            words.append(f"{duration(left)} left")
+        elif math.isfinite(seconds_left):
+            words.append(f"{duration(seconds_left)} left")
         return words
 
     def _close_logger(self, *, failed: bool) -> None:
@@ -172,21 +172,21 @@ class TrainingLog:
 
 
 def loss_parts(names: Iterable[str]) -> dict[str, str]:
-    """Those of the names that are parts of the loss (they add up to it), and their labels.
+    """The names that are parts of the loss (they add up to it), and their labels.
 
     Example:
         >>> loss_parts(["l0", "auxiliary", "mse", "loss", "inner_mse_64"])
         {'mse': 'mse', 'auxiliary': 'auxiliary', 'inner_mse_64': 'mse of 64'}
     """
-    known = dict([("mse", "mse"), *(part for kind in ARCHITECTURES.values() for part in kind.loss_parts)])
+    labels = dict([("mse", "mse"), *(part for kind in ARCHITECTURES.values() for part in kind.loss_parts)])
     names = list(names)
-    found: dict[str, str] = {}
-    for part, label in known.items():
+    parts: dict[str, str] = {}
+    for part, label in labels.items():
         if part.endswith("_"):
-            found |= {name: label + name.removeprefix(part) for name in names if name.startswith(part)}
+            parts |= {name: label + name.removeprefix(part) for name in names if name.startswith(part)}
         elif part in names:
-            found[part] = label
-    return found
+            parts[part] = label
+    return parts
 
 
 def progress_line(head: str, row: Mapping[str, float], tail: Iterable[str] = ()) -> str:
@@ -197,20 +197,20 @@ def progress_line(head: str, row: Mapping[str, float], tail: Iterable[str] = ())
         'step 30/90  loss 12.3 (mse 10.1, l1 2.2)  l0 54.3  dead 12  9 s left'
     """
     pieces = [head]
-    parts = [f"{label} {_short(row[name])}" for name, label in loss_parts(row).items()]
+    parts = [f"{label} {_three_digits(row[name])}" for name, label in loss_parts(row).items()]
     if "loss" in row:
-        pieces.append(f"loss {_short(row['loss'])}" + (f" ({', '.join(parts)})" if parts else ""))
+        pieces.append(f"loss {_three_digits(row['loss'])}" + (f" ({', '.join(parts)})" if parts else ""))
     else:
         pieces += parts
-    for name, label, spec in _SHOWN:
+    for name, label, spec in _PROGRESS_METRICS:
         if name in row:
             pieces.append(f"{label} {float(row[name]):{spec}}")
     return "  ".join([*pieces, *tail])
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, or of the one in a folder, without a last line torn by a kill. NotFound if there
-    is none; BadFile if it cannot be read, or a line before the last is damaged.
+    """The rows of a metrics.jsonl, or of the one in a folder, without an incomplete last line. NotFound if there is
+    none; BadFile if it cannot be read, or a line before the last is damaged.
     """
     path = Path(path)
     path = path / METRICS_FILE if path.is_dir() and path.name != METRICS_FILE else path
@@ -239,19 +239,19 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     return rows
 
 
-def _plain(value: Any) -> float | int | None:
-    """A number of any library as Python's own; None for what JSON cannot say."""
+def _json_number(value: Any) -> float | int | None:
+    """A number of any library as Python's int or float; None if it is not finite."""
     value = value.item() if hasattr(value, "item") else value
     if isinstance(value, int):
         return int(value)
     return float(value) if math.isfinite(value) else None
 
 
-def _short(value: float) -> str:
-    """Three digits that matter.
+def _three_digits(value: float) -> str:
+    """A number with three significant digits; from 100 on, all digits before the point.
 
     Example:
-        >>> [_short(v) for v in (12345.6, 12.34, 0.00123, 0.0, 1e-7)]
+        >>> [_three_digits(v) for v in (12345.6, 12.34, 0.00123, 0.0, 1e-7)]
         ['12,346', '12.3', '0.00123', '0', '1e-07']
     """
     value = float(value)
@@ -259,9 +259,9 @@ def _short(value: float) -> str:
 
 
 class Pace:
-    """How fast steps go, lately, and how long the rest of `total` takes, `first` of which were done before.
+    """The recent rate of steps, and the time left until step `total`; the first `first` steps were done before.
 
-    The rate leaves out announced pauses; the time left includes them in their share so far.
+    The rate leaves out pauses; the time left includes pauses at their share of the time so far.
 
     Example:
         >>> clock = iter([0.0, 10.0]); pace = Pace(100, 0, now=lambda: next(clock)); pace.mark(20)
@@ -286,29 +286,29 @@ class Pace:
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
         """Leave the time of the block out of the rate."""
-        begun = self._now()
+        started = self._now()
         try:
             yield
         finally:
-            self._paused += self._now() - begun
+            self._paused += self._now() - started
 
-    def mark(self, done: int) -> None:
+    def mark(self, n_done: int) -> None:
         active = self.seconds() - self._paused
-        if done <= self._marks[-1][0]:
+        if n_done <= self._marks[-1][0]:
             return
-        self._marks.append((done, active))
-        while len(self._marks) > _MARKS and self._marks[1][1] < active - _WINDOW:
+        self._marks.append((n_done, active))
+        while len(self._marks) > _MIN_MARKS and self._marks[1][1] < active - _WINDOW:
             self._marks.popleft()
 
     def steps_per_second(self) -> float:
         """Over about the last minute; NaN while unknown."""
-        (first, began), (last, ended) = self._marks[0], self._marks[-1]
-        return (last - first) / (ended - began) if ended > began else math.nan
+        (first, first_time), (last, last_time) = self._marks[0], self._marks[-1]
+        return (last - first) / (last_time - first_time) if last_time > first_time else math.nan
 
     def seconds_left(self) -> float:
         """Until the last step; NaN while unknown."""
-        done = self._marks[-1][0]
+        n_done = self._marks[-1][0]
         rate = self.steps_per_second()
         if not rate > 0:
             return math.nan
-        return (self._total - done) * (1 / rate + self._paused / max(1, done - self._first))
+        return (self._total - n_done) * (1 / rate + self._paused / max(1, n_done - self._first))

@@ -1,4 +1,4 @@
-"""Where a training's metrics can go besides its own file: Weights & Biases, TensorBoard."""
+"""Loggers of a training's metrics besides its own file: Weights & Biases, TensorBoard."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ class TrainingRun:
 
     folder: Path
     config: Mapping[str, Any]
-    first_step: int = 0  # steps done before this process; more than 0 when a stopped run goes on
-    earlier: Iterable[Mapping[str, Any]] = field(default=())  # sent again to a logger that did not exist then
+    first_step: int = 0  # steps done before this process; above 0 when a stopped run resumes
+    earlier: Iterable[Mapping[str, Any]] = field(default=())  # rows of those steps, sent to a logger that is new
 
     @property
     def name(self) -> str:
         return self.folder.resolve().name
 
     def plain_config(self) -> dict[str, Any]:
-        """The hyperparameters for JSON; other values become text."""
+        """The hyperparameters as JSON values; values of other types become strings."""
         return json.loads(json.dumps(dict(self.config), default=str))
 
 
@@ -60,7 +60,7 @@ def check_logger(name: str) -> None:
     if name == "none":
         return
     spec = importlib.util.find_spec(name)
-    # Without an origin it is no package but some folder of that name, such as W&B leaves behind.
+    # Without an origin it is not a package but a folder of that name, such as W&B creates.
     if spec is None or spec.origin is None:
         raise NotFound(
             f"the {name} logger needs the package {name!r}, which is not installed.",
@@ -96,18 +96,20 @@ class _WeightsAndBiases:
         import wandb
 
         id_path = run.folder / "wandb" / _ID_FILE
-        known = _run_id(id_path) if run.first_step else None
-        identity = known or uuid.uuid4().hex[:8]
+        stored_id = _run_id(id_path) if run.first_step else None
+        identity = stored_id or uuid.uuid4().hex[:8]
+        # Its messages and its capture of the terminal would interfere with ours; some come before `init` reads its own.
+        settings = wandb.Settings(silent=True, console="off")
         try:
+            wandb.setup(settings)
             self._run = wandb.init(
                 project=None if os.environ.get("WANDB_PROJECT") else "saeffect",
                 id=identity,
                 name=run.name,
                 dir=str(run.folder),
                 config=run.plain_config(),
-                resume="allow" if known else None,
-                # Its messages and its copy of the terminal would disturb ours.
-                settings=wandb.Settings(silent=True, console="off"),
+                resume="allow" if stored_id else None,
+                settings=settings,
             )
         except wandb.errors.Error as error:
             raise ConfigError(
@@ -122,7 +124,7 @@ class _WeightsAndBiases:
             log(f"Weights & Biases: offline; upload with `wandb sync {runs}`")
         elif not self._run.disabled:
             log(f"Weights & Biases: {self._run.url}")
-        if not known:
+        if not stored_id:
             for row in run.earlier:
                 self.log(row)
 
@@ -166,7 +168,7 @@ class _TensorBoard:
 
     def log(self, row: Mapping[str, Any]) -> None:
         self._add(row)
-        self._writer.flush()  # what waits in its queue is lost when the process is killed
+        self._writer.flush()  # rows in its queue would be lost if the process is killed
 
     def close(self, *, failed: bool) -> None:
         del failed

@@ -1,4 +1,4 @@
-"""From text and a model to SAEs with model cards: what `saeffect train-sae` runs. Read `train_from_recipe`."""
+"""Train SAEs with model cards from a recipe, as `saeffect train-sae` does. Read `train_from_recipe`."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ def train_from_recipe(
 ) -> Mapping[str, Any]:
     """Harvest (or reuse a harvest, or stream), train, measure on held-out text, and write SAEs with model cards.
 
-    `out` is the folder for the SAE, or for several, of their folders; `work` that for activations, which arms with the
-    same model share. If stopped, the same call resumes. Under `torchrun` every process calls it; the first one logs,
-    measures and writes. Returns the measurements in the model card; of several SAEs, one such mapping by name.
-    SaeffectError: anything wrong, where possible before the harvest, and then nothing is written. Interrupted: Ctrl-C.
+    `out` is the folder for the SAE (for several, the parent of their folders); `work` that for activations, which arms
+    with the same model share. If stopped, the same call resumes. Under `torchrun` every process calls it; the first one
+    logs, measures and writes. Returns the measurements in the model card; for several SAEs, by name. SaeffectError:
+    anything wrong, if possible before the harvest, and then nothing is written. Interrupted: Ctrl-C.
     """
     out, work = Path(out), Path(work)
     log = log if is_first() else SILENT
@@ -90,11 +90,11 @@ def train_from_recipe(
     _warn_of_duplicates(recipe, log)
     train_saes(data.source, list(jobs.values()), evaluate=data.while_training, logger=logger, log=log)
     for name, job in jobs.items() if is_first() else ():
-        alone = recipe.of_one(name)
-        if not card_is_current(alone, job.out):
+        single = recipe.of_one(name)
+        if not card_is_current(single, job.out):
             with job.folder(data.source.identity()).held():
                 # Measured on the saved SAE, rounding to half precision included.
-                write_card(alone, job.out, data.at_the_end(load_sae(job.out)), log=log)
+                write_card(single, job.out, data.at_the_end(load_sae(job.out)), log=log)
     barrier()
     measured = {name: measured_before(folder) for name, folder in folders.items()}
     return measured if recipe.saes else measured[""]
@@ -108,9 +108,9 @@ def _warn_of_duplicates(recipe: SaeRecipe, log: Log) -> None:
 
 
 def harvest_from_recipe(recipe: SaeRecipe, *, work: Path | str, log: Log = SILENT) -> list[Path]:
-    """Harvest alone, for every SAE of this model, hook and text: the folders of training and held-out activations,
-    of two models first the base model's. ConfigError if the recipe streams its activations; else as
-    `train_from_recipe`.
+    """Harvest only, for every SAE of this model, hook and text; returns the folders of training and held-out
+    activations (for two models, the base model's first). ConfigError if the recipe streams its activations; other
+    errors as `train_from_recipe`.
     """
     if recipe.activations == "streamed":
         raise ConfigError(
@@ -131,22 +131,22 @@ def harvest_from_recipe(recipe: SaeRecipe, *, work: Path | str, log: Log = SILEN
 
 def text_rows(recipe: SaeRecipe, lm: LanguageModel, *, held_out: bool) -> TokenRows:
     """Packed rows from each source in turn, of training or held-out documents; SaeffectError if a source fails.
-    Documents are shuffled, unless the activations are streamed: then held-out documents keep the order of the text.
+    Documents are shuffled, unless the activations are streamed: then held-out documents keep their order.
     """
-    wanted = recipe.held_out_tokens if held_out else recipe.tokens_a_pass
-    if wanted is None:
+    n_tokens = recipe.held_out_tokens if held_out else recipe.tokens_a_pass
+    if n_tokens is None:
         raise ConfigError("rows of all the text there is would not fit into memory.", at="tokens", fix="give tokens.")
-    n_rows = max(1, wanted // recipe.context_size)
+    n_rows = max(1, n_tokens // recipe.context_size)
     rows: list[Row] = []
     sources: list[int] = []
     for index, row in interleave(*(_stream(recipe, lm, i, held_out=held_out) for i in range(len(recipe.text)))):
         rows.append(row)
         sources.append(index)
         if len(rows) == n_rows:
-            return TokenRows.of(rows, sources, tuple(s.name for s in recipe.text), recipe.positions)
+            return TokenRows.from_rows(rows, sources, tuple(s.name for s in recipe.text), recipe.positions)
     raise EmptySelection(
         f"the text gives {len(rows) * recipe.context_size:,} tokens in equal parts from each source;"
-        f" {wanted:,} are wanted.",
+        f" {n_tokens:,} are wanted.",
         at="held_out_tokens" if held_out else "tokens",
         fix="give more text, or ask for fewer tokens.",
     )
@@ -158,24 +158,26 @@ def _stream(recipe: SaeRecipe, lm: LanguageModel, index: int, *, held_out: bool)
         documents = read_corpus(source, chat=recipe.format == "chat")
         texts = (t for t in documents if is_held_out(t, recipe.held_out) == held_out)
         if recipe.activations == "shards":
-            everything = list(texts)
-            order = np.random.default_rng([recipe.text_seed, index]).permutation(len(everything))
-            texts = (everything[i] for i in order)
+            shuffled = list(texts)
+            order = np.random.default_rng([recipe.text_seed, index]).permutation(len(shuffled))
+            texts = (shuffled[i] for i in order)
         yield from cut_rows(lm, texts, recipe.context_size, recipe)
     except SaeffectError as error:
         raise error.placed(f"text.{index}") from None
 
 
 def _load(recipe: SaeRecipe, log: Log) -> list[LanguageModel]:
-    """The model, or the base and the tuned model, with the base model's tokenizer."""
+    """The model, or the base and the tuned model, both with the base model's tokenizer."""
     configs = {"model": recipe.model} | ({} if recipe.tuned is None else {"tuned": recipe.tuned})
     if is_first():
         for key, config in configs.items():
-            locate_model(config, log=log, at=key)  # one process fetches what is to be fetched
+            locate_model(config, log=log, at=key)  # only one process downloads
     barrier()
-    starts = {name: config.init_from for name, config in recipe.trainings().items() if config.init_from is not None}
-    words = {name or "init_from": read_sae_config(start).metadata.get("prepend_bos") for name, start in starts.items()}
-    bos = resolve_prepend_bos(recipe.bos, words)
+    sources = {name: config.init_from for name, config in recipe.trainings().items() if config.init_from is not None}
+    prepend_bos = {
+        name or "init_from": read_sae_config(start).metadata.get("prepend_bos") for name, start in sources.items()
+    }
+    bos = resolve_prepend_bos(recipe.bos, prepend_bos)
     lms: list[LanguageModel] = []
     for key, config in configs.items():
         lm = replace(load_language_model(config, log=log, at=key), prepend_bos=bos)
@@ -191,26 +193,28 @@ def _load(recipe: SaeRecipe, log: Log) -> list[LanguageModel]:
 @dataclass(frozen=True, eq=False)
 class _Data:
     recipe: SaeRecipe
-    lms: list[LanguageModel]  # the model, or the base and the tuned one
-    source: ActivationSource  # to train on
-    limits: list[NormLimit]  # which positions count, in each model
-    held_out: ShardSource  # to measure on
-    rows: TokenRows  # their text
+    lms: list[LanguageModel]  # the model, or the base and the tuned model
+    source: ActivationSource  # for training
+    limits: list[NormLimit]  # of each model
+    held_out: ShardSource  # for measuring
+    rows: TokenRows  # the held-out text
     text: str  # SHA-256 of the training text
 
     def while_training(self, sae: SparseAutoencoder) -> dict[str, float]:
-        """The measures taken during training, on a part of the held-out text."""
-        found = self._measure(sae, self.recipe.evaluation_tokens, self.recipe.evaluation_rows)
+        """Measures during training, on a part of the held-out text."""
+        measured = self._measure(sae, self.recipe.evaluation_tokens, self.recipe.evaluation_rows)
         names = ("explained_variance", "l2_ratio", "l0", "mean_log10_density", "ce_loss_score")
-        return {"dead": round(found["dead_share"] * sae.cfg.d_sae)} | {name: found[name] for name in names}
+        return {"dead": round(measured["dead_share"] * sae.cfg.d_sae)} | {name: measured[name] for name in names}
 
     def at_the_end(self, sae: SparseAutoencoder) -> dict[str, float]:
         return self._measure(sae, self.recipe.held_out_tokens, self.recipe.ce_rows)
 
     def _measure(self, sae: SparseAutoencoder, n_tokens: int, n_rows: int) -> dict[str, float]:
         head = self.rows.head(n_rows)
-        rebuilt = sae if self.recipe.tuned is None else partial(self._rebuilt, sae)
-        losses = spliced_losses(self.lms[-1], rebuilt, self.recipe.hook, head.ids, self.limits[-1], counts=head.counts)
+        reconstruct = sae if self.recipe.tuned is None else partial(self._reconstruct, sae)
+        losses = spliced_losses(
+            self.lms[-1], reconstruct, self.recipe.hook, head.ids, self.limits[-1], counts=head.counts
+        )
         return reconstruction(sae, self.held_out.sample(n_tokens)) | {
             "ce_loss_score": losses.ce_loss_score,
             "ce_clean": losses.clean,
@@ -219,8 +223,8 @@ class _Data:
             "ce_tokens": losses.n_tokens,
         }
 
-    def _rebuilt(self, sae: SparseAutoencoder, ids: Tensor, x: Tensor) -> Tensor:
-        """The tuned model's activations as the SAE of both models rebuilds them, from them and the base model's."""
+    def _reconstruct(self, sae: SparseAutoencoder, ids: Tensor, x: Tensor) -> Tensor:
+        """The tuned model's activations `x`, reconstructed by an SAE that also reads the base model's."""
         base, how = capture(self.lms[0], self.recipe.hook, ids).to(x.device), self.recipe.combination
         assert how is not None
         sae_out = sae(combined(base, x, how).cpu()).to(x.device)
@@ -235,7 +239,7 @@ def _activations(
     *,
     refuse: Callable[[str], None] = lambda _: None,
 ) -> _Data:
-    """All text first, then whatever else can be refused (given the activations' identity), then the model's work."""
+    """Tokenise all text, run the checks (`refuse` gets the activations' identity), then harvest or open streams."""
     lm, how, streamed = lms[0], recipe.combination, recipe.activations == "streamed"
     rows = {} if streamed else {"train": text_rows(recipe, lm, held_out=False)}
     rows["held-out"] = text_rows(recipe, lm, held_out=True)
@@ -248,15 +252,15 @@ def _activations(
     ]
     refuse(identities[0] if how is None else paired_identity(identities[0], identities[1], how))
     stores = {}
-    for part, ids in rows.items():
-        folders = [work / f"{part}-{fingerprint([m.identity, recipe.hook, ids.identity()])[:16]}" for m in lms]
-        stores[part] = [harvest(m, recipe.hook, ids, out, log=log) for m, out in zip(lms, folders, strict=True)]
+    for split, part in rows.items():
+        folders = [work / f"{split}-{fingerprint([m.identity, recipe.hook, part.identity()])[:16]}" for m in lms]
+        stores[split] = [harvest(m, recipe.hook, part, out, log=log) for m, out in zip(lms, folders, strict=True)]
     shards: dict[str, ShardSource] = {
-        part: found[0] if how is None else PairedStore.open(found[0], found[1], how) for part, found in stores.items()
+        split: pair[0] if how is None else PairedStore.open(pair[0], pair[1], how) for split, pair in stores.items()
     }
     source: ActivationSource
     if streamed:
-        source = streams[0] if how is None else PairedStream.of(streams[0], streams[1], how)
+        source = streams[0] if how is None else PairedStream.from_streams(streams[0], streams[1], how)
         limits, digest = [stream.limit for stream in streams], text.identity()
     else:
         source, limits = shards["train"], [store.norm_limit() for store in stores["train"]]
@@ -265,16 +269,18 @@ def _activations(
 
 
 def _metadata(recipe: SaeRecipe, config: SaeTrainingConfig, data: _Data) -> dict[str, Any]:
-    a_pass = recipe.tokens_a_pass
-    seen = config.steps * config.batch_size if config.steps is not None else (a_pass or 0) * config.epochs
-    found: dict[str, Any] = {
+    tokens_a_pass = recipe.tokens_a_pass
+    n_training_tokens = (
+        config.steps * config.batch_size if config.steps is not None else (tokens_a_pass or 0) * config.epochs
+    )
+    metadata: dict[str, Any] = {
         "model_name": recipe.model.path,
         "adapter": recipe.model.adapter,
         "hook_name": recipe.hook,
         "context_size": recipe.context_size,
         "prepend_bos": data.lms[0].bos_id is not None,
-        "training_tokens": seen,
-        "unique_tokens": None if a_pass is None else min(a_pass, seen),
+        "training_tokens": n_training_tokens,
+        "unique_tokens": None if tokens_a_pass is None else min(tokens_a_pass, n_training_tokens),
         "training_text": "+".join(s.name for s in recipe.text),
         "training_text_sha256": data.text,
         "held_out_text_sha256": data.rows.identity(),
@@ -288,19 +294,23 @@ def _metadata(recipe: SaeRecipe, config: SaeTrainingConfig, data: _Data) -> dict
         "activation_dtype": str(data.lms[0].dtype).removeprefix("torch."),
     }
     if recipe.tuned is not None:
-        found |= {"tuned_name": recipe.tuned.path, "tuned_adapter": recipe.tuned.adapter, "reads": recipe.combination}
+        metadata |= {
+            "tuned_name": recipe.tuned.path,
+            "tuned_adapter": recipe.tuned.adapter,
+            "reads": recipe.combination,
+        }
     if config.steps is None:
-        found["epochs"] = config.epochs
+        metadata["epochs"] = config.epochs
     if recipe.format == "chat":
-        found |= {"text_format": "chat", "positions": list(recipe.positions)}
-    return found
+        metadata |= {"text_format": "chat", "positions": list(recipe.positions)}
+    return metadata
 
 
 # Checks before anything heavy starts and before anything is written.
 
 
 def _refuse_before_loading(recipe: SaeRecipe, logger: LoggerName = "none") -> None:
-    """Checks that need no weights: logger, texts, and `init_from`, hook and rows by the model's sizes."""
+    """Checks that need no weights: logger, texts; `init_from`, hook and rows against the model's sizes."""
     check_logger(logger)
     for index, source in enumerate(recipe.text):
         try:
@@ -309,8 +319,8 @@ def _refuse_before_loading(recipe: SaeRecipe, logger: LoggerName = "none") -> No
             raise error.placed(f"text.{index}") from None
     if recipe.tuned is not None:
         locate_model(recipe.tuned, at="tuned")
-    model = locate_model(recipe.model, at="model")
-    shape = model_shape(model)
+    location = locate_model(recipe.model, at="model")
+    shape = model_shape(location)
     if shape is not None:
         parse_hook(recipe.hook, shape.n_layers, at="hook")
         if shape.n_positions and recipe.context_size > shape.n_positions:
@@ -319,24 +329,24 @@ def _refuse_before_loading(recipe: SaeRecipe, logger: LoggerName = "none") -> No
                 at="context_size",
                 fix=f"set context_size to {shape.n_positions} or less.",
             )
-    for place, config in _places(recipe):
+    for section, config in _sections(recipe):
         if config.init_from is None:
             continue
-        cfg = read_sae_config(config.init_from, at=f"{place}.init_from")
-        for name, found, wanted in (
+        cfg = read_sae_config(config.init_from, at=f"{section}.init_from")
+        for name, stored, expected in (
             ("d_sae", cfg.d_sae, config.d_sae),
             ("d_in", cfg.d_in, cfg.d_in if shape is None else paired_width(shape.d_model, recipe.combination)),
         ):
-            if found != wanted:
+            if stored != expected:
                 raise IncompatibleSae(
-                    f"this SAE has {name}={found}, but the one to be trained has {name}={wanted}.",
-                    at=f"{place}.init_from",
+                    f"this SAE has {name}={stored}, but the one to be trained has {name}={expected}.",
+                    at=f"{section}.init_from",
                     fix="start from an SAE of the same size, trained at a hook of this model.",
                 )
 
 
 def _refuse_unfit_model(recipe: SaeRecipe, lm: LanguageModel) -> None:
-    """Checks on the loaded model: whether it has the hook, and `init_from` fits."""
+    """Checks on the loaded model: it has the hook, and `init_from` fits."""
     parse_hook(recipe.hook, lm.n_layers, at="hook")
     try:
         with edited(lm, recipe.hook, lambda x: x):
@@ -344,21 +354,21 @@ def _refuse_unfit_model(recipe: SaeRecipe, lm: LanguageModel) -> None:
     except SaeffectError as error:
         error.at = "hook"
         raise
-    for place, config in _places(recipe):
+    for section, config in _sections(recipe):
         if config.init_from is not None:
-            # The same copy as at the start of training, so that it cannot fail there.
+            # Copied as at the start of training, so that it cannot fail there.
             sae = new_sae(config, paired_width(lm.d_model, recipe.combination))
-            copy_weights(config.init_from, sae, 1.0, unit_decoder=config.unit_decoder, at=f"{place}.init_from")
+            copy_weights(config.init_from, sae, 1.0, unit_decoder=config.unit_decoder, at=f"{section}.init_from")
 
 
 def _refuse_before_harvest(
     recipe: SaeRecipe, lms: list[LanguageModel], rows: Iterable[TokenRows], work: Path, *, n_training_rows: int | None
 ) -> None:
-    """Checks on the tokenised text: whether there is a batch, and disk space for the activations."""
-    most = None if n_training_rows is None else n_training_rows * (recipe.context_size - 1)
-    if most is not None and most < recipe.sae.batch_size:
+    """Checks on the tokenised text: it fills a batch, and the disk has space for the activations."""
+    max_tokens = None if n_training_rows is None else n_training_rows * (recipe.context_size - 1)
+    if max_tokens is not None and max_tokens < recipe.sae.batch_size:
         raise EmptySelection(
-            f"the text gives at most {most:,} activations, fewer than one batch of {recipe.sae.batch_size:,}.",
+            f"the text gives at most {max_tokens:,} activations, fewer than one batch of {recipe.sae.batch_size:,}.",
             at="sae.batch_size",
             fix="give more text, or a smaller batch_size.",
         )
@@ -367,14 +377,14 @@ def _refuse_before_harvest(
 
 
 def _refuse_unwritable_folders(folders: Mapping[str, Path]) -> None:
-    """Refuse folders, by their option, that could not be made or written, without making them."""
+    """BadFile for folders (by their option) that could not be created or written; none is created."""
     for option, folder in folders.items():
-        there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
-        if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+        existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(parent))
+        if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
             continue
-        why = f"{str(there)!r} is a file" if not there.is_dir() else f"{str(there)!r} may not be written"
+        why = f"{str(existing)!r} is a file" if not existing.is_dir() else f"{str(existing)!r} may not be written"
         raise BadFile(f"nothing can be put into {str(folder)!r}: {why}.", at=option, fix="choose another folder.")
 
 
-def _places(recipe: SaeRecipe) -> Iterable[tuple[str, SaeTrainingConfig]]:
+def _sections(recipe: SaeRecipe) -> Iterable[tuple[str, SaeTrainingConfig]]:
     return [(f"saes.{name}" if name else "sae", config) for name, config in recipe.trainings().items()]

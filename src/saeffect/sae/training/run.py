@@ -1,4 +1,4 @@
-"""One SAE in training: how it begins and resumes, its checkpoints, what is measured, and what is saved at the end."""
+"""One SAE in training: start and resume, checkpoints, measurements, and saving at the end."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["Evaluation", "Position", "SaeJob", "SaeRun", "copy_weights"]
 
 Evaluation = Callable[[SparseAutoencoder], Mapping[str, float]]
 
-_MOST_LINES = 200  # of metrics, unless the recipe says how often: a curve is drawn from no more
+_MAX_LINES = 200  # of metrics, unless the recipe sets how often: a curve needs no more
 _CFG = "cfg.json"
 _LEAVES = (WEIGHTS, _CFG, SPARSITY, METRICS_FILE, *FIGURES, "training.json", "README.md")
 
@@ -37,11 +37,11 @@ _LEAVES = (WEIGHTS, _CFG, SPARSITY, METRICS_FILE, *FIGURES, "training.json", "RE
 class SaeJob:
     config: SaeTrainingConfig
     out: Path
-    metadata: Mapping[str, Any] = field(default_factory=dict)  # where the activations come from; kept in cfg.json
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # origin of the activations; saved in cfg.json
     dtype: str = "float16"  # of the saved weights
 
     def folder(self, activations: str) -> TrainingFolder:
-        """The job's folder, if it trains on activations of this identity."""
+        """The job's folder for training on activations of this identity."""
         return TrainingFolder(self.out, self._made_by(activations), _LEAVES, keep=self.config.keep_checkpoints)
 
     def refuse_strangers(self) -> None:
@@ -49,22 +49,24 @@ class SaeJob:
         TrainingFolder(self.out, "", _LEAVES).refuse_strangers()
 
     def complete(self, activations: str) -> None:
-        """In the folder of a finished SAE: make again what needs no training, and remove half-written files."""
+        """Repair the folder of a finished SAE: rewrite cfg.json and figures if damaged, remove half-written files."""
         folder = self.folder(activations)
         cfg = (folder.note() or {}).get("cfg")
-        damaged = isinstance(cfg, dict) and isinstance(cfg.get("metadata"), dict) and not _says(self.out / _CFG, cfg)
-        drawn = [self.out / name for name in FIGURES]
-        undrawn = any(not path.is_file() or not path.stat().st_size for path in drawn)
-        if damaged or undrawn or folder.checkpoint.owner() is not None:
+        damaged = (
+            isinstance(cfg, dict) and isinstance(cfg.get("metadata"), dict) and not _contains(self.out / _CFG, cfg)
+        )
+        figures = [self.out / name for name in FIGURES]
+        needs_figure = any(not path.is_file() or not path.stat().st_size for path in figures)
+        if damaged or needs_figure or folder.checkpoint.owner() is not None:
             with folder.held():
                 if damaged:
                     write_json(self.out / _CFG, cfg)
-                if undrawn:
+                if needs_figure:
                     save_training_figure(self.out)
                 folder.checkpoint.drop_all()
 
     def _made_by(self, activations: str) -> str:
-        """Fingerprint of everything that decides the weights, without how often things are written."""
+        """Fingerprint of everything that decides the weights; how often things are written does not."""
         config = self.config.model_dump(
             mode="json",
             exclude={"metrics_every", "evaluate_every", "checkpoint_every", "keep_checkpoints", "init_from"},
@@ -75,21 +77,21 @@ class SaeJob:
 
 @dataclass(frozen=True)
 class Position:
-    """The next batch, or the one just taken: its step, its pass over the data, its number within the pass."""
+    """Position of a batch: its step, its pass over the data (`epoch`), and its number within the pass."""
 
     step: int
     epoch: int
     index: int
 
 
-def _says(path: Path, cfg: dict[str, Any]) -> bool:
-    """Whether a cfg.json says all that training wrote into it; its metadata may say more by now."""
-    found = None
+def _contains(path: Path, cfg: dict[str, Any]) -> bool:
+    """Whether the cfg.json at `path` contains `cfg`, as training wrote it; its metadata may have further keys."""
+    stored = None
     with contextlib.suppress(SaeffectError):
-        found = read_json(path)
-    if not isinstance(found, dict) or not isinstance(found.get("metadata"), dict):
+        stored = read_json(path)
+    if not isinstance(stored, dict) or not isinstance(stored.get("metadata"), dict):
         return False
-    return found | cfg | {"metadata": found["metadata"] | cfg["metadata"]} == found
+    return stored | cfg | {"metadata": stored["metadata"] | cfg["metadata"]} == stored
 
 
 class SaeRun:
@@ -103,16 +105,16 @@ class SaeRun:
         if config.init_from is not None:
             copy_weights(config.init_from, sae, scale, unit_decoder=config.unit_decoder, at="init_from")
         self.trainer = TrainingStep(sae, config, total_steps)
-        self._metrics_every = config.metrics_every or max(30, -(-total_steps // _MOST_LINES))
+        self._metrics_every = config.metrics_every or max(30, -(-total_steps // _MAX_LINES))
         self.step = self.trainer.__call__
-        self.next_batch = torch.zeros(2, dtype=torch.int64)  # its pass over the data, its number within the pass
+        self.next_batch = torch.zeros(2, dtype=torch.int64)  # its epoch, its number within the epoch
         self.checkpoint = self.folder.checkpoint
 
     def restore(self, step: int) -> None:
         self.checkpoint.restore(self.trainer.leaves, self.trainer.optimizer, self._state(), step=step)
 
     def save_checkpoint(self, position: Position) -> None:
-        """Keep the state after the step at `position`; older ones stay. BadFile: weights not finite, disk full."""
+        """Save the state after the step at `position`; older ones stay. BadFile: weights not finite, disk full."""
         self._refuse_broken(position.step)
         self.next_batch.copy_(torch.tensor([position.epoch, position.index + 1]))
         self.checkpoint.save(
@@ -128,8 +130,8 @@ class SaeRun:
             raise self._diverged(f"the gradient's norm became {report.gradient_norm}", step)
 
     def record(self, log: TrainingLog, step: int, report: StepReport, x: Tensor, evaluate: Evaluation | None) -> None:
-        """After a step, write what is due: metrics, a measurement on held-out text (by `evaluate`, of an SAE in
-        unscaled units), a note of resampled features. `x` is the whole batch, unscaled.
+        """Write what is due after a step: metrics, a measurement on held-out text (by `evaluate`, which takes an SAE
+        in unscaled units), the number of resampled features. `x` is the whole batch, unscaled.
         """
         config, last = self.job.config, step + 1 == self.trainer.total_steps
         if report.n_resampled:
@@ -142,7 +144,7 @@ class SaeRun:
             log.metrics(step, measured, kind="evaluation")
 
     def finish(self) -> None:
-        """Save the SAE, draw the curve, and note that the training is done; the checkpoints stay."""
+        """Save the SAE, draw the curves, and note that the training is finished; the checkpoints stay."""
         self._refuse_broken(self.trainer.total_steps - 1)
         out = self.job.out
         save_sae(self._folded(), out, dtype=self.job.dtype, sparsity=self.trainer.log10_density().cpu())
@@ -153,11 +155,11 @@ class SaeRun:
         return self.trainer.state() | {"next_batch": self.next_batch}
 
     def _folded(self) -> SparseAutoencoder:
-        trained = self.trainer.sae
-        twin = new_sae(self.job.config, trained.cfg.d_in)
-        twin.load_state_dict(trained.state_dict())
-        twin.fold_scale(self.scale)
-        sae = twin.for_inference()
+        sae_in_training = self.trainer.sae
+        copy = new_sae(self.job.config, sae_in_training.cfg.d_in)
+        copy.load_state_dict(sae_in_training.state_dict())
+        copy.fold_scale(self.scale)
+        sae = copy.for_inference()
         sae.cfg = replace(sae.cfg, metadata={**sae.cfg.metadata, **self.job.metadata})
         return sae.eval().requires_grad_(False)
 
@@ -181,9 +183,9 @@ class SaeRun:
                 raise self._diverged(f"{name} became NaN or infinite", step)
 
     def _diverged(self, what: str, step: int) -> BadFile:
-        kept = self.checkpoint.steps()
-        goes_on = f"; it goes on from the checkpoint after step {kept[-1]:,}" if kept else ""
-        fix = f"look for NaN in the activations, lower learning_rate or clip gradients{goes_on}."
+        steps = self.checkpoint.steps()
+        resume = f"; it goes on from the checkpoint after step {steps[-1]:,}" if steps else ""
+        fix = f"look for NaN in the activations, lower learning_rate or clip gradients{resume}."
         return BadFile(f"{what} at step {step:,}.", at=str(self.job.out), fix=fix)
 
 
@@ -193,35 +195,35 @@ def copy_weights(
 ) -> None:
     """Copy the weights of an SAE on disk into one that is about to be trained on scaled inputs.
 
-    Every feature keeps its index, so that SAEs of different arms line up. The source, which takes unscaled activations,
-    may have another architecture; what can be kept of it is:
+    Every feature keeps its index, so that SAEs of different arms are aligned. The source, which takes unscaled
+    activations, may have another architecture; what is kept:
 
     | from \\ to | standard, topk | batchtopk, matryoshka | jumprelu | gated |
     |---|---|---|---|---|
-    | standard, topk | as it is | threshold 0 | threshold of a fresh start | both biases alike |
-    | jumprelu | threshold dropped | median of the thresholds | as it is | exactly |
-    | gated | gates dropped | median of the thresholds | exactly | as it is |
+    | standard, topk | unchanged | threshold 0 | thresholds as initialised | both biases equal |
+    | jumprelu | thresholds dropped | median of the thresholds | unchanged | exact |
+    | gated | gates dropped | median of the thresholds | exact | unchanged |
 
-    Where a threshold or a gate is dropped, features fire more often at first; the penalty, or k, takes over. `sae` is
-    changed in place, leaves included; a JumpReLU SAE must have its starting thresholds. `scale` is the factor of the
-    inputs in training: biases and thresholds grow by it (`fold_scale` undoes that). IncompatibleSae: another d_in or
-    d_sae, or a source that normalises or centres inputs as `sae` does not.
+    Where thresholds or gates are dropped, features fire more often until the penalty, or k, limits them. `sae` is
+    changed in place, leaves included; a JumpReLU SAE must have its initial thresholds. `scale` is the factor of the
+    inputs in training: biases and thresholds are multiplied by it (`fold_scale` is the inverse). IncompatibleSae:
+    another d_in or d_sae, or a source that normalises or centres inputs as `sae` does not.
     """
-    loaded = load_sae(source, at=at)
+    source_sae = load_sae(source, at=at)
     fixes = {
         "d_in": "start from an SAE of the same size, at the same hook.",
-        "d_sae": f"set d_sae to {loaded.cfg.d_sae}: features keep their index.",
+        "d_sae": f"set d_sae to {source_sae.cfg.d_sae}: features keep their index.",
         "normalize_activations": "start from an SAE that takes the residual stream as it is.",
         "centre_input": "start from an SAE that takes the residual stream as it is.",
     }
     for name, fix in fixes.items():
-        found, expected = getattr(loaded.cfg, name), getattr(sae.cfg, name)
-        if found != expected:
-            said = f"this SAE has {name}={found!r}, but the one to be trained has {name}={expected!r}."
-            raise IncompatibleSae(said, at=at or str(source), fix=fix)
-    fresh = {name: t.clone() for name, t in sae.named_parameters() if name == "threshold"}
-    sae.start_from(loaded, unit_decoder=unit_decoder)
+        stored, expected = getattr(source_sae.cfg, name), getattr(sae.cfg, name)
+        if stored != expected:
+            message = f"this SAE has {name}={stored!r}, but the one to be trained has {name}={expected!r}."
+            raise IncompatibleSae(message, at=at or str(source), fix=fix)
+    start_thresholds = {name: t.clone() for name, t in sae.named_parameters() if name == "threshold"}
+    sae.start_from(source_sae, unit_decoder=unit_decoder)
     sae.fold_scale(1.0 / scale)
-    if loaded.as_start().threshold is None:
-        for name, tensor in fresh.items():  # starts in units of scaled inputs, as it was
+    if source_sae.as_start().threshold is None:
+        for name, tensor in start_thresholds.items():  # in units of scaled inputs, as initialised
             sae.get_parameter(name).copy_(tensor)

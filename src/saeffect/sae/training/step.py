@@ -1,4 +1,4 @@
-"""One step of training, and what changes from step to step. Read `TrainingStep.__call__` downwards."""
+"""One step of training, and its schedules. Read `TrainingStep.__call__` downwards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from saeffect.sae.training.config import SaeTrainingConfig
 
 __all__ = ["StepReport", "TrainingStep", "gradient_norm", "new_sae", "penalty_coefficient", "rate_factor", "resample"]
 
-# Anthropic's choice: a new feature starts with an encoder row a fifth as long as those of living features.
+# Anthropic's choice: a resampled feature's encoder row starts a fifth as long as the mean of alive features'.
 _ENCODER_SHARE = 0.2
 
 
@@ -39,11 +39,11 @@ def new_sae(config: SaeTrainingConfig, d_in: int) -> TrainableSae:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step did, over all processes."""
+    """Result of a step, over all processes."""
 
     losses: dict[str, float]  # terms by name; "mse" is always there
     l0: float  # mean active features a token
-    n_resampled: int  # features that were started anew after the step
+    n_resampled: int  # features resampled after the step
     gradient_norm: float  # before clipping; NaN if gradients are not clipped
     stop: bool = False  # whether any process asked to stop
 
@@ -53,7 +53,7 @@ class StepReport:
 
 
 class TrainingStep:
-    """An SAE, its weights set, with optimizer and counters; call it with a batch of scaled inputs to move one step."""
+    """An initialised SAE with optimizer and counters; call it with a batch of scaled inputs to do one step."""
 
     def __init__(self, sae: TrainableSae, config: SaeTrainingConfig, total_steps: int) -> None:
         self.sae, self.config, self.total_steps = sae, config, total_steps
@@ -82,8 +82,8 @@ class TrainingStep:
 
     @torch.no_grad()
     def __call__(self, step: int, x: Tensor, n_tokens: int | None = None, *, stop: bool = False) -> StepReport:
-        """Move step number `step`, from 0. `x` is this process's part of the batch, scaled, float32 `[n, d_in]`;
-        `n_tokens` counts the whole batch. `stop`: this process was asked to stop; the report says whether any was.
+        """Do step number `step`, from 0. `x` is this process's part of the batch, scaled, float32 `[n, d_in]`;
+        `n_tokens` counts the whole batch. `stop`: this process was asked to stop; the report has whether any was.
         """
         n_tokens = len(x) if n_tokens is None else n_tokens
         self.optimizer.param_groups[0]["lr"] = self.config.learning_rate * rate_factor(
@@ -98,22 +98,22 @@ class TrainingStep:
             tangent=self.config.unit_decoder and self.sae.leaves_out_parallel,
         )
         result = self.sae.accumulate_gradients(x, inputs)
-        measured = torch.stack([*result.losses.values(), torch.tensor(float(stop), device=x.device)])
-        add_up(measured, result.fired, *(self.sae.gradient(name) for name in self.leaves))
+        sums = torch.stack([*result.losses.values(), torch.tensor(float(stop), device=x.device)])
+        add_up(sums, result.fired, *(self.sae.gradient(name) for name in self.leaves))
         self._count(result.fired, n_tokens)
         norm = math.nan
-        if math.isfinite(float(measured.sum())):
+        if math.isfinite(float(sums.sum())):
             self.sae.before_step(inputs)
             if self.config.clip_gradient_norm is not None:
                 norm = self._clip(self.config.clip_gradient_norm)
             self.optimizer.step()
             self.sae.after_step(inputs)
         return StepReport(
-            dict(zip(result.losses, measured.tolist(), strict=False)),
+            dict(zip(result.losses, sums.tolist(), strict=False)),
             float(result.fired.sum()) / n_tokens,
             self._resample(step, x, result.sae_out),
             norm,
-            stop=bool(measured[-1] > 0),
+            stop=bool(sums[-1] > 0),
         )
 
     def log10_density(self) -> Tensor:
@@ -122,10 +122,10 @@ class TrainingStep:
         return ((self.fired + self.fired_before).double() / max(tokens, 1) + 1e-10).log10().float()
 
     def _clip(self, longest: float) -> float:
-        """Have the optimizer shorten the gradients to `longest`; their norm before."""
+        """Let the optimizer scale the gradients down to the norm `longest`; returns their norm before."""
         norm = gradient_norm([self.sae.gradient(name) for name in self.leaves])
-        # Fused Adam divides by this number as it reads a gradient (mixed precision unscales that way), which
-        # spares a pass over all of them.
+        # Fused Adam divides gradients by this number while it reads them (meant for mixed precision), which saves a
+        # pass over all of them.
         scale = torch.tensor(norm / longest, device=self.sae.W_dec.device) if norm > longest else None
         self.optimizer.grad_scale = scale  # type: ignore[attr-defined]
         return norm
@@ -137,7 +137,7 @@ class TrainingStep:
         self.tokens_counted[0] += n_tokens
 
     def _resample(self, step: int, x: Tensor, sae_out: Tensor) -> int:
-        """Close the window of counts if it is full, and resample dead features if due; how many."""
+        """At the end of a window of counts, start the next, and resample dead features if due; returns how many."""
         config, n_resampled = self.config, 0
         if (step + 1) % config.dead_window:
             return 0
@@ -156,7 +156,7 @@ class TrainingStep:
 
 
 def gradient_norm(gradients: Sequence[Tensor]) -> float:
-    """Norm of all gradients together, as in `torch.nn.utils.clip_grad_norm_`; row by row: fast, and with less rounding.
+    """Norm of all gradients together, as in `torch.nn.utils.clip_grad_norm_`; by rows: faster, with less rounding.
 
     Example:
         >>> gradient_norm([torch.tensor([[3.0, 0.0], [0.0, 4.0]]), torch.tensor([12.0])])
@@ -167,7 +167,7 @@ def gradient_norm(gradients: Sequence[Tensor]) -> float:
 
 
 def rate_factor(step: int, total: int, config: SaeTrainingConfig) -> float:
-    """The factor of the learning rate at a step: a rise, a plateau, a fall.
+    """The factor of the learning rate at a step: warm-up, plateau, decay.
 
     Example:
         >>> config = SaeTrainingConfig(warmup_share=0.2, decay_share=0.5)
@@ -183,7 +183,7 @@ def rate_factor(step: int, total: int, config: SaeTrainingConfig) -> float:
 
 
 def penalty_coefficient(step: int, total: int, config: SaeTrainingConfig) -> float:
-    """The sparsity penalty's coefficient at a step: 0 at first, whole after the warm-up.
+    """The sparsity penalty's coefficient at a step: rising from 0, constant after the warm-up.
 
     Example:
         >>> config = SaeTrainingConfig(architecture="standard", l1_coefficient=8.0, penalty_warmup_share=0.4)
@@ -200,22 +200,24 @@ def penalty_coefficient(step: int, total: int, config: SaeTrainingConfig) -> flo
 def resample(
     sae: TrainableSae, optimizer: torch.optim.Optimizer, dead: Tensor, x: Tensor, sae_out: Tensor, *, seed: int
 ) -> None:
-    """Restart dead features, int64 `[n_dead]`, at inputs that the SAE rebuilds badly, and reset the optimizer's
-    moments of them.
+    """Restart dead features, int64 `[n_dead]`, at inputs that the SAE reconstructs badly, and reset their moments in
+    the optimizer.
 
     Inputs are drawn with probability proportional to the square of their loss. The decoder row becomes the input's
-    direction with the mean length of living rows, the encoder row the same direction a fifth as long as living rows,
-    and every other number of the feature (bias, threshold) zero. `x` are this process's scaled inputs, float32 `[n,
-    d_in]`, and `sae_out` their reconstructions; with one `seed` the outcome is the same on every process. Source:
-    Bricken et al. (2023), Towards Monosemanticity, appendix "Neuron resampling".
+    direction with the mean length of alive rows, the encoder row the same direction a fifth as long as alive rows, and
+    bias and threshold become zero. `x` are this process's scaled inputs, float32 `[n, d_in]`, and `sae_out` their
+    reconstructions; with the same `seed` the result is the same in every process. Source: Bricken et al. (2023),
+    Towards Monosemanticity, appendix "Neuron resampling".
     """
     if not len(dead):
         return
     inputs, losses = gathered(x), gathered((x - sae_out).square().sum(1))
-    chance = losses.double().square()
+    weights = losses.double().square()
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.multinomial(chance.cpu() + 1e-30, len(dead), replacement=len(dead) > len(inputs), generator=generator)
-    directions = inputs[drawn.to(x.device)] - sae.b_dec.data
+    chosen = torch.multinomial(
+        weights.cpu() + 1e-30, len(dead), replacement=len(dead) > len(inputs), generator=generator
+    )
+    directions = inputs[chosen.to(x.device)] - sae.b_dec.data
     directions /= directions.norm(dim=1, keepdim=True).clamp_min(1e-8)
     alive = torch.ones(sae.cfg.d_sae, dtype=torch.bool, device=x.device)
     alive[dead] = False

@@ -1,4 +1,4 @@
-"""Training SAEs on activations, as many at once as share a model and a hook. Read `train_saes` downwards."""
+"""Training SAEs on activations, several of one model and hook at once. Read `train_saes` downwards."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ def train_saes(
     logger: LoggerName = "none",
     log: Log = SILENT,
 ) -> list[SparseAutoencoder]:
-    """Train SAEs of one model and hook side by side, in one pass over the activations, and save them; returns them
-    as saved.
+    """Train SAEs of one model and hook side by side, in one pass over the activations, and save them; returns the
+    saved SAEs.
 
     The jobs share batch size, number of steps and order of the data. The scaling of inputs is folded into the weights;
-    the curve of the training lies beside them. A run that was stopped, also with `kill -9`, resumes from its last
-    checkpoint and ends with the same weights; a finished one is not repeated. Under `torchrun` each process takes its
-    share of every batch; the first one measures (with `evaluate`, an SAE in unscaled units), logs and writes, to
-    folders that all share.
+    a figure of the training is saved beside them. A stopped run, also after `kill -9`, resumes from its last checkpoint
+    and ends with the same weights; a finished one is not repeated. Under `torchrun` each process takes its share of
+    every batch; the first one measures (with `evaluate`, which takes an SAE in unscaled units), logs and writes, to
+    folders that all processes share.
 
-    ConfigError: `out` holds what another recipe or somebody else made, or is not shared by all processes; or jobs that
-    cannot share batches or folders. EmptySelection: fewer activations than one batch. BadFile: loss or weights are not
-    finite; the disk is full; something cannot be read or written. InUse: another process trains into one of the
-    folders. Interrupted: Ctrl-C, SIGTERM, or the end of another process.
+    ConfigError: `out` holds files of another recipe or that no training wrote, or is not shared by all processes; or
+    jobs that cannot share batches or folders. EmptySelection: fewer activations than one batch. BadFile: loss or
+    weights are not finite; the disk is full; a file cannot be read or written. InUse: another process trains into one
+    of the folders. Interrupted: Ctrl-C, SIGTERM, or the end of another process.
     """
     log = log if is_first() else SILENT
     todo = [job for job in jobs if not _is_finished(job, source, log)]
-    barrier()  # all have looked before the first one changes anything
+    barrier()  # all processes have looked before the first one changes anything
     if is_first():
         for job in jobs:
             if job not in todo:
@@ -69,12 +69,12 @@ def _is_finished(job: SaeJob, source: ActivationSource, log: Log) -> bool:
 def _train(
     source: ActivationSource, jobs: Sequence[SaeJob], *, evaluate: Evaluation | None, logger: LoggerName, log: Log
 ) -> None:
-    config = jobs[0].config  # batches, steps and order of the data are the same for all
-    _refuse_unlike(jobs)
+    config = jobs[0].config  # batch size, steps and order of the data are the same for all
+    _refuse_unlike_jobs(jobs)
     rank, world = rank_and_world()
     total = _total_steps(source, config, world)
     with ExitStack() as stack:
-        if is_first():  # take hold of all folders before anything heavy starts, or of none
+        if is_first():  # lock all folders or none, before anything heavy starts
             folders = [job.folder(source.identity()) for job in jobs]
             for folder in folders:
                 stack.enter_context(folder.held())
@@ -88,19 +88,19 @@ def _train(
         interruption = stack.enter_context(Interruption())
         logs = [stack.enter_context(opened) for opened in _logs(runs, start.step, logger, log)]
         for position, x in _batches(source, config, total, start):
-            mine, asked = x.tensor_split(world)[rank] * scale, interruption.asked
-            reports = [run.step(position.step, mine, len(x), stop=asked) for run in runs]
+            local, stop_requested = x.tensor_split(world)[rank] * scale, interruption.asked
+            reports = [run.step(position.step, local, len(x), stop=stop_requested) for run in runs]
             for run, report in zip(runs, reports, strict=True):
                 run.check(report, position.step)
             for run, training_log, report in zip(runs, logs, reports, strict=False):
                 run.record(training_log, position.step, report, x, evaluate)
-            done = position.step + 1
+            n_done = position.step + 1
             stop = any(report.stop for report in reports)
-            if stop or (done % config.checkpoint_every == 0 and done < total):
+            if stop or (n_done % config.checkpoint_every == 0 and n_done < total):
                 _save_checkpoints(runs, position)
             if stop:
                 raise Interrupted(
-                    f"stopped after step {done:,} of {total:,}; the state is saved in"
+                    f"stopped after step {n_done:,} of {total:,}; the state is saved in"
                     f" {', '.join(str(job.out) for job in jobs)}.",
                     fix="run the same command again to go on from there.",
                 )
@@ -108,7 +108,7 @@ def _train(
 
 
 def _finish(runs: Sequence[SaeRun]) -> None:
-    """Save every SAE before deleting the first checkpoint, so that a kill in between loses nothing."""
+    """Save every SAE before deleting any checkpoint, so that a kill in between loses nothing."""
     if is_first():
         for run in runs:
             run.finish()
@@ -118,7 +118,7 @@ def _finish(runs: Sequence[SaeRun]) -> None:
 
 
 def _save_checkpoints(runs: Sequence[SaeRun], position: Position) -> None:
-    """Save all runs' checkpoints, and only then delete old ones: there is always a step that all have."""
+    """Save all runs' checkpoints, and only then delete old ones, so that there is always a step that all have."""
     if is_first():
         for run in runs:
             run.save_checkpoint(position)
@@ -148,12 +148,12 @@ def _total_steps(source: ActivationSource, config: SaeTrainingConfig, world: int
     return per_epoch * config.epochs
 
 
-def _refuse_unlike(jobs: Sequence[SaeJob]) -> None:
+def _refuse_unlike_jobs(jobs: Sequence[SaeJob]) -> None:
     for job in jobs[1:]:
         if unlike := job.config.unlike(jobs[0].config):
-            key, mine, first = unlike
+            key, value, first = unlike
             raise ConfigError(
-                f"SAEs that are trained side by side must share {key}; got {first} and {mine}.",
+                f"SAEs that are trained side by side must share {key}; got {first} and {value}.",
                 at=key,
                 fix="give them the same (for several seeds: one data_seed), or train them one after the other.",
             )
@@ -176,48 +176,48 @@ def _batches(
 ) -> Iterator[tuple[Position, Tensor]]:
     step, epoch, index = start.step, start.epoch, start.index
     while step < total:
-        before = step
+        first_step = step
         for x in source.batches(config.batch_size, seed=config.order_seed, epoch=epoch, start=index):
             yield Position(step, epoch, index), x
             step, index = step + 1, index + 1
             if step == total:
                 return
-        if step == before and index == 0:
+        if step == first_step and index == 0:
             raise _too_few(config.batch_size)
         epoch, index = epoch + 1, 0
 
 
 def _restore(runs: Sequence[SaeRun], log: Log) -> Position:
-    """Return all runs to the newest step of which each has a readable checkpoint; where to resume."""
+    """Restore all runs at the newest step of which each has a readable checkpoint; returns the next batch."""
     steps = sorted(set.intersection(*(set(run.checkpoint.steps()) for run in runs)), reverse=True)
-    # Each process reads the checkpoints that the first one wrote.
-    if any(seen != steps for seen in from_all(steps)):
+    # Each process reads the checkpoints that the first process wrote.
+    if any(other != steps for other in from_all(steps)):
         raise ConfigError(
             "the processes see different checkpoints.",
             at=", ".join(str(run.job.out) for run in runs),
             fix="let the output be in a folder that all machines share.",
         )
     for step in steps:
-        unreadable = _restored(runs, step)
-        if unreadable is None:
+        failure = _restore_step(runs, step)
+        if failure is None:
             log(f"going on from step {step:,}")
             epoch, index = runs[0].next_batch.tolist()
             return Position(step, epoch, index)
         if step == steps[-1]:
-            raise unreadable
-        log(f"the checkpoint after step {step:,} cannot be read ({unreadable.at}): the one before is taken")
+            raise failure
+        log(f"the checkpoint after step {step:,} cannot be read ({failure.at}): the one before is taken")
     return Position(0, 0, 0)
 
 
-def _restored(runs: Sequence[SaeRun], step: int) -> BadFile | None:
-    """Why a process cannot read the checkpoints of a step; None if all can."""
-    mine = None
+def _restore_step(runs: Sequence[SaeRun], step: int) -> BadFile | None:
+    """Restore all runs at a step; the error if any process cannot read a checkpoint, else None."""
+    failure = None
     try:
         for run in runs:
             run.restore(step)
     except BadFile as error:
-        mine = error
-    return next((error for error in (mine, *from_all(mine)) if error is not None), None)
+        failure = error
+    return next((error for error in (failure, *from_all(failure)) if error is not None), None)
 
 
 def _logs(runs: Sequence[SaeRun], first_step: int, logger: LoggerName, log: Log) -> Iterator[TrainingLog]:

@@ -91,7 +91,7 @@ def run_cross(run: RunFolder, log: Log) -> Iterable[Path]:
     config = study.config.comparison
     resampling = Resampling(study.config.seed, config.n_boot, config.n_permutations)
     roles, why = Roles(control, treatment, ()), crossing.unmeasured()
-    split = factorial(tables, roles, asked=asked, unmeasured=why, resampling=resampling)
+    split = factorial(tables, roles, groups=asked, unmeasured=why, resampling=resampling)
     written = [run.write_table(run.arm(sae, "crossed.parquet"), table) for sae, table in tables.items()]
     return [*written, run.write_table(path, split)]
 

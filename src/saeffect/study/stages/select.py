@@ -1,169 +1,24 @@
-"""Stage 4, selection: domain features have enough top tokens in the vocabulary and were not rejected by people; and the
-review of a run: its queue, and what people said in it that still holds for the features as they are.
-"""
+"""Stage 4, selection: domain features have enough top tokens in the vocabulary and were not rejected by people."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from saeffect.errors import ConfigError, EmptySelection, NotFound
+from saeffect.errors import ConfigError, EmptySelection
 from saeffect.features.vocabulary import Vocabulary, load_vocabulary, select
-from saeffect.io import fingerprint, hash_file
+from saeffect.io import hash_file
 from saeffect.progress import SILENT, Log
-from saeffect.review.queue import Queue, fingerprint_tokens, make_queue
-from saeffect.review.store import NOT_BLIND, STORE, Given, VerdictStore
-from saeffect.review.verdicts import ADJUDICATION, BLIND, COLUMNS, read_verdicts, summarise_verdicts, write_verdicts
-from saeffect.study.run_folder import RunFolder, read_table
+from saeffect.review.store import STORE, VerdictStore
+from saeffect.review.verdicts import read_verdicts, summarise_verdicts
+from saeffect.study.review import standing_verdicts, store_digest
+from saeffect.study.run_folder import RunFolder
 from saeffect.study.study import Study
 
-__all__ = [
-    "Standing",
-    "read_queue",
-    "run_select",
-    "select_inputs",
-    "standing_verdicts",
-    "store_digest",
-    "import_verdicts",
-    "stored_verdicts",
-    "study_verdicts",
-    "write_selection",
-    "export_verdicts",
-]
-
-_FEATURES, _SELECTION = ["feature", "top_tokens", "n_active"], ["feature", "in_vocabulary", "matches"]
-
-
-@dataclass(frozen=True, eq=False)
-class Standing:
-    """Verdicts on the features as they are: `verdicts` with `COLUMNS`, `BLIND`, kind; `gone`: on how many older ones.
-
-    The rater of an adjudication begins with `ADJUDICATION`.
-    """
-
-    verdicts: pd.DataFrame
-    gone: int
-
-    def missing(self, candidates: Collection[tuple[str, int]]) -> int:
-        """How many of the candidates (arm, feature) nobody has judged."""
-        own = self.verdicts[self.verdicts["kind"] == "feature"]
-        return len(set(candidates) - set(zip(own["arm"], own["feature"], strict=True)))
-
-
-def read_queue(folder: Path | str) -> Queue:
-    """The review queue of a run directory; NotFound before its select stage has finished."""
-    return make_queue({arm: _arm_table(folder, arm) for arm in _arms(folder)})
-
-
-def standing_verdicts(store: VerdictStore, features: Mapping[str, pd.DataFrame]) -> Standing:
-    """The verdicts of a store that were given on these features (by arm: feature, top_tokens)."""
-    said = store.current()
-    tokens = dict[tuple[str, int], str]()
-    for arm, table in features.items():
-        wanted = set(said.loc[(said["arm"] == arm) & (said["kind"] == "feature"), "feature"])
-        own = table[table["feature"].isin(wanted)]
-        tokens |= {
-            (arm, int(f)): fingerprint_tokens(tuple(t)) for f, t in zip(own["feature"], own["top_tokens"], strict=True)
-        }
-    places = zip(said["arm"], said["feature"], strict=True)
-    same = pd.Series([tokens.get(place) for place in places], index=said.index, dtype=object) == said["seen"]
-    kept = said[same | (said["kind"] == "shuffled")]
-    decided = kept["role"] == "adjudicator"
-    rater = kept["rater"].where(~decided, ADJUDICATION + " " + kept["rater"])
-    table = kept.assign(rater=rater, **{BLIND: kept["source"] != NOT_BLIND})
-    table = table[[*COLUMNS, "kind", BLIND]].reset_index(drop=True)
-    return Standing(table, len(said) - len(kept))
-
-
-def store_digest(folder: Path | str) -> str | None:
-    """A hash of what stands in the run's store; None if it holds nothing. Errors as `VerdictStore`."""
-    with VerdictStore(Path(folder) / STORE) as store:
-        said = store.current()
-    return fingerprint(said[["id", *COLUMNS, "kind", "role", "seen"]].values.tolist()) if len(said) else None
-
-
-def export_verdicts(folder: Path | str, file: Path | str) -> tuple[int, int]:
-    """Write the verdicts on a run's features to a CSV file; how many, and how many are on features that are gone.
-
-    NotFound if there is no run, or nobody has judged; else as `VerdictStore` and `write_verdicts`.
-    """
-    features = {arm: _arm_table(folder, arm) for arm in _arms(folder)}
-    with VerdictStore(Path(folder) / STORE) as store:
-        standing = standing_verdicts(store, features)
-    table = standing.verdicts[standing.verdicts["kind"] == "feature"]
-    if table.empty:
-        raise NotFound("nobody has judged a feature of this run.", at=str(folder), fix="judge: saeffect serve RUN.")
-    write_verdicts(table, file)
-    return len(table), standing.gone
-
-
-def import_verdicts(folder: Path | str, file: Path | str) -> tuple[int, int]:
-    """Add the verdicts of a CSV file to the run's store, all or none; how many were new, and how many there before.
-
-    A verdict that differs from the rater's own goes on top of it: the history keeps both. NotFound: no such file or
-    run, or one of its features is not in the run; others as `read_verdicts` and `VerdictStore`.
-    """
-    arms = _arms(folder)
-    table = read_verdicts(file, arms=arms)
-    tokens = {arm: _tokens(folder, arm) for arm in arms}
-    unknown = [
-        f"{row.feature} of {row.arm}" for row in table.itertuples() if int(row.feature) not in tokens[str(row.arm)]
-    ]
-    if unknown:
-        raise NotFound(
-            f"{len(unknown)} verdicts are on features that this run does not have: {', '.join(unknown[:5])}"
-            + (" …." if len(unknown) > 5 else "."),
-            at=str(file),
-            fix="import verdicts that were given on these SAEs. Nothing was imported.",
-        )
-    with VerdictStore(Path(folder) / STORE) as store:
-        said = store.current()
-        before = {(r.role, r.rater, r.arm, r.feature, r.seen): (r.verdict, r.label, r.note) for r in said.itertuples()}
-        added = []
-        for row in table.itertuples():
-            arm, number, rater = str(row.arm), int(row.feature), str(row.rater)
-            decides = rater.startswith(ADJUDICATION)
-            rater = rater.removeprefix(ADJUDICATION).strip() or "adjudicator" if decides else rater
-            given = Given(
-                arm,
-                number,
-                fingerprint_tokens(tokens[arm][number]),
-                str(row.verdict),
-                str(row.label),
-                str(row.note),
-                role="adjudicator" if decides else "rater",
-                source=Path(file).name if row.blind else NOT_BLIND,
-            )
-            key = (given.role, store.find(rater) or rater, arm, number, given.seen)
-            if before.get(key) != (given.verdict, given.label, given.note):
-                added.append((rater, given))
-        if added:
-            store.record_many(added)
-    return len(added), len(table) - len(added)
-
-
-def _arms(folder: Path | str) -> list[str]:
-    """The arms of a run directory that have a selection."""
-    found = sorted(path.parent.name for path in Path(folder).glob("arms/*/selection.parquet"))
-    if not found:
-        fix = "give a run directory, such as runs/<name>, whose select stage has finished."
-        raise NotFound("there are no features to review here.", at=str(folder), fix=fix)
-    return found
-
-
-def _arm_table(folder: Path | str, arm: str) -> pd.DataFrame:
-    features = read_table(Path(folder) / "arms" / arm / "features.parquet", _FEATURES)
-    return features.merge(read_table(Path(folder) / "arms" / arm / "selection.parquet", _SELECTION), on="feature")
-
-
-def _tokens(folder: Path | str, arm: str) -> dict[int, tuple[str, ...]]:
-    table = read_table(Path(folder) / "arms" / arm / "features.parquet", _FEATURES[:2])
-    return {int(f): tuple(t) for f, t in zip(table["feature"], table["top_tokens"], strict=True)}
-
+__all__ = ["run_select", "select_inputs", "stored_verdicts", "study_verdicts", "write_selection"]
 
 VERSION = 2
 
@@ -229,13 +84,13 @@ def _selections(run: RunFolder, verdicts: pd.DataFrame | None) -> dict[str, pd.D
     """By arm, its features with what the vocabulary and people say."""
     config = run.study.config.selection
     vocabulary = load_vocabulary(config.vocabulary)
-    own = None if verdicts is None else verdicts[verdicts["kind"] == "feature"]
+    on_features = None if verdicts is None else verdicts[verdicts["kind"] == "feature"]
     return {
         name: select(
             run.read_table(run.arm(name, "features.parquet")),
             vocabulary=vocabulary,
             min_matches=config.min_matches,
-            verdicts=None if own is None else summarise_verdicts(own, name),
+            verdicts=None if on_features is None else summarise_verdicts(on_features, name),
             arm=name,
         )
         for name in run.study.config.arms
@@ -255,8 +110,8 @@ def _reviewed(run: RunFolder, log: Log) -> pd.DataFrame | None:
     candidates = [(name, int(feature)) for name, features in chosen.items() for feature in features]
     missing = standing.missing(candidates)
     if missing:
-        said = f"{len(candidates) - missing} of {len(candidates)} candidates are judged"
-        log(f"  the review is not finished: {said}, so domain features are the vocabulary's")
+        judged = f"{len(candidates) - missing} of {len(candidates)} candidates are judged"
+        log(f"  the review is not finished: {judged}, so domain features are the vocabulary's")
         return None
     return standing.verdicts
 

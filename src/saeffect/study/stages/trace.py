@@ -32,7 +32,7 @@ __all__ = [
     "training_note",
 ]
 
-VERSION = 1
+VERSION = 2
 _WANTED = 20  # nulls, in what is said of their cost
 _TRAINING = 3.0  # a training step costs so many readings: forwards, and twice that backwards
 _FORWARDS = 2  # models that read in a trace
@@ -61,13 +61,13 @@ def run_trace(run: RunFolder, log: Log) -> Iterable[Path]:
     """
     study, treatment = run.study, run.study.treatment
     tracer = study_tracer(study, log)
-    study_nulls(study, tracer)  # refused before the long work, not after it
+    nulls = study_nulls(study, tracer)  # refused before the long work, not after it
     tuned = study.open_model(treatment, log)
     if _size(tuned) != _size(tracer.base):
         log("  the arms' models differ in size, so neither is a fine-tune of the other")
         return []
     started = time.monotonic()
-    trace = tracer.trace(as_fine_tune(tuned, tracer.base), treatment)
+    trace = tracer.beside(nulls).trace(as_fine_tune(tuned, tracer.base), treatment)
     if nulls_folder(study) is None:
         _say_cost(study, _FORWARDS * tracer.rows.ids.size / (time.monotonic() - started), log)
     trace.save(trace_path(run))

@@ -24,7 +24,7 @@ from saeffect.review.queue import Item, Queue, fingerprint_tokens
 from saeffect.review.store import NOT_BLIND, STORE, Given, VerdictStore
 from saeffect.review.verdicts import ADJUDICATION, VERDICTS
 from saeffect.study.label import read_labels
-from saeffect.study.stages.select import Standing, read_queue, standing_verdicts
+from saeffect.study.review import Standing, read_queue, standing_verdicts
 from saeffect.web.site import Site
 
 __all__ = [
@@ -134,7 +134,7 @@ class Desk:
     def judge(self, rater: str, name: str, said: Judged, *, request: str) -> None:
         """Save a rater's verdict; NotFound if the item is gone."""
         item = self.queue.find(name, rater, self.store)
-        source = NOT_BLIND if self.store.looked(rater) else "app"
+        source = NOT_BLIND if self.store.is_not_blind(rater) else "app"
         self.store.record(rater, _given(item, said, "rater", request, source))
 
     def label(self, rater: str, arm: str, feature: int, said: Judged) -> None:
@@ -156,13 +156,13 @@ class Desk:
         return self._site.cached(f"review open to {rater}", files, lambda: self._sees(rater))
 
     def _sees(self, rater: str) -> bool:
-        if self.store.looked(rater):
+        if self.store.is_not_blind(rater):
             return True
         own = self.progress(rater)
         if own.done < own.total:
             return False
         with contextlib.suppress(SaeffectError):  # a folder that cannot be written takes no verdicts either
-            self.store.look(rater)
+            self.store.mark_not_blind(rater)
         return True
 
     def undo(self, rater: str) -> Screen | None:

@@ -91,7 +91,7 @@ def _start(request: Request, name: str = "") -> Response:
         total=len(desk.queue.items),
         raters=everybody,
         own=own,
-        blind=not (desk.store.looked(rater) if rater else has_looked(request)),
+        blind=not (desk.store.is_not_blind(rater) if rater else has_looked(request)),
         name=name,
         known=desk.progress(known) if known else None,
         hosted=bool(getattr(request.state, "rater", None)),
@@ -108,7 +108,7 @@ def _join(request: Request, fields: _Fields) -> Response:
     rater = desk.store.join(name)
     answer = RedirectResponse(own_path(fields.get("next", "/review/queue")), status_code=303)
     if has_looked(request):
-        desk.store.look(rater.name)
+        desk.store.mark_not_blind(rater.name)
     answer.set_cookie(rater_cookie(request), quote(rater.name), max_age=_YEAR, httponly=True, samesite="strict")
     return answer
 
@@ -191,7 +191,7 @@ def _look(request: Request, fields: _Fields) -> Response:
     if rater is None:
         answer.set_cookie(looked_cookie(request), "yes", max_age=_YEAR, httponly=True, samesite="strict")
     else:
-        desk.store.look(rater)
+        desk.store.mark_not_blind(rater)
     return answer
 
 
