@@ -241,11 +241,8 @@ def _hub_errors(where: _Location, name: str, at: str) -> Iterator[None]:
             message = f"the hub has no repository {where.repo!r} that you can read."
             fix = "check the name; for a private one log in: hf auth login."
         elif isinstance(error, errors.HFValidationError):
-            error_type, message, fix = (
-                ConfigError,
-                f"{where.repo!r} is not a valid repository name: {first_line(error)}",
-                None,
-            )
+            error_type, fix = ConfigError, None
+            message = f"{where.repo!r} is not a valid repository name: {first_line(error)}"
         elif isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
             why = _NOT_ASKED if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
             error_type, message, fix = Unreachable, f"{name} is not in the hub's cache, and {why}.", _RUN_ONCE
