@@ -79,8 +79,8 @@ def refuse_unreadable_disk(model: nn.Module, at: str | None) -> None:
     """ConfigError if all weights are on disk and nothing reads them from there: transformers before 5.13."""
     if any(parameter.is_meta for parameter in model.parameters()) and not hasattr(model, "hf_device_map"):
         raise ConfigError(
-            "none of the model's weights fit into memory, and this release of transformers cannot run a model that is on"
-            " disk as a whole.",
+            "none of the model's weights fit into memory, and this release of transformers cannot run a model that"
+            " is on disk as a whole.",
             at=f"{at}.max_memory" if at else "max_memory",
             fix="give more memory, or install transformers 5.13 or newer.",
         )
