@@ -25,7 +25,7 @@ from saeffect.lm.loading import load_language_model
 from saeffect.steering import NoiseCell, Sampling, generate
 
 IDS = torch.arange(1, 17).reshape(2, 8)
-ON_DISK = {"device_map": "auto", "max_memory": {"cpu": "60KiB"}}
+ON_DISK = {"device_map": "auto", "max_memory": {"cpu": "130KiB"}}
 
 
 def _load(path: Path, **more: Any) -> LanguageModel:
