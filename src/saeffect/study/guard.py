@@ -10,7 +10,7 @@ import torch
 
 from saeffect.config_file import read_config_file
 from saeffect.diffing.budget import Budget, GroupRule
-from saeffect.diffing.guard import Group, Rows, Verdict, judge, refuse_other_texts
+from saeffect.diffing.guard import Group, Rows, Verdict, check_text_sources, judge
 from saeffect.diffing.nulls import read_nulls
 from saeffect.errors import BadFile, ConfigError, EmptySelection, placed
 from saeffect.features.projection import project
@@ -52,7 +52,7 @@ def guard(
         raise ConfigError("base and tuned are the same model.", at="TUNED", fix="give the fine-tune second.")
     tracer, folder = study_tracer(study, log), nulls_folder(study)
     rows = tracer.rows
-    refuse_other_texts(budget, rows.names)
+    check_text_sources(budget, rows.names)
     null_runs = [] if folder is None else read_nulls(folder, tracer.made_by, measured=tracer.measured_on, at="--nulls")
     groups, top_tokens = resolve_groups(budget, tracer.base, tracer.sae)
     trace = tracer.beside(null_runs).trace(study.open_model(study.treatment, log), tuned)

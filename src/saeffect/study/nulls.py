@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from saeffect.config import ChangesConfig, TextSource
 from saeffect.config_chat import ChatKeys, as_chat
-from saeffect.diffing.nulls import CARD, NAME, another_measurement, null_files, read_nulls, smallest_p
+from saeffect.diffing.nulls import CARD, NAME, mismatch_error, null_files, read_nulls, smallest_p
 from saeffect.diffing.standardised import FEWEST_NULLS
 from saeffect.diffing.trace import Trace, Tracer
 from saeffect.errors import BadFile, ConfigError, EmptySelection, InUse, SaeffectError, placed
@@ -350,7 +350,7 @@ class _NullFolder:
                 )
             with contextlib.suppress(BadFile):  # a damaged one is made again
                 if Trace.load(path).made_by != tracer.made_by:
-                    raise another_measurement(self.path, path.name, tracer.measured_on, at=str(self.path))
+                    raise mismatch_error(self.path, path.name, tracer.measured_on, at=str(self.path))
 
     def is_finished(self, k: int, tracer: Tracer | None) -> bool:
         """Whether the null is on the card and its trace (without a tracer: its adapter) is complete."""

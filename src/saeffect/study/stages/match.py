@@ -98,7 +98,7 @@ def _measure(run: RunFolder, log: Log, keep: _KeptPairs) -> dict[str, pd.DataFra
             alpha=config.comparison.alpha,
             resampling=Resampling(config.seed, config.comparison.n_boot, config.comparison.n_permutations),
             log=log,
-            keep=keep,
+            store=keep,
         )
     )
 
