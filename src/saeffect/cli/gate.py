@@ -55,7 +55,7 @@ def gate(
     ] = None,
     text: Texts = None,
     field: Annotated[
-        str | None, typer.Option(help="Which field of the text, or a template: '{question} {answer}'.")
+        str | None, typer.Option(help="Which field of the text, or a template: '{question}\\n{answer}'.")
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="The text is conversations, as lists of messages.")] = False,
     positions: Annotated[
