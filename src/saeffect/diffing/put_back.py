@@ -70,13 +70,13 @@ class BothRead:
 def read(lm: LanguageModel, hook: str, rows: TokenRows, log: Log = SILENT) -> Tensor:
     """Activations at a hook, [n_rows, context_size, d_model], of the model's dtype; errors as `check_rows`."""
     check_rows(lm, hook, rows)
-    found = []
+    batches = []
     with fused(lm):
         for start in range(0, len(rows), _BATCH):
             ids = torch.from_numpy(rows.ids[start : start + _BATCH].astype(np.int64))
-            found.append(capture(lm, hook, ids).cpu())
+            batches.append(capture(lm, hook, ids).cpu())
             log.progress(f"reading with {lm.name}", start + len(ids), len(rows), "rows")
-    return torch.cat(found)
+    return torch.cat(batches)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,19 +128,19 @@ def sets_of_changed(
     changed: dict[int, IntArray] = {}
     matched: dict[int, IntArray | None] = {}
     for half in np.unique(halves):
-        mine = np.flatnonzero(halves == half)
-        traits = _traits(both, sae, mine if order is not None else np.flatnonzero(halves != half))
+        measured = np.flatnonzero(halves == half)
+        traits = _traits(both, sae, measured if order is not None else np.flatnonzero(halves != half))
         ranked = np.argsort(-traits["change"].abs().fillna(-1.0).to_numpy(), kind="stable")
         ranked = ranked if order is None else np.asarray(order)
         for n in sorted({size for size in sizes if size < d_sae}):
-            own = changed.setdefault(n, np.zeros((n_rows, n), dtype=np.int64))
-            own[mine] = ranked[:n]
-            others = _matched(traits, ranked[:n], len(mine), np.random.default_rng([seed, n, int(half)]))
-            there = matched.setdefault(n, np.zeros((n_rows, n), dtype=np.int64))
-            if others is None or there is None:
+            own_members = changed.setdefault(n, np.zeros((n_rows, n), dtype=np.int64))
+            own_members[measured] = ranked[:n]
+            similar = _matched(traits, ranked[:n], len(measured), np.random.default_rng([seed, n, int(half)]))
+            matched_members = matched.setdefault(n, np.zeros((n_rows, n), dtype=np.int64))
+            if similar is None or matched_members is None:
                 matched[n] = None
             else:
-                there[mine] = others
+                matched_members[measured] = similar
     sets = []
     for n, members in changed.items():
         sets += [FeatureSet("changed", n, "own", members), _as_match("changed", n, matched[n])]
@@ -158,9 +158,9 @@ def sets_of_group(
             f"the group {name!r} has no features, or none that this SAE of {sae.cfg.d_sae} has.", at="features"
         )
     traits = _traits(both, sae, np.arange(n_rows))
-    others = _matched(traits, chosen, n_rows, np.random.default_rng([seed, *chosen.tolist()]))
-    own = FeatureSet(name, len(chosen), "own", np.tile(chosen, (n_rows, 1)))
-    return [own, _as_match(name, len(chosen), others)]
+    similar = _matched(traits, chosen, n_rows, np.random.default_rng([seed, *chosen.tolist()]))
+    own_set = FeatureSet(name, len(chosen), "own", np.tile(chosen, (n_rows, 1)))
+    return [own_set, _as_match(name, len(chosen), similar)]
 
 
 def outcomes(
@@ -181,7 +181,7 @@ def outcomes(
     mean KL of the model's prediction with the whole activation put back from that with this set, both in nats a token,
     from the second token on. `features` "none" is the model as it is, "whole" the whole activation.
     """
-    rest, measured = Rest(lm, hook), [one for one in sets if not one.reason]
+    rest, measured_sets = Rest(lm, hook), [feature_set for feature_set in sets if not feature_set.reason]
     n = len(both.rows)
     batch = max(1, _LOGITS // (lm.d_vocab * both.rows.context_size))
     for start in range(0, n, batch):
@@ -189,28 +189,31 @@ def outcomes(
         if set(range(rows.start, rows.stop)) <= set(done):
             continue
         with torch.inference_mode(), fused(lm):
-            found = _batch(rest, sae, both, measured, edited, rows)
-        yield found
+            table = _measure_batch(rest, sae, both, measured_sets, edited, rows)
+        yield table
         log.progress(f"features put back into {lm.name}", rows.stop, n, "rows")
 
 
-def _batch(
+def _measure_batch(
     rest: Rest, sae: SparseAutoencoder, both: BothRead, sets: Sequence[FeatureSet], edited: Edited, rows: slice
 ) -> pd.DataFrame:
     ids = torch.from_numpy(both.rows.ids[rows].astype(np.int64))
-    mine, other = (both.tuned, both.base) if edited == "tuned" else (both.base, both.tuned)
-    x, x_other, kept = mine[rows].float(), other[rows].float(), both.mask[rows][..., None]
-    whole = rest.logits(ids, torch.where(kept, x_other, x))
+    own, other = (both.tuned, both.base) if edited == "tuned" else (both.base, both.tuned)
+    x, x_other, mask = own[rows].float(), other[rows].float(), both.mask[rows][..., None]
+    whole = rest.logits(ids, torch.where(mask, x_other, x))
     scores = _Scores(whole[:, :-1], ids[:, 1:])
-    found = {("whole", -1, "own"): scores.of(whole[:, :-1]), ("none", 0, "own"): scores.of(rest.logits(ids, x)[:, :-1])}
+    results = {
+        ("whole", -1, "own"): scores.of(whole[:, :-1]),
+        ("none", 0, "own"): scores.of(rest.logits(ids, x)[:, :-1]),
+    }
     del whole
-    change = (scaled_acts(sae, x) - scaled_acts(sae, x_other)) * kept
+    change = (scaled_acts(sae, x) - scaled_acts(sae, x_other)) * mask
     directions = sae.directions(torch.arange(sae.cfg.d_sae))
-    for one in sets:
-        put = x - (change * one.mask(rows, sae.cfg.d_sae)[:, None]) @ directions
-        found[one.name, one.n, one.kind] = scores.of(rest.logits(ids, put)[:, :-1])
+    for feature_set in sets:
+        put = x - (change * feature_set.mask(rows, sae.cfg.d_sae)[:, None]) @ directions
+        results[feature_set.name, feature_set.n, feature_set.kind] = scores.of(rest.logits(ids, put)[:, :-1])
     frames = []
-    for (name, n, kind), (loss, kl) in found.items():
+    for (name, n, kind), (loss, kl) in results.items():
         keys = {"edited": edited, "row": range(rows.start, rows.stop), "features": name, "n_features": n, "kind": kind}
         frames.append(pd.DataFrame(keys | {"loss": loss, "kl": kl}))
     return pd.concat(frames, ignore_index=True)
@@ -228,8 +231,8 @@ class _Scores:
     def of(self, logits: Tensor) -> tuple[FloatArray, FloatArray]:
         """Means over the tokens of each row, float64 [B]."""
         loss, cross = self._cross(logits)
-        both = torch.stack([loss, cross + self._negative_entropy]).view(2, *self._targets.shape)
-        means: FloatArray = both.double().mean(dim=2).cpu().numpy()
+        by_token = torch.stack([loss, cross + self._negative_entropy]).view(2, *self._targets.shape)
+        means: FloatArray = by_token.double().mean(dim=2).cpu().numpy()
         return means[0], means[1]
 
     def _cross(self, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -252,9 +255,9 @@ def scaled_acts(sae: SparseAutoencoder, x: Tensor) -> Tensor:
 def _halves(sources: IntArray) -> IntArray:
     """Every other row of each source: 0 or 1."""
     halves = np.zeros(len(sources), dtype=np.int64)
-    for turn, source in enumerate(np.unique(sources)):
-        own = np.flatnonzero(sources == source)
-        halves[own] = (np.arange(len(own)) + turn) % 2
+    for i, source in enumerate(np.unique(sources)):
+        source_rows = np.flatnonzero(sources == source)
+        halves[source_rows] = (np.arange(len(source_rows)) + i) % 2
     return halves
 
 
@@ -262,11 +265,11 @@ def _traits(both: BothRead, sae: SparseAutoencoder, rows: IntArray) -> pd.DataFr
     """Per feature on these rows: `change` (a score), and decoder_norm, density, mean_activation over both models."""
     sums, fired, n = torch.zeros(2, sae.cfg.d_sae, dtype=torch.float64), torch.zeros(sae.cfg.d_sae), 0
     for start in range(0, len(rows), _BATCH):
-        some = torch.from_numpy(rows[start : start + _BATCH])
-        mask = both.mask[some]
-        for place, x in enumerate((both.base, both.tuned)):
-            acts = sae.encode(x[some][mask].float())
-            sums[place] += acts.sum(dim=0)
+        batch = torch.from_numpy(rows[start : start + _BATCH])
+        mask = both.mask[batch]
+        for model, x in enumerate((both.base, both.tuned)):
+            acts = sae.encode(x[batch][mask].float())
+            sums[model] += acts.sum(dim=0)
             fired += (acts > 0).sum(dim=0)
         n += int(mask.sum())
     base, tuned = (sums / max(n, 1)).numpy()
@@ -289,14 +292,14 @@ def _matched(traits: pd.DataFrame, chosen: IntArray, n_rows: int, rng: np.random
     lists: Mapping[int, list[int]] = near.groupby("feature")["placebo"].agg(list).to_dict()
     drawn = np.zeros((n_rows, n), dtype=np.int64)
     for row in drawn:
-        taken: set[int] = set()
-        # In another order each time: who comes last finds its nearest taken.
-        for place in rng.permutation(n):
-            free = [other for other in lists.get(int(chosen[place]), ()) if other not in taken][:_NEAREST]
+        used: set[int] = set()
+        # In random order, since the features matched last find their nearest ones in use.
+        for i in rng.permutation(n):
+            free = [other for other in lists.get(int(chosen[i]), ()) if other not in used][:_NEAREST]
             if not free:
                 return None
-            row[place] = free[rng.integers(len(free))]
-            taken.add(int(row[place]))
+            row[i] = free[rng.integers(len(free))]
+            used.add(int(row[i]))
     return drawn
 
 

@@ -1,8 +1,8 @@
-"""What one fine-tune leaves behind: the same few measurements of a real fine-tune and of each null, in one small file.
+"""The trace of one fine-tune: the same measurements of a real fine-tune and of each null, in one small file.
 
 Both models read the same rows of text, through one SAE at one hook: which features fire more (`read`), which words are
 expected more (`expected`), how far the residual stream moved, at each layer and position. Then both write a few texts
-after openings that name nothing, and the base model reads what each wrote: which features fire there (`written`).
+after openings that name nothing, and the base model reads these texts: which features fire there (`written`).
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ OPENINGS = (
     *("Here is", "Question:", "People often say that", "The most interesting part was", "Let me tell you about"),
     *("One thing that everybody should know is", "This is an introduction to", "A short story:"),
 )
-"""Prompts that name nothing: what a model writes after them is what it has in mind."""
+"""Prompts without a topic: what a model writes after them shows what it tends to write about."""
 SAMPLES = 4
-"""Texts an opening."""
+"""Texts per opening."""
 NEW_TOKENS = 40
-"""Tokens a text."""
+"""Tokens per text."""
 EARLY = 8
 """Positions after a row's first whose change has halves of its own."""
 
@@ -133,7 +133,7 @@ class Tracer:
         hook: Where it reads, a TransformerLens name.
         limit: Which positions count; the first of a row never does.
         keep: Keep what the base model computes for the next trace: its logits, some 1.2 GB for 12,288 tokens of 49,152.
-        residuals: Keeps the activations at the hook, for whoever reads the same text next.
+        residuals: Keeps the activations at the hook for stages that read the same text.
         earlier: A trace with an equal `made_by`: what the base model wrote, and how it read that, are taken from it.
     """
 
@@ -182,10 +182,10 @@ class Tracer:
         sums = _Sums(self)
         for start in range(0, len(self.rows), READ_ROWS):
             ids = torch.from_numpy(self.rows.ids[start : start + READ_ROWS].astype(np.int64))
-            both = self._base_run(start, ids), _run(tuned, self.hook, ids)
-            for lm, run in zip((self.base, tuned), both, strict=True):
+            passes = self._base_pass(start, ids), _run(tuned, self.hook, ids)
+            for lm, run in zip((self.base, tuned), passes, strict=True):
                 self.residuals.keep(lm, self.hook, ids, run.x)
-            sums.add(start, ids, *both)
+            sums.add(start, ids, *passes)
             self.log.progress(f"reading with base and {name}", start + len(ids), len(self.rows), "rows")
         texts = _write(tuned, f"writing with {name}", self.log)
         base_texts, base_written = self._base_writes
@@ -201,25 +201,25 @@ class Tracer:
 
     @torch.inference_mode()
     def firing(self) -> FiringLog:
-        """What the base model's features do on the text, token by token. Empty without an SAE."""
+        """Activations of the features in the base model on each token of the text. Empty without an SAE."""
         if self.sae is None:
             return FiringLog(0)
-        found = FiringLog(self.sae.cfg.d_sae)
+        firing = FiringLog(self.sae.cfg.d_sae)
         for start, ids, x in self.residuals.batches(self.base, self.hook, self.rows):
-            kept = kept_positions(x, self.limit, self.rows.counts_of(start, len(ids)))
-            found.update(self.sae.encode(x.float())[kept])
-        return found
+            mask = kept_positions(x, self.limit, self.rows.counts_of(start, len(ids)))
+            firing.update(self.sae.encode(x.float())[mask])
+        return firing
 
     @cached_property
-    def _kept(self) -> dict[int, _Pass]:
+    def _base_passes(self) -> dict[int, _Pass]:
         return {}
 
-    def _base_run(self, start: int, ids: Tensor) -> _Pass:
-        if start in self._kept:
-            return self._kept[start]
+    def _base_pass(self, start: int, ids: Tensor) -> _Pass:
+        if start in self._base_passes:
+            return self._base_passes[start]
         run = _run(self.base, self.hook, ids)
         if self.keep:
-            self._kept[start] = run
+            self._base_passes[start] = run
         return run
 
     @cached_property
@@ -239,22 +239,22 @@ class Tracer:
             return np.empty((2, 0), dtype=np.float32)
         total, fired, n = torch.zeros(self.sae.cfg.d_sae), torch.zeros(self.sae.cfg.d_sae), 0
         for number, opening in enumerate(OPENINGS):
-            start = self.base.encode_prompt(opening)
+            prompt = self.base.encode_prompt(opening)
             new = torch.from_numpy(texts[number * SAMPLES : (number + 1) * SAMPLES].astype(np.int64))
-            ids = torch.cat([torch.tensor([start] * len(new)), new], dim=1)
+            ids = torch.cat([torch.tensor([prompt] * len(new)), new], dim=1)
             with fused(self.base):
                 x = capture(self.base, self.hook, ids).float().cpu()
-            kept = kept_positions(x, self.limit)
-            kept[:, : len(start)] = False
-            acts = self.sae.encode(x)[kept].clamp(min=0)
+            mask = kept_positions(x, self.limit)
+            mask[:, : len(prompt)] = False
+            acts = self.sae.encode(x)[mask].clamp(min=0)
             total, fired, n = total + acts.sum(dim=0), fired + (acts > 0).sum(dim=0), n + len(acts)
         return torch.stack([total / n, fired / n]).numpy().astype(np.float32)
 
 
 @dataclass(frozen=True, eq=False)
 class _Pass:
-    """One model on a batch, of its dtype: `x` [B, S, d_in] at the hook, on the CPU, `stream` [n_layers, B, S, d] after
-    the blocks, also there, and `logits`.
+    """One model's pass over a batch, in its dtype: `x` [B, S, d_in] at the hook and `stream` [n_layers, B, S, d] after
+    the blocks, both on the CPU; and `logits`.
     """
 
     x: Tensor
@@ -265,9 +265,9 @@ class _Pass:
 @torch.inference_mode()
 def _run(lm: LanguageModel, hook: str, ids: Tensor) -> _Pass:
     names = [f"blocks.{i}.hook_resid_post" for i in range(lm.n_layers)]
-    with fused(lm), recorded(lm, hook, *names) as kept:
+    with fused(lm), recorded(lm, hook, *names) as activations:
         logits = lm.model(input_ids=ids.to(lm.device), use_cache=False).logits
-    return _Pass(kept[hook].cpu(), torch.stack([kept[name] for name in names]).cpu(), logits)
+    return _Pass(activations[hook].cpu(), torch.stack([activations[name] for name in names]).cpu(), logits)
 
 
 class _Sums:
@@ -292,22 +292,22 @@ class _Sums:
         mask = kept_positions(x[0], tracer.limit, counts) & kept_positions(x[1], tracer.limit)
         self._norm += float(x[0][mask].norm(dim=1).double().sum())
         if tracer.sae is not None:
-            acts = [tracer.sae.encode(one).clamp(min=0)[mask] for one in x]
+            acts = [tracer.sae.encode(residual).clamp(min=0)[mask] for residual in x]
             self._features += torch.stack([a.sum(dim=0) for a in acts] + [(a > 0).sum(dim=0) for a in acts]).double()
         difference = (x[1] - x[0]) * mask[..., None]
         for half in (0, 1):
-            mine = slice((start + half) % 2, None, 2)
-            self._shift[half] += difference[mine].sum(dim=0)
-            self._counted[half] += mask[mine].sum(dim=0)
+            rows = slice((start + half) % 2, None, 2)
+            self._shift[half] += difference[rows].sum(dim=0)
+            self._counted[half] += mask[rows].sum(dim=0)
         for row in range(len(ids)):  # row by row: what stays in the processor's cache is read much faster
             if mask[row].any():
                 self._add_row(start + row, ids[row], mask[row], (base, tuned), row)
 
-    def _add_row(self, number: int, ids: Tensor, mask: Tensor, both: tuple[_Pass, _Pass], row: int) -> None:
-        stream = both[0].stream[:, row, mask].float()
-        for total, x in enumerate((both[1].stream[:, row, mask].float() - stream, stream)):
+    def _add_row(self, number: int, ids: Tensor, mask: Tensor, passes: tuple[_Pass, _Pass], row: int) -> None:
+        stream = passes[0].stream[:, row, mask].float()
+        for total, x in enumerate((passes[1].stream[:, row, mask].float() - stream, stream)):
             self._moved[total] += x.square_().sum(dim=(1, 2)).double().cpu()
-        logs = [run.logits[row].to(torch.float32, copy=True) for run in both]  # the base model's may be kept
+        logs = [run.logits[row].to(torch.float32, copy=True) for run in passes]  # the base model's may be kept
         for log in logs:
             log.sub_(log.logsumexp(dim=1, keepdim=True))
         # A row's first token is read, not predicted, and the second is predicted from nothing else.

@@ -49,10 +49,10 @@ def words_of(opening: str, text: str) -> list[str]:
         ['therapy', 'of', 'x-linked']
     """
     whole = opening + text
-    found = [m for m in _WORD.finditer(whole) if m.end() > len(opening)]
-    if found and found[-1].end() == len(whole):
-        found.pop()
-    return [m.group().lower() for m in found]
+    matches = [m for m in _WORD.finditer(whole) if m.end() > len(opening)]
+    if matches and matches[-1].end() == len(whole):
+        matches.pop()
+    return [m.group().lower() for m in matches]
 
 
 def written_words(trace: Trace, nulls: Sequence[Trace], decode: Decode, *, alpha: float = 0.05) -> pd.DataFrame:
@@ -64,8 +64,8 @@ def written_words(trace: Trace, nulls: Sequence[Trace], decode: Decode, *, alpha
     base model's), half a text added to each; `score` (`count_scores`); `p`, `q`, `p_search`: `pooled_rank_p` of it,
     Benjamini-Hochberg over the words, and `search_p`; `example`, the word in a text; `reason`.
     """
-    own, base = _decoded(trace.texts, decode), _decoded(trace.base_texts, decode)
-    return _compared(_stems(), own, base, [_decoded(null.texts, decode) for null in nulls], alpha)
+    texts, base_texts = _decoded(trace.texts, decode), _decoded(trace.base_texts, decode)
+    return _compare_words(_stems(), texts, base_texts, [_decoded(null.texts, decode) for null in nulls], alpha)
 
 
 def openings(trace: Trace, nulls: Sequence[Trace], decode: Decode, *, alpha: float = 0.05) -> pd.DataFrame:
@@ -82,10 +82,10 @@ def openings(trace: Trace, nulls: Sequence[Trace], decode: Decode, *, alpha: flo
     table = by_opening.loc[np.repeat(np.arange(len(OPENINGS)), SAMPLES)].reset_index(drop=True)
     table.insert(0, "opening", _stems())
     table.insert(1, "sample", np.tile(np.arange(SAMPLES), len(OPENINGS)))
-    middle = sorted(nulls, key=lambda t: float(t.openings.mean()))[len(nulls) // 2] if nulls else None
+    median_null = sorted(nulls, key=lambda t: float(t.openings.mean()))[len(nulls) // 2] if nulls else None
     table["base_text"], table["tuned_text"] = _decoded(trace.base_texts, decode), _decoded(trace.texts, decode)
-    table["null_text"] = _decoded(middle.texts, decode) if middle else ""
-    table["null"] = middle.name if middle else ""
+    table["null_text"] = _decoded(median_null.texts, decode) if median_null else ""
+    table["null"] = median_null.name if median_null else ""
     table["reason"] = null_reason(len(nulls), alpha)
     return table.sort_values("change", ascending=False, kind="stable", ignore_index=True)
 
@@ -111,22 +111,22 @@ def difference_steering(
         raise EmptySelection("there is no dose to steer with.", at="doses", fix="give one, such as 1.0.")
     traces = (trace, *nulls)
     sampling = Sampling(max_new_tokens=NEW_TOKENS, temperature=0.8, top_p=1.0, frequency_penalty=0.0)
-    places = [(t, dose, sample) for t in traces for dose in doses for sample in range(SAMPLES)]
-    vectors = torch.stack([difference_vector(t, dose) for t, dose, _ in places])
+    cells = [(t, dose, sample) for t in traces for dose in doses for sample in range(SAMPLES)]
+    vectors = torch.stack([difference_vector(t, dose) for t, dose, _ in cells])
     records = []
     for number, opening in enumerate(OPENINGS):
         outputs = generate(
             base,
             hook,
             base.encode_prompt(opening),
-            [NoiseCell(seed, opening, sample) for *_, sample in places],
+            [NoiseCell(seed, opening, sample) for *_, sample in cells],
             sampling,
             intervention=Intervention(AddVectors(vectors), "all"),
             batch_size=96,
         )
-        for (t, dose, sample), ids in zip(places, outputs, strict=True):
-            said = {"fine_tune": t.name, "is_null": t is not trace, "dose": float(dose)}
-            records.append({**said, "opening": opening, "sample": sample, "text": base.decode(ids)})
+        for (t, dose, sample), ids in zip(cells, outputs, strict=True):
+            row = {"fine_tune": t.name, "is_null": t is not trace, "dose": float(dose)}
+            records.append({**row, "opening": opening, "sample": sample, "text": base.decode(ids)})
         if progress is not None:
             progress(number + 1, len(OPENINGS))
     table = pd.DataFrame(records)
@@ -151,9 +151,11 @@ def steered_words(
     rows = steered[steered["dose"] == dose]
     if rows.empty:
         raise EmptySelection(f"no text was written at dose {dose:g}.", at="dose")
-    by = {name: list(mine["text"]) for name, mine in rows.groupby("fine_tune", sort=False)}
-    own = str(rows.loc[~rows["is_null"], "fine_tune"].iloc[0])
-    return _compared(_stems(), by.pop(own), _decoded(trace.base_texts, decode), list(by.values()), alpha)
+    by_fine_tune = {name: list(group["text"]) for name, group in rows.groupby("fine_tune", sort=False)}
+    tuned = str(rows.loc[~rows["is_null"], "fine_tune"].iloc[0])
+    return _compare_words(
+        _stems(), by_fine_tune.pop(tuned), _decoded(trace.base_texts, decode), list(by_fine_tune.values()), alpha
+    )
 
 
 def _stems() -> list[str]:
@@ -165,31 +167,32 @@ def _decoded(texts: npt.NDArray[np.int32], decode: Decode) -> list[str]:
     return [decode(ids) for ids in texts.tolist()]
 
 
-def _compared(
-    stems: Sequence[str], own: Sequence[str], base: Sequence[str], nulls: Sequence[Sequence[str]], alpha: float
+def _compare_words(
+    stems: Sequence[str], texts: Sequence[str], base_texts: Sequence[str], nulls: Sequence[Sequence[str]], alpha: float
 ) -> pd.DataFrame:
     """See `written_words`; texts are in the order of their openings, `stems`."""
-    words = [[words_of(stem, text) for stem, text in zip(stems, texts, strict=True)] for texts in (own, base, *nulls)]
-    holding = [Counter(word for text in texts for word in set(text)) for texts in words]
-    chosen = sorted({word for counter in holding for word, n in counter.items() if n >= LEAST_TEXTS})
-    counts = np.array([[counter[word] for word in chosen] for counter in holding], dtype=np.int64)
-    tuned, alone, theirs = counts[0], counts[1], counts[2:]
-    scores = count_scores(np.concatenate([counts[:1], theirs]))
+    models = (texts, base_texts, *nulls)
+    words = [[words_of(stem, text) for stem, text in zip(stems, written, strict=True)] for written in models]
+    n_texts = [Counter(word for text in written for word in set(text)) for written in words]
+    chosen = sorted({word for counter in n_texts for word, n in counter.items() if n >= LEAST_TEXTS})
+    counts = np.array([[counter[word] for word in chosen] for counter in n_texts], dtype=np.int64)
+    tuned, base, null_counts = counts[0], counts[1], counts[2:]
+    scores = count_scores(np.concatenate([counts[:1], null_counts]))
     p = pooled_rank_p(scores)
-    spread = null_range(theirs / len(own))
-    middle = theirs.mean(axis=0) if len(theirs) else alone
-    every = Counter(word for text in words[0] for word in text)
-    change = np.log((tuned + 0.5) / (middle + 0.5))
+    null_rates = null_range(null_counts / len(texts))
+    null_mean = null_counts.mean(axis=0) if len(null_counts) else base
+    occurrences = Counter(word for text in words[0] for word in text)
+    change = np.log((tuned + 0.5) / (null_mean + 0.5))
     table = pd.DataFrame(
         {
             "word": chosen,
             "texts": tuned,
-            "count": np.array([every[word] for word in chosen], dtype=np.int64),
-            "rate": tuned / len(own),
-            "base_rate": alone / len(own),
-            "null_rate": middle / len(own) if len(theirs) else np.nan,
-            "null_low": spread["null_low"],
-            "null_high": spread["null_high"],
+            "count": np.array([occurrences[word] for word in chosen], dtype=np.int64),
+            "rate": tuned / len(texts),
+            "base_rate": base / len(texts),
+            "null_rate": null_mean / len(texts) if len(null_counts) else np.nan,
+            "null_low": null_rates["null_low"],
+            "null_high": null_rates["null_high"],
             "change": change,
             "score": scores[0],
             "p": p,
@@ -197,8 +200,8 @@ def _compared(
             "p_search": search_p(scores),
         }
     )
-    table["example"] = [_example(word, stems, own) for word in chosen]
-    table["reason"] = null_reason(len(theirs), alpha)
+    table["example"] = [_example(word, stems, texts) for word in chosen]
+    table["reason"] = null_reason(len(null_counts), alpha)
     return table.sort_values(["score", "change"], ascending=False, kind="stable", ignore_index=True)
 
 

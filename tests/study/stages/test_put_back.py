@@ -73,7 +73,7 @@ def test_it_resumes_with_the_same_numbers(path: Path, tmp_path: Path, monkeypatc
         run.stage("put back", put_back_inputs(run), lambda: run_put_back(run, Log(show=stop)), SILENT)
     assert len(list(run.path("partial", "put-back").glob("*.parquet"))) == 5
     measured: list[Any] = []
-    monkeypatch.setattr(method, "_batch", _counting(method._batch, measured))
+    monkeypatch.setattr(method, "_measure_batch", _counting(method._measure_batch, measured))
     run, table = _run(study, tmp_path / "stopped")
     assert len(measured) == 7 + 12  # of the tuned model's 12 rows, 5 were done
     pd.testing.assert_frame_equal(table, whole)

@@ -57,16 +57,16 @@ def run_put_back(run: RunFolder, log: Log) -> Iterable[Path]:
     if (tuned.d_model, tuned.n_layers) != (base.lm.d_model, base.lm.n_layers):
         log("  the arms' models differ in size, so no activation of one can be put into the other")
         return []
-    rows = _and_own_writing(rows, tuned, study.config.seed)
+    rows = _with_own_writing(rows, tuned, study.config.seed)
     activations = [read(lm, base.hook, rows, log) for lm in (base.lm, tuned)]
     both = BothRead.of(rows, activations[0], activations[1], base.norm_limit(rows))
     forward, reverse = _sets(run, both, base, order if is_fresh else None)
     kept = run.kept("put back", put_back_inputs(run))
-    found = [
+    results = [
         _measured(tuned, "tuned", base, both, forward, kept, log),
         _measured(base.lm, "base", base, both, reverse, kept, log),
     ]
-    table = put_back_table(pd.concat(found), rows, [*forward, *(group for group in reverse if group not in forward)])
+    table = put_back_table(pd.concat(results), rows, [*forward, *(group for group in reverse if group not in forward)])
     table["chosen_on"] = "other text" if is_fresh else "the other half of the rows"
     return [run.write_table(run.path("comparison", "put_back.parquet"), table)]
 
@@ -82,15 +82,14 @@ def put_back_rows(study: Study, n_read: int) -> tuple[TokenRows, bool]:
         control = study.control
         with placed(study.at("text")):
             text = study_rows(longer, lambda: study.open_model(control), prepend_bos=study.prepend_bos)
-    later = np.arange(len(text)) >= n_read
-    is_fresh = n_read > 0 and all((later & (text.sources == i)).sum() >= 2 for i in np.unique(text.sources))
-    usable = later if is_fresh else np.ones(len(text), dtype=bool)
+    is_unread = np.arange(len(text)) >= n_read
+    is_fresh = n_read > 0 and all((is_unread & (text.sources == i)).sum() >= 2 for i in np.unique(text.sources))
+    usable = is_unread if is_fresh else np.ones(len(text), dtype=bool)
     picked = [np.flatnonzero(usable & (text.sources == i))[: config.rows] for i in range(len(text.names))]
-    places = np.sort(np.concatenate(picked))
-    return text.part(places, config.tokens_per_row), is_fresh
+    return text.part(np.sort(np.concatenate(picked)), config.tokens_per_row), is_fresh
 
 
-def _and_own_writing(rows: TokenRows, tuned: LanguageModel, seed: int) -> TokenRows:
+def _with_own_writing(rows: TokenRows, tuned: LanguageModel, seed: int) -> TokenRows:
     """`rows`, then what the fine-tuned model writes after each opening, as the source `OWN_WRITING`.
 
     The base model is the worse at predicting it, by the KL between the two if nothing is cut off the distribution, so
@@ -104,8 +103,8 @@ def _and_own_writing(rows: TokenRows, tuned: LanguageModel, seed: int) -> TokenR
     written = np.array([[*prompt, *text][:width] for prompt, text in zip(prompts, texts, strict=True)], dtype=np.int32)
     counts = None
     if rows.counts is not None:
-        new = np.arange(width) >= np.array([len(prompt) for prompt in prompts])[:, None]
-        counts = np.concatenate([rows.counts, new])
+        is_written = np.arange(width) >= np.array([len(prompt) for prompt in prompts])[:, None]
+        counts = np.concatenate([rows.counts, is_written])
     sources = np.concatenate([rows.sources, np.full(len(written), len(rows.names))])
     return TokenRows(np.concatenate([rows.ids, written]), sources, (*rows.names, OWN_WRITING), counts)
 
@@ -160,10 +159,10 @@ def _named(run: RunFolder) -> dict[str, list[int]]:
     for row in table[table["claimed"].astype(bool)].to_dict("records"):
         name = str(row["name"])
         groups[f"{name} ({row['group']})" if name in groups else name] = [int(feature) for feature in row["features"]]
-    found = dict(list(groups.items())[:_GROUPS])
+    named = dict(list(groups.items())[:_GROUPS])
     if len(groups) > 1:
-        found[_ALL] = sorted({feature for members in groups.values() for feature in members})
-    return found
+        named[_ALL] = sorted({feature for members in groups.values() for feature in members})
+    return named
 
 
 def _measured(
@@ -175,8 +174,8 @@ def _measured(
     kept: KeptRows,
     log: Log,
 ) -> pd.DataFrame:
-    known = kept.read(log)
-    pieces = [] if known is None else [known[known["edited"] == edited]]
+    finished = kept.read(log)
+    pieces = [] if finished is None else [finished[finished["edited"] == edited]]
     done = {int(row) for piece in pieces for row in piece["row"]}
     for piece in outcomes(lm, control.sae, control.hook, both, sets, edited=edited, done=done, log=log):
         kept.add(piece)
