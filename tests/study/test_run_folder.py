@@ -13,7 +13,7 @@ from saeffect.errors import ConfigError
 from saeffect.io import hash_file
 from saeffect.progress import SILENT, Log
 from saeffect.study.run import run_study
-from saeffect.study.run_folder import KeptRows, RunFolder, drop_kept_rows
+from saeffect.study.run_folder import PartialTable, RunFolder, delete_pieces
 from saeffect.study.study import Study
 from tiny_study import make_study
 
@@ -209,20 +209,20 @@ def test_leftovers_go_and_hidden_files_stay(study: Study, tmp_path: Path) -> Non
 def test_kept_rows_go_when_the_stage_ends(study: Study, tmp_path: Path) -> None:
     run = RunFolder(tmp_path, study)
     for inputs in (1, 2):
-        run.kept("compare", inputs).add(pd.DataFrame({"x": [inputs]}))
-    run.kept("steer gone", 1).add(pd.DataFrame({"x": [3]}))
-    found = run.kept("compare", 2).read()
+        run.partial("compare", inputs).add(pd.DataFrame({"x": [inputs]}))
+    run.partial("steer gone", 1).add(pd.DataFrame({"x": [3]}))
+    found = run.partial("compare", 2).read()
     assert found is not None
     assert found["x"].tolist() == [2]
-    assert run.kept("compare", 3).read() is None
+    assert run.partial("compare", 3).read() is None
     leave(run, 2, "a")
     assert [p.name for p in run.path("partial").iterdir()] == ["steer-gone"]
-    run.drop_kept()
+    run.delete_partial()
     assert not run.path("partial").exists()
 
 
 def test_damaged_pieces_are_ignored_foreign_files_stay(tmp_path: Path) -> None:
-    kept = KeptRows(tmp_path / "pieces", "f" * 64)
+    kept = PartialTable(tmp_path / "pieces", "f" * 64)
     for number in range(3):
         kept.add(pd.DataFrame({"x": [number]}))
     files = sorted((tmp_path / "pieces").iterdir())
@@ -234,9 +234,9 @@ def test_damaged_pieces_are_ignored_foreign_files_stay(tmp_path: Path) -> None:
     assert len(found) == 1
     assert len(said) == 2
     (tmp_path / "pieces" / "mine.parquet").write_bytes(b"mine")
-    drop_kept_rows(tmp_path / "pieces")
+    delete_pieces(tmp_path / "pieces")
     assert [p.name for p in (tmp_path / "pieces").iterdir()] == ["mine.parquet"]
     (tmp_path / "link").symlink_to(tmp_path / "pieces")
     kept.add(pd.DataFrame({"x": [1]}))
-    drop_kept_rows(tmp_path / "link")
+    delete_pieces(tmp_path / "link")
     assert len(list((tmp_path / "pieces").iterdir())) == 2

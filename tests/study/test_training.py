@@ -107,7 +107,7 @@ def test_every_bundled_study_is_valid() -> None:
     for name in bundled_studies():
         study = Study.open(f"bundled:{name}")
         check_training(study)
-        assert study.called == f"bundled:{name}"
+        assert study.reference == f"bundled:{name}"
         for arm in study.config.arms.values():
             assert not arm.sae.startswith(str(study.source.parent)), "nothing is written into the package"
 

@@ -120,7 +120,7 @@ def _lead(run: RunFolder, stages: Sequence[str], redo: bool, log: Log, progress:
                 fix=f"run saeffect {step.stage} first, or saeffect run for all of it.",
             )
     if "report" in stages:
-        run.drop_kept()
+        run.delete_partial()
     from_first(_NO_FURTHER_STAGES)
 
 

@@ -22,7 +22,7 @@ from saeffect.io import atomic_path, fingerprint, hash_file, read_json, remove_l
 from saeffect.progress import SILENT, Log
 from saeffect.study.study import Study
 
-__all__ = ["KeptRows", "RunFolder", "drop_kept_rows", "read_manifest", "read_table"]
+__all__ = ["PartialTable", "RunFolder", "delete_pieces", "read_manifest", "read_table"]
 
 _FOLDERS = ("arms", "comparison", "figures", "partial", "steering", "tables")
 # A run writes these only after its manifest and study; its first stage writes gate.json alone.
@@ -71,9 +71,9 @@ class RunFolder:
         is_listed = any(name in entry["outputs"] for entry in self._manifest["stages"].values())
         return self.read_table(path) if is_listed and path.is_file() else None
 
-    def kept(self, key: str, inputs: Any) -> KeptRows:
+    def partial(self, key: str, inputs: Any) -> PartialTable:
         """Finished pieces of a stage's work, for resuming; deleted when the stage is in the manifest."""
-        return KeptRows(self._kept_folder(key), fingerprint(inputs))
+        return PartialTable(self._partial_folder(key), fingerprint(inputs))
 
     @staticmethod
     def write_table(path: Path, table: pd.DataFrame) -> Path:
@@ -92,7 +92,7 @@ class RunFolder:
         the stage that are not written again are removed, unless somebody changed them.
         """
         if not redo and self.is_done(key, inputs):
-            drop_kept_rows(self._kept_folder(key))
+            delete_pieces(self._partial_folder(key))
             log(f"  {key}: finished before, skipped")
             return False
         made_with, started = fingerprint(inputs), time.monotonic()
@@ -103,7 +103,7 @@ class RunFolder:
         self._manifest["stages"][key] = entry
         self._save()
         # Only now: a stage killed earlier resumes from them.
-        drop_kept_rows(self._kept_folder(key))
+        delete_pieces(self._partial_folder(key))
         log(f"  {key}: {seconds:.1f} s")
         return True
 
@@ -134,11 +134,11 @@ class RunFolder:
         for folder in (self.folder, *self._folders()):
             remove_leftovers(folder)
 
-    def drop_kept(self) -> None:
-        """Delete the kept pieces of all stages, once every stage is done or no longer part of the study."""
+    def delete_partial(self) -> None:
+        """Delete the pieces of all stages, once every stage is done or no longer part of the study."""
         folder = self.path("partial")
         for stage in folder.iterdir() if folder.is_dir() else ():
-            drop_kept_rows(stage)
+            delete_pieces(stage)
         with contextlib.suppress(OSError):
             folder.rmdir()
 
@@ -148,7 +148,7 @@ class RunFolder:
         nested = [self.path(name) for name in ("arms", "partial")]
         return outer + [inner for folder in nested if folder.is_dir() for inner in folder.iterdir() if inner.is_dir()]
 
-    def _kept_folder(self, key: str) -> Path:
+    def _partial_folder(self, key: str) -> Path:
         return self.path("partial", key.replace(" ", "-"))
 
     def _remove_outdated(self, key: str, outputs: Mapping[str, str]) -> None:
@@ -277,7 +277,7 @@ def _is_stage_entry(value: Any) -> bool:
 _PIECE = re.compile(r"[0-9a-f]{16}-[0-9a-f]{32}\.parquet")
 
 
-class KeptRows:
+class PartialTable:
     """Pieces of a table, one file each, named by `made_with` (of everything that the rows depend on) and the hash of
     their content. Every process reads all pieces, so a run may resume with another number of processes.
     """
@@ -305,7 +305,7 @@ class KeptRows:
         add_sealed(self._folder, self._made_with, ".parquet", content.getvalue())
 
 
-def drop_kept_rows(folder: Path) -> None:
+def delete_pieces(folder: Path) -> None:
     """Delete all pieces in a folder, whatever their fingerprint, and the folder if it is then empty."""
     if folder.is_symlink() or not folder.is_dir():
         return

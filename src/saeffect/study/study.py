@@ -137,7 +137,7 @@ class Study:
         return len({(arm.model.path, arm.model.revision) for arm in self.config.arms.values()}) == 1
 
     @property
-    def called(self) -> str:
+    def reference(self) -> str:
         """The argument for `open`: its path, or bundled:<name>."""
         return BUNDLED + self.source.stem if self.source.parent == _BUNDLED_STUDIES else str(self.source)
 
@@ -186,7 +186,7 @@ class Study:
         if user_path(sae, at=at).is_file():
             read_sae_config(sae, at=at)  # which says what kind of file it is
         if not Path(sae).is_dir():
-            train = f"train it: saeffect train-sae {shlex.quote(self.called)} --arm {name}"
+            train = f"train it: saeffect train-sae {shlex.quote(self.reference)} --arm {name}"
             fix = "paths are relative to the study file." if self.config.training is None else train
             as_written = os.path.relpath(sae, self.source.absolute().parent)
             if Path(as_written).is_dir():

@@ -146,15 +146,15 @@ class _Crossing:
     def cell_rows(self) -> Iterator[tuple[str, pd.DataFrame]]:
         """The rows of each cell, with the name of its SAE's arm; all but steered texts are kept for a resumed run."""
         texts = self.all_texts()
-        kept = self._run.kept("cross", cross_inputs(self._run))
-        done = {tuple(piece.loc[0, ["sae", "model"]]): piece for piece in kept.pieces(self._log)}
+        saved = self._run.partial("cross", cross_inputs(self._run))
+        done = {tuple(piece.loc[0, ["sae", "model"]]): piece for piece in saved.pieces(self._log)}
         for cell, model in self.cells():
             key = cell.name, model
             rows = done.get(key)
             if rows is None:
                 rows = pd.concat([_marker_row(model), *self.without_texts(cell, model)], ignore_index=True)
                 rows = rows.assign(sae=cell.name)
-                kept.add(rows)
+                saved.add(rows)
             parts = [rows[rows["quantity"] != ""].drop(columns="sae")]
             if key in texts:
                 parts += self._steered(cell, model, texts[key])
@@ -175,14 +175,14 @@ class _Crossing:
         if trials is not None:
             return trials[list(TRIAL_COLUMNS)]
         # Every process reads the same pieces, and takes its share of what is missing.
-        kept = self._run.kept(f"cross {cell.name} {model}", cross_inputs(self._run))
+        saved = self._run.partial(f"cross {cell.name} {model}", cross_inputs(self._run))
         return run_trials(
             self._site(cell),
             self._chosen[cell.name],
             self._plan,
             vectors=self._vectors,
-            done=kept.read(self._log),
-            on_chunk=kept.add,
+            done=saved.read(self._log),
+            on_chunk=saved.add,
             progress=partial(self._log.progress, f"steer {cell.name}'s SAE on {model}", unit="texts"),
         )
 
@@ -309,12 +309,12 @@ class _Crossing:
         n_rows = min(len(rows), max(1, _TOKENS // rows.context_size)) if "activity" in groups else len(gate_rows)
         activity: list[npt.NDArray[np.float64]] = []
         sums = _RowSums()
-        for start, ids, x, kept, _ in cell.read(rows, self._study.residuals):
-            acts = cell.sae.encode(x)[..., features].clamp(min=0).double() * kept[..., None]
-            per_token = torch.stack([(acts > 0).double().sum(dim=1), acts.sum(dim=1)]) / kept.sum(dim=1)[:, None]
+        for start, ids, x, mask, _ in cell.read(rows, self._study.residuals):
+            acts = cell.sae.encode(x)[..., features].clamp(min=0).double() * mask[..., None]
+            per_token = torch.stack([(acts > 0).double().sum(dim=1), acts.sum(dim=1)]) / mask.sum(dim=1)[:, None]
             activity.append(per_token.numpy())
             if "reconstruction" in groups and start < len(gate_rows):
-                sums.add(x[: len(gate_rows) - start].float(), cell.sae(x[: len(gate_rows) - start].float()), kept)
+                sums.add(x[: len(gate_rows) - start].float(), cell.sae(x[: len(gate_rows) - start].float()), mask)
             self._log.progress(f"{cell.name}'s SAE on {model}", start + len(ids), n_rows, "rows")
             if start + len(ids) >= n_rows:
                 break
@@ -339,8 +339,8 @@ class _RowSums:
         self._totals: list[torch.Tensor] = []
         self._counts: list[int] = []
 
-    def add(self, x: torch.Tensor, out: torch.Tensor, kept: torch.Tensor) -> None:
-        for row, rebuilt, counts in zip(x, out, kept[: len(x)], strict=True):
+    def add(self, x: torch.Tensor, out: torch.Tensor, mask: torch.Tensor) -> None:
+        for row, rebuilt, counts in zip(x, out, mask[: len(x)], strict=True):
             original = row[counts].double()
             self._errors.append(float((original - rebuilt[counts].double()).square().sum()))
             self._squares.append(float(original.square().sum()))

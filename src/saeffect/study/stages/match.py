@@ -20,7 +20,7 @@ from saeffect.lm.activations import TokenRows, kept_positions
 from saeffect.progress import Log
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.stats.arguments import BoolArray
-from saeffect.study.run_folder import KeptRows, RunFolder
+from saeffect.study.run_folder import PartialTable, RunFolder
 from saeffect.study.stages.changes import CHANGE_TABLES
 from saeffect.study.stages.features import SeedSae, open_seeds, seed_identities
 from saeffect.study.study import Arm, Study
@@ -49,7 +49,7 @@ def match_inputs(run: RunFolder) -> dict[str, Any]:
 
 def run_match(run: RunFolder, log: Log) -> Iterable[Path]:
     """Write `comparison/fates_control.parquet` and the tables of the other diffing methods, resuming pair by pair."""
-    tables = _measure(run, log, _KeptPairs(run.kept("match", match_inputs(run)), log))
+    tables = _measure(run, log, _FinishedPairs(run.partial("match", match_inputs(run)), log))
     names = [name for name in table_names() if name in tables]
     return [run.write_table(run.path("comparison", f"{name}.parquet"), tables[name]) for name in names]
 
@@ -67,19 +67,19 @@ def read_matches(run: RunFolder) -> MatchTables:
     return MatchTables(**declared, further=tables)
 
 
-def _measure(run: RunFolder, log: Log, keep: _KeptPairs) -> dict[str, pd.DataFrame]:
+def _measure(run: RunFolder, log: Log, keep: _FinishedPairs) -> dict[str, pd.DataFrame]:
     study, config = run.study, run.study.config
     control, treatment = study.pair
     if study.sae_config(control).d_in != study.sae_config(treatment).d_in:
         log("  the arms' models differ in width, so no feature of one can be compared with one of the other")
         return {}
-    logs, kept, seeds, saes = _FiringLogs(study, log), {}, {}, {}
+    logs, counted, seeds, saes = _FiringLogs(study, log), {}, {}, {}
     for name in study.ordered_arms():
         opened = study.open_arm(name, log)
         seeds[name], saes[name] = open_seeds(study, name), opened.sae
         whole = {seed.name: seed.sae for seed in seeds[name] if seed.sae is not None}
-        kept[name] = logs.add(opened, {name: opened.sae, **whole})
-    views = _views(run, logs.common({name: kept[name] for name in (control, treatment)}), seeds, saes)
+        counted[name] = logs.add(opened, {name: opened.sae, **whole})
+    views = _views(run, logs.common({name: counted[name] for name in (control, treatment)}), seeds, saes)
     other_views = [
         *views[control][1:],
         *(view for name in study.ordered_arms() if name not in study.pair for view in views[name]),
@@ -93,7 +93,7 @@ def _measure(run: RunFolder, log: Log, keep: _KeptPairs) -> dict[str, pd.DataFra
             others=[view for view in other_views if view.W_dec.shape[1] == width],
             treatment_seeds=views[treatment][1:],
             is_domain=selection["is_domain"].to_numpy(dtype=bool),
-            acts_of_both=lambda: logs.acts_of_both(study.open_arm(treatment), saes[control], control, kept[control]),
+            acts_of_both=lambda: logs.acts_of_both(study.open_arm(treatment), saes[control], control, counted[control]),
             residuals=lambda name: logs.residuals(study.open_arm(name)),
             alpha=config.comparison.alpha,
             resampling=Resampling(config.seed, config.comparison.n_boot, config.comparison.n_permutations),
@@ -103,12 +103,12 @@ def _measure(run: RunFolder, log: Log, keep: _KeptPairs) -> dict[str, pd.DataFra
     )
 
 
-class _KeptPairs:
+class _FinishedPairs:
     """Matchings of pairs of SAEs, one piece each, kept for resuming until the stage is done."""
 
-    def __init__(self, kept: KeptRows, log: Log) -> None:
-        self._kept = kept
-        self._matchings = {tuple(piece.loc[0, _PAIR_COLUMNS]): _read_matching(piece) for piece in kept.pieces(log)}
+    def __init__(self, saved: PartialTable, log: Log) -> None:
+        self._saved = saved
+        self._matchings = {tuple(piece.loc[0, _PAIR_COLUMNS]): _read_matching(piece) for piece in saved.pieces(log)}
 
     def read(self, measure: str, a: str, b: str) -> Matching | None:
         return self._matchings.get((measure, a, b))
@@ -121,7 +121,7 @@ class _KeptPairs:
             columns |= {f"index_{i}": column for i, column in enumerate(side.indices.T)}
             columns |= {f"similarity_{i}": column for i, column in enumerate(side.similarity.T)}
             sides.append(pd.DataFrame(columns))
-        self._kept.add(pd.concat(sides, ignore_index=True))
+        self._saved.add(pd.concat(sides, ignore_index=True))
 
 
 _PAIR_COLUMNS = ["measure", "a", "b"]
@@ -150,20 +150,20 @@ class _FiringLogs:
         rows = self._study.rows()
         counted = []
         self.by_sae |= {name: FiringLog(sae.cfg.d_sae) for name, sae in saes.items()}
-        for _, _, x, kept, _ in arm.read(rows, self._study.residuals, self._log, f"activations {arm.name}"):
-            counted.append(kept.flatten().numpy())
+        for _, _, x, mask, _ in arm.read(rows, self._study.residuals, self._log, f"activations {arm.name}"):
+            counted.append(mask.flatten().numpy())
             for name, sae in saes.items():
                 self.by_sae[name].update(sae.encode(x).flatten(0, 1))
         return np.concatenate(counted)
 
-    def common(self, kept: Mapping[str, BoolArray]) -> dict[str, FiringLog]:
+    def common(self, counted: Mapping[str, BoolArray]) -> dict[str, FiringLog]:
         """The logs, cut to tokens that count in all these arms."""
-        counted = np.logical_and.reduce(list(kept.values()))
-        return {name: log.only(counted) for name, log in self.by_sae.items()}
+        in_all = np.logical_and.reduce(list(counted.values()))
+        return {name: log.only(in_all) for name, log in self.by_sae.items()}
 
     @torch.inference_mode()
     def acts_of_both(
-        self, treatment: Arm, sae: SparseAutoencoder, control: str, kept: BoolArray
+        self, treatment: Arm, sae: SparseAutoencoder, control: str, counted: BoolArray
     ) -> Iterator[ActsOfBoth]:
         """Activations of the control's SAE on the treatment's and on the control's model."""
         rows: TokenRows = self._study.rows()
@@ -171,14 +171,14 @@ class _FiringLogs:
         for start, ids, x in self._study.residuals.batches(treatment.lm, self._study.hook(control), rows):
             tokens = slice(start * width, (start + len(ids)) * width)
             acts = torch.from_numpy(control_acts[tokens].toarray()).view(len(ids), width, -1)
-            mask = kept_positions(x, limit) & torch.from_numpy(kept[tokens]).view(len(ids), width)
+            mask = kept_positions(x, limit) & torch.from_numpy(counted[tokens]).view(len(ids), width)
             yield ActsOfBoth(acts, sae.encode(x), mask)
             self._log.progress(f"cross-activity {treatment.name}", start + len(ids), len(rows), "rows")
 
     @torch.inference_mode()
     def residuals(self, arm: Arm) -> Iterator[ResidualBatch]:
-        for _, ids, x, kept, _ in arm.read(self._study.rows(), self._study.residuals):
-            yield ResidualBatch(ids, x, kept)
+        for _, ids, x, mask, _ in arm.read(self._study.rows(), self._study.residuals):
+            yield ResidualBatch(ids, x, mask)
 
 
 def _views(

@@ -20,7 +20,7 @@ from saeffect.lm.language_model import LanguageModel
 from saeffect.progress import Log
 from saeffect.steering.generate import continue_prompts
 from saeffect.steering.sampling import NoiseCell, Sampling
-from saeffect.study.run_folder import KeptRows, RunFolder
+from saeffect.study.run_folder import PartialTable, RunFolder
 from saeffect.study.study import Arm, Study
 from saeffect.study.texts import study_rows
 
@@ -61,10 +61,10 @@ def run_put_back(run: RunFolder, log: Log) -> Iterable[Path]:
     activations = [read(lm, base.hook, rows, log) for lm in (base.lm, tuned)]
     both = BothRead.of(rows, activations[0], activations[1], base.norm_limit(rows))
     forward, reverse = _sets(run, both, base, order if is_fresh else None)
-    kept = run.kept("put back", put_back_inputs(run))
+    saved = run.partial("put back", put_back_inputs(run))
     results = [
-        _measured(tuned, "tuned", base, both, forward, kept, log),
-        _measured(base.lm, "base", base, both, reverse, kept, log),
+        _measured(tuned, "tuned", base, both, forward, saved, log),
+        _measured(base.lm, "base", base, both, reverse, saved, log),
     ]
     table = put_back_table(pd.concat(results), rows, [*forward, *(group for group in reverse if group not in forward)])
     table["chosen_on"] = "other text" if is_fresh else "the other half of the rows"
@@ -171,13 +171,13 @@ def _measured(
     control: Arm,
     both: BothRead,
     sets: list[FeatureSet],
-    kept: KeptRows,
+    saved: PartialTable,
     log: Log,
 ) -> pd.DataFrame:
-    finished = kept.read(log)
+    finished = saved.read(log)
     pieces = [] if finished is None else [finished[finished["edited"] == edited]]
     done = {int(row) for piece in pieces for row in piece["row"]}
     for piece in outcomes(lm, control.sae, control.hook, both, sets, edited=edited, done=done, log=log):
-        kept.add(piece)
+        saved.add(piece)
         pieces.append(piece)
     return pd.concat(pieces, ignore_index=True)

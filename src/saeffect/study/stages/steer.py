@@ -29,7 +29,7 @@ from saeffect.steering import (
     score_texts,
 )
 from saeffect.steering.effects import Obstacles
-from saeffect.study.run_folder import KeptRows, RunFolder
+from saeffect.study.run_folder import PartialTable, RunFolder
 from saeffect.study.stages.dose_search import (
     chosen_dose,
     encoder_identity,
@@ -79,11 +79,11 @@ def run_steer(run: RunFolder, arm: str, log: Log) -> Iterable[Path]:
         dose, note = chosen_dose(run)
         log(f"  arm {arm} " + (f"is not steered: {note}" if dose is None else "has no domain feature to test"))
     tables: dict[str, pd.DataFrame] = {}
-    kept = run.kept(f"steer {arm}", steer_inputs(run, arm))
+    saved = run.partial(f"steer {arm}", steer_inputs(run, arm))
     if len(chosen) or sets:
         test = _SteeringTest(run, run.study.open_arm(arm, log), log)
         if len(chosen):
-            tables |= test.features(chosen, kept)
+            tables |= test.features(chosen, saved)
         if sets:
             tables |= test.together(sets)
     if "matched" in run.study.steering.placebos and tables:
@@ -98,7 +98,7 @@ def help_steer(run: RunFolder, arm: str) -> None:
     if len(chosen) or sets:
         test = _SteeringTest(run, run.study.open_arm(arm), SILENT)
         if len(chosen):
-            test.texts(chosen, run.kept(f"steer {arm}", steer_inputs(run, arm)))
+            test.texts(chosen, run.partial(f"steer {arm}", steer_inputs(run, arm)))
         if sets:
             test.texts(test.joined(sets))
 
@@ -144,9 +144,9 @@ class _SteeringTest:
         self._vectors = RememberedVectors(outcome_vectors(run.study))
         self._words = load_vocabulary(run.study.config.selection.vocabulary).words
 
-    def features(self, chosen: pd.DataFrame, kept: KeptRows) -> dict[str, pd.DataFrame]:
+    def features(self, chosen: pd.DataFrame, saved: PartialTable) -> dict[str, pd.DataFrame]:
         """Each feature by itself, with its placebos, and for some features the baselines."""
-        tables = self._tested(chosen, kept)
+        tables = self._tested(chosen, saved)
         sample = self._baseline_sample(chosen)
         if self._config.baselines and len(sample):
             tables["baselines"] = self._scored(self._baseline_texts(sample), chosen)
@@ -166,20 +166,20 @@ class _SteeringTest:
         placebos = matched_lists_of(matched_placebos(self._run, name, set_members(self._run, name)))
         return features_together(features, sets, placebos)
 
-    def texts(self, chosen: pd.DataFrame, kept: KeptRows | None = None) -> pd.DataFrame:
+    def texts(self, chosen: pd.DataFrame, saved: PartialTable | None = None) -> pd.DataFrame:
         """The interventions, shared over processes: every process calls this and gets the whole table."""
         return run_trials(
             self._site,
             chosen,
             self._plan,
             vectors=self._vectors,
-            done=kept.read(self._log) if kept else None,
-            on_chunk=kept.add if kept else None,
+            done=saved.read(self._log) if saved else None,
+            on_chunk=saved.add if saved else None,
             progress=partial(self._log.progress, f"steer {self._arm.name}", unit="texts"),
         )
 
-    def _tested(self, chosen: pd.DataFrame, kept: KeptRows | None = None) -> dict[str, pd.DataFrame]:
-        trials = self._scored(self.texts(chosen, kept), chosen)
+    def _tested(self, chosen: pd.DataFrame, saved: PartialTable | None = None) -> dict[str, pd.DataFrame]:
+        trials = self._scored(self.texts(chosen, saved), chosen)
         direct = direct_effects(self._site, chosen, self._plan)
         found = effect_tables(
             self._run.study, trials, direct, dose=self._dose, obstacles=obstacles(self._site, chosen, self._plan)
@@ -219,11 +219,11 @@ class _SteeringTest:
         sums = MeanDifferences(features, arm.W_dec.shape[1])
         place = rows.names.index("general") if "general" in rows.names else None
         seen = 0
-        for start, ids, x, kept, _ in arm.read(rows, self._run.study.residuals):
+        for start, ids, x, mask, _ in arm.read(rows, self._run.study.residuals):
             acts = arm.sae.encode(x)[..., features]
             sources = torch.from_numpy(np.asarray(rows.sources[start : start + len(ids)]))
             general = torch.ones_like(sources, dtype=torch.bool) if place is None else sources == place
-            sums.add(x[kept].float(), acts[kept], general[:, None].expand(ids.shape)[kept])
+            sums.add(x[mask].float(), acts[mask], general[:, None].expand(ids.shape)[mask])
             seen += ids.numel()
             if seen >= _TOKENS:
                 break

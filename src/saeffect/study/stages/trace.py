@@ -102,12 +102,12 @@ def _size(lm: LanguageModel) -> tuple[int, ...]:
 
 def missing_nulls(study: Study) -> str:
     """What a study without nulls lacks, and the command that makes it; nothing that differs from run to run."""
-    called = study.called if study.called.startswith(BUNDLED) else study.source.name
+    reference = study.reference if study.reference.startswith(BUNDLED) else study.source.name
     tokens = _recipe_tokens(study)
     cost = "" if tokens is None else f"; each reads {tokens:,} tokens, as the fine-tuning did"
     return (
         f"no null fine-tunes, so nothing says what is usual: saeffect finetune RECIPE --null {_WANTED} --study"
-        f" {shlex.quote(called)} --out nulls, then nulls: nulls in the study{cost}"
+        f" {shlex.quote(reference)} --out nulls, then nulls: nulls in the study{cost}"
     )
 
 
