@@ -1,12 +1,12 @@
 # ruff: noqa: T201
-"""How long it takes to name every feature and to score it, beside the least that the processor must do.
+"""Time to find every feature's top tokens and to score its coherence, beside the bare matrix product.
 
     python benchmarks/analysis.py                about 3 minutes on two cores
     python benchmarks/analysis.py --quick        small matrices, one round: seconds
 
 `W_dec` (24,576 × 768) times `W_U` (768 × 50,257) with the ten best tokens on both scales and four moments, beside the
-bare float32 product in chunks of 512 into memory that is there already. Each side runs in a process of its own, whose
-peak memory is read at its end, and sides take turns, so that a busy machine slows all. Then the coherence of all those
+bare float32 product in chunks of 512 into allocated memory. Each side runs in its own process, whose peak memory
+is read at its end; sides alternate, so that a busy machine slows all. Then the coherence of all those
 features with the bundled GloVe. Writes analysis.json, .svg and .png; the last line of stdout is one line of JSON.
 """
 
@@ -53,16 +53,16 @@ def main() -> None:
         print(json.dumps(run_side(options.worker[0], Path(options.worker[1]))))
         return
     results = measure(options)
-    write_results(results, "analysis", options, lambda found, stem: draw(found, LABELS, stem))
-    for side, found in results["projection"].items():
-        print(f"{LABELS[side]:<50}{found['seconds']:8.2f} s{found['ratio']:7.2f}×{found['peak_gb']:7.2f} GB")
+    write_results(results, "analysis", options, lambda rows, stem: draw(rows, LABELS, stem))
+    for side, row in results["projection"].items():
+        print(f"{LABELS[side]:<50}{row['seconds']:8.2f} s{row['ratio']:7.2f}×{row['peak_gb']:7.2f} GB")
     print(f"{'coherence':<50}{results['coherence']['seconds']:8.3f} s")
     print(json.dumps(results["summary"]))
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Everything that is measured, and the summary of the last line."""
-    # Not at the top: what checking imports would count as memory of the sides.
+    # Imported here, or the memory of these imports would count for the sides.
     from analysis_checks import check_moments, check_top_tokens, coherence_times
 
     from saeffect.features.projection import PRODUCT_DTYPES
@@ -81,8 +81,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             np.save(folder / file, matrix.numpy())
         for _ in range(rounds):
             for side in sides:
-                runs[side].append(_in_a_process(side, folder, options.threads))
-        found = {side: torch.load(folder / f"{side}.pt", weights_only=True) for side in sides if side != "bare"}
+                runs[side].append(_run_in_process(side, folder, options.threads))
+        ours = [side for side in sides if side != "bare"]
+        tokens_by_side = {side: torch.load(folder / f"{side}.pt", weights_only=True) for side in ours}
     bare = statistics.median(run["seconds"] for run in runs["bare"])
     results = {
         "task": {"d_sae": d_sae, "d_in": d_in, "d_vocab": d_vocab, "top_k": TOP_K, "chunk": CHUNK},
@@ -91,16 +92,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "versions": versions(),
         "projection": {
             side: {
-                "seconds": statistics.median(run["seconds"] for run in ones),
-                "all_seconds": [run["seconds"] for run in ones],
-                "ratio": statistics.median(run["seconds"] for run in ones) / bare,
-                "peak_gb": max(run["peak"] for run in ones) / 1e9,
+                "seconds": statistics.median(run["seconds"] for run in runs_of_side),
+                "all_seconds": [run["seconds"] for run in runs_of_side],
+                "ratio": statistics.median(run["seconds"] for run in runs_of_side) / bare,
+                "peak_gb": max(run["peak"] for run in runs_of_side) / 1e9,
             }
-            for side, ones in runs.items()
+            for side, runs_of_side in runs.items()
         },
-        "top_tokens": check_top_tokens(W_dec, W_U, found),
-        "moments": check_moments(W_dec, W_U, found),
-        "coherence": coherence_times(found["float32"], d_vocab),
+        "top_tokens": check_top_tokens(W_dec, W_U, tokens_by_side),
+        "moments": check_moments(W_dec, W_U, tokens_by_side),
+        "coherence": coherence_times(tokens_by_side["float32"], d_vocab),
     }
     results["summary"] = summarise(results)
     return results
@@ -108,19 +109,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def summarise(results: dict[str, Any]) -> dict[str, Any]:
     """The last line. `projection_vs_matmul` is of the dtype that "auto" takes here; peak memory is the higher one."""
-    ours = {side: found for side, found in results["projection"].items() if side != "bare"}
+    ours = {side: row for side, row in results["projection"].items() if side != "bare"}
     moments = results["moments"]
     return {
         "coherence_24576_s": round(results["coherence"]["seconds"], 3),
         "projection_vs_matmul": round(ours[results["default_dtype"]]["ratio"], 3),
-        "projection_peak_gb": round(max(found["peak_gb"] for found in ours.values()), 3),
+        "projection_peak_gb": round(max(row["peak_gb"] for row in ours.values()), 3),
         "default_dtype": results["default_dtype"],
-        "projection_vs_matmul_by_dtype": {side: round(found["ratio"], 3) for side, found in ours.items()},
-        "projection_s": {side: round(found["seconds"], 2) for side, found in results["projection"].items()},
+        "projection_vs_matmul_by_dtype": {side: round(row["ratio"], 3) for side, row in ours.items()},
+        "projection_s": {side: round(row["seconds"], 2) for side, row in results["projection"].items()},
         "exact_rows": results["top_tokens"]["exact_rows"],
         "checked_rows": results["top_tokens"]["checked_rows"],
         "dtypes_agree": results["top_tokens"]["dtypes_agree"],
-        "kurtosis_error": {side: float(f"{found['kurtosis']:.2g}") for side, found in moments.items()},
+        "kurtosis_error": {side: float(f"{row['kurtosis']:.2g}") for side, row in moments.items()},
     }
 
 
@@ -145,43 +146,43 @@ def weights(d_sae: int, d_in: int, d_vocab: int, seed: int = 0) -> tuple[Tensor,
     return W_dec, W_U.T.contiguous()
 
 
-def _in_a_process(side: str, folder: Path, threads: int) -> dict[str, Any]:
+def _run_in_process(side: str, folder: Path, threads: int) -> dict[str, Any]:
     command = [sys.executable, str(Path(__file__)), "--threads", str(threads), "--worker", side, str(folder)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return answer
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+    return result
 
 
 def run_side(side: str, folder: Path) -> dict[str, Any]:
-    """One run of one side; what was found is left in the folder. Seconds, and peak bytes of this process."""
+    """One run of one side; writes its tensors to the folder. Returns seconds and the peak bytes of this process."""
     # numpy reads a matrix into its own memory and nothing else, so that the peak is not that of loading.
     W_dec, W_U = (torch.from_numpy(np.load(folder / file)) for file in ("W_dec.npy", "W_U.npy"))
     if side == "bare":
-        seconds = _bare(W_dec, W_U)
+        seconds = _time_bare_product(W_dec, W_U)
         return {"seconds": seconds, "peak": peak_rss()}
     from saeffect.features.projection import project_both
 
-    project_both(W_dec[:8], W_U[:, :64].clone(), TOP_K, dtype=side)  # threads and kernels are there
+    project_both(W_dec[:8], W_U[:, :64].clone(), TOP_K, dtype=side)  # warms up threads and kernels
     started = time.perf_counter()
     pair = project_both(W_dec, W_U, TOP_K, chunk=CHUNK, dtype=side)
     seconds = time.perf_counter() - started
     peak = peak_rss()
-    found = {f"{name}_{field}": getattr(pair[name], field) for name in ("dot", "cosine") for field in _FIELDS}
-    torch.save(found, folder / f"{side}.pt")
+    tensors = {f"{name}_{field}": getattr(pair[name], field) for name in ("dot", "cosine") for field in _FIELDS}
+    torch.save(tensors, folder / f"{side}.pt")
     return {"seconds": seconds, "peak": peak}
 
 
 _FIELDS = ("indices", "weights", "mean", "std", "skewness", "kurtosis")
 
 
-def _bare(W_dec: Tensor, W_U: Tensor) -> float:
+def _time_bare_product(W_dec: Tensor, W_U: Tensor) -> float:
     """Seconds of the product alone; nothing is done with it."""
     out = torch.zeros(min(CHUNK, len(W_dec)), W_U.shape[1])
     torch.mm(W_dec[:8], W_U, out=out[:8])
     started = time.perf_counter()
     for start in range(0, len(W_dec), CHUNK):
-        part = W_dec[start : start + CHUNK]
-        torch.mm(part, W_U, out=out[: len(part)])
+        chunk = W_dec[start : start + CHUNK]
+        torch.mm(chunk, W_U, out=out[: len(chunk)])
     return time.perf_counter() - started
 
 

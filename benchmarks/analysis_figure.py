@@ -1,11 +1,11 @@
-"""The picture of the analysis benchmark: seconds and memory beside the product alone, and coherence."""
+"""The figure of the analysis benchmark: seconds and memory beside the product alone, and coherence."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from drawing import INK, PALETTE, drawn
+from drawing import INK, PALETTE, saved_figure
 
 __all__ = ["draw"]
 
@@ -15,15 +15,15 @@ COLOURS = dict(zip(("bare", "float32", "bfloat16"), PALETTE, strict=True))
 def draw(results: dict[str, Any], labels: dict[str, str], stem: Path) -> None:
     """Write `stem`.svg and `stem`.png: projection on the left, coherence on the right, both in seconds."""
     task = results["task"]
-    with drawn(stem, 1, 2, figsize=(11, 2.4), width_ratios=(2, 1)) as (left, right):
+    with saved_figure(stem, 1, 2, figsize=(11, 2.4), width_ratios=(2, 1)) as (left, right):
         sides = results["projection"]
         bars = [
             (
                 labels[side],
-                found["seconds"],
-                f"{found['seconds']:.1f} s ({found['ratio']:.2f}×), {found['peak_gb']:.2f} GB",
+                side_results["seconds"],
+                f"{side_results['seconds']:.1f} s ({side_results['ratio']:.2f}×), {side_results['peak_gb']:.2f} GB",
             )
-            for side, found in sides.items()
+            for side, side_results in sides.items()
         ]
         _bars(left, bars, [COLOURS[side] for side in sides])
         title = (

@@ -50,25 +50,25 @@ def bfloat16_bound(n_rows: int = 48, rows_a_pass: int = 8) -> dict[str, Any]:
     for start in range(0, len(ids), rows_a_pass):
         x = {}
         for dtype, lm in models.items():
-            began = time.perf_counter()
+            started = time.perf_counter()
             with fused(lm):
                 x[dtype] = capture(
                     lm, HOOK, torch.from_numpy(ids[start : start + rows_a_pass].astype(np.int64))
                 ).float()
-            seconds[dtype] += time.perf_counter() - began
+            seconds[dtype] += time.perf_counter() - started
         mask = kept_positions(x["float32"], limit)
         x = {dtype: values[mask] for dtype, values in x.items()}
         rounding.add(x["float32"], x["bfloat16"])
         with torch.inference_mode():
             for dtype, values in x.items():
                 reconstruction[dtype].add(values, sae(values))
-    found = {dtype: sums.explained_variance() for dtype, sums in reconstruction.items()}
+    explained_variance = {dtype: sums.explained_variance() for dtype, sums in reconstruction.items()}
     return {
         "hook": HOOK,
         "n_tokens": rounding.n_tokens,
-        "explained_variance": found,
-        "change": found["bfloat16"] - found["float32"],
+        "explained_variance": explained_variance,
+        "change": explained_variance["bfloat16"] - explained_variance["float32"],
         "error_share_of_variance": 1 - rounding.explained_variance(),
         "threads": torch.get_num_threads(),
-        "tokens_per_second": {dtype: ids.size / spent for dtype, spent in seconds.items()},
+        "tokens_per_second": {dtype: ids.size / elapsed for dtype, elapsed in seconds.items()},
     }

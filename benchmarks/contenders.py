@@ -1,4 +1,4 @@
-"""Who takes part, in which environment, and the parent's end of the wire to each of them."""
+"""The contenders, their environments, and the parent's side of the connection to each process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CONTENDERS", "Contender", "Worker", "python_of", "taking_part"]
+__all__ = ["CONTENDERS", "Contender", "Worker", "python_of", "available_contenders"]
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -110,17 +110,17 @@ def _torch_version() -> str:
 @cache
 def python_of(module: str) -> str | None:
     """The interpreter that can import a module: the peers' environments first, then this one; None where none can."""
-    places = [ROOT / ".venv-peers/bin/python", ROOT / ".venv-dictionary/bin/python", Path(sys.executable)]
+    candidates = [ROOT / ".venv-peers/bin/python", ROOT / ".venv-dictionary/bin/python", Path(sys.executable)]
     if module in ("saeffect", "torch"):
-        places = [Path(sys.executable)]
+        candidates = [Path(sys.executable)]
     code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
-    for python in places:
+    for python in candidates:
         if python.exists() and subprocess.run([python, "-c", code], check=False).returncode == 0:
             return str(python)
     return None
 
 
-def taking_part(architecture: str, *, every: bool, peers: bool) -> list[Contender]:
+def available_contenders(architecture: str, *, every: bool, peers: bool) -> list[Contender]:
     """Contenders of an architecture that can run here.
 
     Args:
@@ -139,7 +139,7 @@ def taking_part(architecture: str, *, every: bool, peers: bool) -> list[Contende
 
 
 class Worker:
-    """A contender's process: asleep on its stdin except while it has an order."""
+    """A contender's process: it waits on its stdin for orders."""
 
     def __init__(self, module: str, task: dict[str, Any], log: Path) -> None:
         python = python_of(module)
@@ -170,7 +170,7 @@ class Worker:
         """Send an order and wait for its answer.
 
         Raises:
-            RuntimeError: The process died; the message ends with the last lines that it wrote.
+            RuntimeError: The process died; the message ends with the last lines of its log.
         """
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"op": op, **order}) + "\n")
@@ -192,6 +192,6 @@ class Worker:
         line = self._process.stdout.readline()
         if not line:
             self._process.wait()
-            last = self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-12:]
-            raise RuntimeError("a contender died:\n" + "\n".join(last))
+            last_lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-12:]
+            raise RuntimeError("a contender died:\n" + "\n".join(last_lines))
         return dict(json.loads(line))

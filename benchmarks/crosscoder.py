@@ -30,11 +30,11 @@ CHECKOUT = ROOT / ".peer-crosscoder"
 SEEDS, NULLS = 3, 5
 FACTORS = (0.0, 0.25, 0.5, 1.0, 2.0)
 RATE = 0.05
-FOUND = 0.8  # cosine from which a feature counts as the planted one
+MIN_COSINE = 0.8  # cosine from which a feature counts as the planted one
 
 
 def speed(options: argparse.Namespace) -> dict[str, Any]:
-    """Steps a second of both, taking turns in one run, on the same batches from the same weights."""
+    """Steps a second of both, alternating in one run, on the same batches from the same weights."""
     import torch
     from safetensors.torch import save_file
     from synthetic import Planted, topk_start
@@ -42,14 +42,14 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
     d_model, d_sae, batch, k = (16, 64, 32, 4) if options.quick else (768, 12_288, 1024, 32)
     rounds, steps = options.rounds or (1 if options.quick else 6), 2 if options.quick else 3
     planted = Planted(2 * d_model, d_sae)  # both models' activations of a token side by side
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as folder_name:
+        folder = Path(folder_name)
         pool = planted.activations(8 * batch).view(8, batch, 2 * d_model)
         save_file({"x": pool}, folder / "x.safetensors")
         save_file(topk_start(planted), folder / "start.safetensors")
         task = {"start": str(folder / "start.safetensors"), "activations": str(folder / "x.safetensors")}
         task |= {"batch": batch, "k": k, "lr": 1e-5, "l1": 0.0, "threads": options.threads}
-        workers = {
+        tasks = {
             "saeffect": ("saeffect", task | {"runner": "saeffect", "options": {"architecture": "crosscoder"}}),
             "dictionary_learning": (
                 "dictionary_learning",
@@ -57,19 +57,19 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
             ),
         }
         if options.quick or not CHECKOUT.exists() or python_of("dictionary_learning") is None:
-            del workers["dictionary_learning"]
-        running = {name: Worker(module, order, folder / f"{name}.log") for name, (module, order) in workers.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in running}
+            del tasks["dictionary_learning"]
+        workers = {name: Worker(module, task, folder / f"{name}.log") for name, (module, task) in tasks.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in workers}
         try:
-            for worker in running.values():
-                worker.ask("run", steps=1)  # memory is mapped, threads are there
+            for worker in workers.values():
+                worker.ask("run", steps=1)  # maps memory, starts threads
             for _ in range(rounds):
-                for contender, worker in running.items():
+                for contender, worker in workers.items():
                     seconds[contender].append(statistics.median(worker.ask("run", steps=steps)["seconds"]))
         finally:
-            for worker in running.values():
+            for worker in workers.values():
                 worker.close()
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "d_model": d_model,
         "d_sae": d_sae,
         "batch": batch,
@@ -80,12 +80,12 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
     }
     if "dictionary_learning" in seconds:
         ratios = [b / a for a, b in zip(seconds["saeffect"], seconds["dictionary_learning"], strict=True)]
-        found["ratios"], found["times_as_fast"] = ratios, statistics.median(ratios)
-    return found
+        results["ratios"], results["times_as_fast"] = ratios, statistics.median(ratios)
+    return results
 
 
 class Concepts:
-    """Activations of two models made of known concepts, each scaled by its own factor in the tuned model."""
+    """Activations of two models as sums of known concepts, each scaled by its factor in the tuned model."""
 
     def __init__(self, factors: Any, *, seed: int, d_model: int = 64) -> None:
         import torch
@@ -106,7 +106,7 @@ class Concepts:
         return f @ self.rows + noise[0], (f * self.factors) @ self.rows + noise[1]
 
 
-def trained(concepts: Concepts, *, d_sae: int, steps: int) -> Any:
+def train_crosscoder(concepts: Concepts, *, d_sae: int, steps: int) -> Any:
     """A BatchTopK crosscoder of these two models, as it would be saved."""
     import torch
 
@@ -125,7 +125,7 @@ def trained(concepts: Concepts, *, d_sae: int, steps: int) -> Any:
     return sae.for_inference()
 
 
-def measured(concepts: Concepts, sae: Any) -> Any:
+def measure_scaling(concepts: Concepts, sae: Any) -> Any:
     """The table of latent scaling on new text."""
     from saeffect.diffing.latent_scaling import LatentScaling
 
@@ -144,13 +144,13 @@ def planted(options: argparse.Namespace) -> dict[str, Any]:
         # A fine-tune that teaches nothing new moves every concept a little.
         drift = np.exp(np.random.default_rng(100 + number).normal(0, 0.03, n))
         concepts = Concepts(drift, seed=100 + number)
-        null_tables.append(measured(concepts, trained(concepts, d_sae=d_sae, steps=steps)))
-    found = [_study(seed, n, d_sae, steps, null_tables) for seed in range(seeds)]
+        null_tables.append(measure_scaling(concepts, train_crosscoder(concepts, d_sae=d_sae, steps=steps)))
+    studies = [_study(seed, n, d_sae, steps, null_tables) for seed in range(seeds)]
     summary = {}
-    far = [abs(row["estimate"] - 1) for study in found for row in study if row["factor"] == 1 and row["found"]]
-    cut = float(np.quantile(far, 1 - RATE))  # by the unchanged concepts of the same fine-tunes, which only we know
+    distances = [abs(row["estimate"] - 1) for study in studies for row in study if row["factor"] == 1 and row["found"]]
+    cut = float(np.quantile(distances, 1 - RATE))  # from unchanged concepts, which only the benchmark knows
     for factor in FACTORS:
-        rows = [row for study in found for row in study if row["factor"] == factor]
+        rows = [row for study in studies for row in study if row["factor"] == factor]
         estimates = [row["estimate"] for row in rows if row["found"]]
         summary[f"{factor:g}"] = {
             "planted": len(rows),
@@ -178,30 +178,30 @@ def _study(seed: int, n: int, d_sae: int, steps: int, nulls: Any) -> list[dict[s
         factors[members] = factor
     drift = np.exp(generator.normal(0, 0.03, n))
     concepts = Concepts(factors * drift, seed=seed)
-    sae = trained(concepts, d_sae=d_sae, steps=steps)
-    table = against_nulls(measured(concepts, sae), nulls, rate=RATE)
+    sae = train_crosscoder(concepts, d_sae=d_sae, steps=steps)
+    table = against_nulls(measure_scaling(concepts, sae), nulls, rate=RATE)
     rows = directions(sae)
     rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-8)
     alive = torch.from_numpy((table["n_rows"] > 1).to_numpy())
     cosine, best = (concepts.rows @ rows.T).masked_fill(~alive, -1.0).max(dim=1)
-    out = []
+    results = []
     for concept, factor in enumerate(factors):
         row = table.loc[int(best[concept])]
-        has = bool(cosine[concept] > FOUND)
-        wanted = ("base", "shared", "tuned")[1 + int(np.sign(factor - 1))]
+        has_feature = bool(cosine[concept] > MIN_COSINE)
+        expected = ("base", "shared", "tuned")[1 + int(np.sign(factor - 1))]
         kind = str(row["kind"])
-        out.append(
+        results.append(
             {
                 "factor": float(factor),
-                "found": has,
+                "found": has_feature,
                 "estimate": row["presence_tuned"] / row["presence_base"] / drift[concept],
                 # Of a concept that did not change, any change is a false alarm.
-                "changed": has and (kind != "shared" if factor == 1 else wanted in kind),
-                "exclusive": has and kind in ("base only", "tuned only"),
-                "by_norm": has and not 0.1 < row["norm_share"] < 0.9,
+                "changed": has_feature and (kind != "shared" if factor == 1 else expected in kind),
+                "exclusive": has_feature and kind in ("base only", "tuned only"),
+                "by_norm": has_feature and not 0.1 < row["norm_share"] < 0.9,
             }
         )
-    return out
+    return results
 
 
 def tables(results: dict[str, Any], path: Path) -> None:
@@ -221,21 +221,21 @@ def tables(results: dict[str, Any], path: Path) -> None:
                 f" {row['estimate']:.2f} [{row['estimate_low']:.2f}, {row['estimate_high']:.2f}] |"
             )
     if "speed" in results and "times_as_fast" in results["speed"]:
-        found = results["speed"]
+        speeds = results["speed"]
         lines += ["", "| trainer | steps a second |", "|---|---|"]
-        lines += [f"| {name} | {rate:.3f} |" for name, rate in found["steps_per_second"].items()]
-        lines += ["", f"{found['times_as_fast']:.1f} times as fast (median over rounds)."]
+        lines += [f"| {name} | {rate:.3f} |" for name, rate in speeds["steps_per_second"].items()]
+        lines += ["", f"{speeds['times_as_fast']:.1f} times as fast (median over rounds)."]
     path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def main() -> None:
-    """Measure the parts; those that are not asked for stay as they were."""
+    """Measure the chosen parts; results of the others are kept."""
     parser = parser_of(__doc__, "tiny shapes")
     parser.add_argument("--parts", nargs="+", choices=("speed", "planted"), default=("planted", "speed"))
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    kept = (options.out or Path(__file__).parent / "results") / "crosscoder.json"
-    results = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() and not options.quick else {}
+    results_file = (options.out or Path(__file__).parent / "results") / "crosscoder.json"
+    results = {} if options.quick or not results_file.is_file() else json.loads(results_file.read_text("utf-8"))
     import torch
 
     torch.set_num_threads(options.threads)

@@ -1,4 +1,4 @@
-"""What the pictures of the benchmarks are drawn on."""
+"""Style and saving of the benchmarks' figures."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["INK", "PALETTE", "drawn"]
+__all__ = ["INK", "PALETTE", "saved_figure"]
 
 # The peer, ours at the peer's dtype, ours at its default.
 PALETTE = ("#b9c4cc", "#5fa39f", "#0b6e69")
@@ -17,7 +17,7 @@ _STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, 
 
 
 @contextlib.contextmanager
-def drawn(stem: Path, *subplots: int, **layout: Any) -> Iterator[Any]:
+def saved_figure(stem: Path, *subplots: int, **layout: Any) -> Iterator[Any]:
     """The axes of a new figure (arguments of `plt.subplots`), written to `stem`.svg and `stem`.png at the end."""
     import matplotlib as mpl
 

@@ -1,4 +1,4 @@
-"""Is our step's arithmetic the dense one's? Gradients against autograd, active features against a float32 encoder."""
+"""Is our step exact? Gradients against dense autograd, active features against a float32 encoder."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch import Tensor
 __all__ = ["exactness", "relative_error", "same_active"]
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
+def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm of what is expected; dimensionless.
 
     Example:
         >>> relative_error(torch.tensor([3.0, 4.4]), torch.tensor([3.0, 4.0]))  # doctest: +ELLIPSIS
         0.08...
     """
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
-def same_active(found: Tensor, expected: Tensor) -> float:
-    """Entries active in both over entries active in either: stricter than counting the many that are off in both.
+def same_active(actual: Tensor, expected: Tensor) -> float:
+    """Entries active in both over entries active in either; entries inactive in both do not count.
 
     Example:
         >>> same_active(torch.tensor([True, True, False]), torch.tensor([True, False, False]))
         0.5
     """
-    return float((found & expected).sum() / (found | expected).sum())
+    return float((actual & expected).sum() / (actual | expected).sum())
 
 
 def exactness(spec: Spec, x: Tensor) -> dict[str, float]:
@@ -49,17 +49,17 @@ def exactness(spec: Spec, x: Tensor) -> dict[str, float]:
     dense = PlainAutograd(fresh().start, k=spec.k, lr=spec.lr, l1=spec.l1)
     expected, expected_active = dense.gradients(x), dense.active(x)
     del dense
-    found = {}
+    error = {}
     active = {}
     for dtype in ("float32", "bfloat16"):
         ours = build(fresh(encoder_dtype=dtype))
         gradients = ours.gradients(x)
-        found[dtype] = max(relative_error(gradients[name], expected[name]) for name in expected)
+        error[dtype] = max(relative_error(gradients[name], expected[name]) for name in expected)
         active[dtype] = ours.active(x).clone()
         del ours
     return {
-        "gradient_error": found["float32"],
-        "gradient_error_bf16": found["bfloat16"],
+        "gradient_error": error["float32"],
+        "gradient_error_bf16": error["bfloat16"],
         "same_active": same_active(active["float32"], expected_active),
         "same_active_bf16": same_active(active["bfloat16"], active["float32"]),
     }

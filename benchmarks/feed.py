@@ -1,8 +1,8 @@
-"""The contender's end of the wire: its own training loop asks for batches, and the time between two is a step.
+"""The contender's side of the connection: its training loop asks for batches; the time between two batches is a step.
 
-A contender never sees the clock. Its loop calls `next_batch` for each batch, as it would call any data source; the feed
-waits there while other contenders work, so that no two work at once, and takes the losses from the weights by the same
-code for all.
+A contender does not measure time itself. Its loop calls `next_batch` for each batch, as it would any data source. There
+the feed waits while other contenders work, so that no two run at once, and computes the losses from the weights, by the
+same code for all.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import torch
 from measure import peak_rss
 from torch import Tensor
 
-__all__ = ["Feed", "Finished", "Weights", "at_start", "reconstruction_error"]
+__all__ = ["Feed", "Finished", "Weights", "startup_message", "reconstruction_error"]
 
 
-def at_start() -> dict[str, Any]:
-    """What a process says of itself once it is ready: its peak memory so far, bytes, its torch, and its peers."""
+def startup_message() -> dict[str, Any]:
+    """The first message of a process: its peak memory so far, bytes, its torch version, and its peers."""
     peers = {}
     for name in ("sae-lens", "eai-sparsify", "dictionary-learning"):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -32,12 +32,12 @@ def at_start() -> dict[str, Any]:
 
 
 class Finished(Exception):  # noqa: N818 - the end of a run, not a mistake
-    """Raised out of the contender's loop when no more batches will be wanted."""
+    """Ends the contender's loop when no more batches are needed."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """An SAE's weights as every contender shows them.
+    """An SAE's weights in the layout that all contenders return.
 
     Attributes:
         W_enc: Float32 `[d_in, d_sae]`.
@@ -83,7 +83,7 @@ def reconstruction_error(weights: Weights, x: Tensor, k: int | None) -> tuple[fl
 
 
 class Feed:
-    """Batches in a fixed order, handed out when the other end of the wire says so.
+    """Batches in a fixed order, handed out on orders from the parent process.
 
     Args:
         pool: Float32 `[n_batches, batch, d_in]`; after the last batch comes the first again.
@@ -97,31 +97,31 @@ class Feed:
         self._pool, self._k, self._orders, self._answers = pool, k, orders, answers
         self._weights: Callable[[], Weights] | None = None
         self._started: float | None = None
-        self._left = 0
+        self._steps_left = 0
         self._position = 0
-        self._every = 0
+        self._loss_every = 0
         self._seconds: list[float] = []
         self._losses: list[tuple[int, float, float]] = []
 
     def ready(self, weights: Callable[[], Weights]) -> None:
-        """To be called once, before the first batch: how to look at the contender's weights."""
+        """To be called once, before the first batch, with a function that returns the contender's weights."""
         self._weights = weights
-        self._answer(at_start())
+        self._answer(startup_message())
 
     def next_batch(self) -> Tensor:
         """The next batch, float32 `[batch, d_in]`; waits until it is this contender's turn.
 
         Raises:
-            Finished: The contender is no longer wanted.
+            Finished: No more batches are needed.
         """
         if self._started is not None:
             self._seconds.append(time.perf_counter() - self._started)
-        if self._left == 0:
+        if self._steps_left == 0:
             self._await_order()
         x = self._pool[self._position % len(self._pool)]
-        if self._every and self._position % self._every == 0:
-            self._losses.append((self._position, *self._error(x)))
-        self._left -= 1
+        if self._loss_every and self._position % self._loss_every == 0:
+            self._losses.append((self._position, *self._reconstruction_error(x)))
+        self._steps_left -= 1
         self._position += 1
         self._started = time.perf_counter()
         return x
@@ -132,24 +132,25 @@ class Feed:
 
     def _await_order(self) -> None:
         if self._started is not None:
-            done: dict[str, Any] = {"seconds": self._seconds, "peak_rss": peak_rss()}
-            if self._every:
-                self._losses.append((self._position, *self._error(self._pool[self._position % len(self._pool)])))
-                done["losses"] = self._losses
-            self._answer(done)
-        self._seconds, self._losses, self._every = [], [], 0
-        while not self._left:
+            answer: dict[str, Any] = {"seconds": self._seconds, "peak_rss": peak_rss()}
+            if self._loss_every:
+                x = self._pool[self._position % len(self._pool)]
+                self._losses.append((self._position, *self._reconstruction_error(x)))
+                answer["losses"] = self._losses
+            self._answer(answer)
+        self._seconds, self._losses, self._loss_every = [], [], 0
+        while not self._steps_left:
             order = json.loads(self._orders.readline() or '{"op": "quit"}')
             if order["op"] == "quit":
                 raise Finished
             if order["op"] == "state":
-                mse, l0 = self._error(self._pool[0][:256])
+                mse, l0 = self._reconstruction_error(self._pool[0][:256])
                 self._answer({"mse": mse, "l0": l0})
             else:
-                self._left = order["steps"]
-                self._every = order.get("every", 0)
+                self._steps_left = order["steps"]
+                self._loss_every = order.get("every", 0)
 
-    def _error(self, x: Tensor) -> tuple[float, float]:
+    def _reconstruction_error(self, x: Tensor) -> tuple[float, float]:
         assert self._weights is not None, "a contender calls ready() before its first batch"
         return reconstruction_error(self._weights(), x, self._k)
 

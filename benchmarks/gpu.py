@@ -1,14 +1,14 @@
 # ruff: noqa: T201
-"""On a GPU: does every stage give there what it gives on the CPU, and how fast is it?
+"""On a GPU: does every stage give the same results as on the CPU, and how fast is it?
 
     PYTHONPATH=src python benchmarks/gpu.py                      both parts; aims at six minutes on one H100
     PYTHONPATH=src python benchmarks/gpu.py --parts check        tiny shapes, device beside CPU
     PYTHONPATH=src python benchmarks/gpu.py --device cpu --quick a trial of this file itself, without a GPU
 
 The check trains each architecture for some steps, harvests, projects, steers, and runs a whole tiny study on both, in
-float32 without TF32. The speeds are at real shapes, beside the training step that anybody would write first and, where
-they import, sae-lens and sparsify, and as a share of what the device's products or memory allow. Writes gpu.json and
-gpu.md into the results folder; the last line of stdout is one line of JSON.
+float32 without TF32. The speeds are at real shapes, beside the plain autograd step and, where they import, sae-lens and
+sparsify, and as a share of what the device's matrix products or memory bandwidth allow. Writes gpu.json and gpu.md into
+the results folder; the last line of stdout is one line of JSON.
 """
 
 from __future__ import annotations
@@ -46,22 +46,22 @@ def wait(device: torch.device) -> None:
 
 
 def seconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median time of a call after a first one, with the device idle before and after."""
+    """Median time of a call after a warm-up call, with the device idle before and after."""
     call()
-    found = []
+    times = []
     for _ in range(repeats):
         wait(device)
         started = time.perf_counter()
         call()
         wait(device)
-        found.append(time.perf_counter() - started)
-    return statistics.median(found)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
 
 
 # The check: the same on the device and on the CPU.
 
 
-def trained(architecture: str, device: torch.device) -> dict[str, torch.Tensor]:
+def train_sae(architecture: str, device: torch.device) -> dict[str, torch.Tensor]:
     """An SAE's weights after 20 steps, and its activations and output on one more batch."""
     from saeffect.sae.base import ARCHITECTURES
     from saeffect.sae.training.config import SaeTrainingConfig
@@ -80,11 +80,11 @@ def trained(architecture: str, device: torch.device) -> dict[str, torch.Tensor]:
     saved = sae.for_inference()
     x = planted.activations(64).to(device)
     acts = saved.encode(x)
-    found = {"W_enc": saved.W_enc, "W_dec": saved.W_dec, "feature_acts": acts, "sae_out": saved.decode(acts)}
-    return {name: tensor.detach().float().cpu() for name, tensor in found.items()}
+    tensors = {"W_enc": saved.W_enc, "W_dec": saved.W_dec, "feature_acts": acts, "sae_out": saved.decode(acts)}
+    return {name: tensor.detach().float().cpu() for name, tensor in tensors.items()}
 
 
-def model_parts(folder: Path, device: torch.device) -> dict[str, torch.Tensor]:
+def run_model(folder: Path, device: torch.device) -> dict[str, torch.Tensor]:
     """A tiny model: activations at three hooks, its top tokens, and texts steered greedily."""
     from saeffect.config import ModelConfig
     from saeffect.features.projection import project
@@ -97,19 +97,19 @@ def model_parts(folder: Path, device: torch.device) -> dict[str, torch.Tensor]:
     lm = load_language_model(ModelConfig(path=str(folder / "base"), device=str(device), dtype="float32"))
     ids = torch.arange(64).view(4, 16) + 1
     hooks = ("blocks.1.hook_resid_pre", "blocks.1.hook_mlp_out", "blocks.2.attn.hook_z")
-    found = {hook: capture(lm, hook, ids) for hook in hooks}
+    tensors = {hook: capture(lm, hook, ids) for hook in hooks}
     rows = torch.randn(96, lm.d_model, generator=torch.Generator().manual_seed(0))
     top = project(rows, unembedding(lm).to(device), 10)
-    found |= {"top tokens": top.indices, "weights": top.weights}
+    tensors |= {"top tokens": top.indices, "weights": top.weights}
     steering = Intervention(AddVectors(rows[:8]))
     greedy = Sampling(max_new_tokens=12, temperature=0.0, top_p=1.0, frequency_penalty=1.0)
     cells = [NoiseCell(0, "river", i) for i in range(8)]
     texts = generate(lm, hooks[0], lm.encode_prompt("The river"), cells, greedy, intervention=steering)
-    found["steered texts"] = torch.tensor(texts)
-    return {name: tensor.detach().float().cpu() for name, tensor in found.items()}
+    tensors["steered texts"] = torch.tensor(texts)
+    return {name: tensor.detach().float().cpu() for name, tensor in tensors.items()}
 
 
-def study(folder: Path, device: torch.device, name: str) -> Path:
+def run_tiny_study(folder: Path, device: torch.device, name: str) -> Path:
     """The run directory `name` of a whole tiny study on a device."""
     import yaml
 
@@ -125,9 +125,9 @@ def study(folder: Path, device: torch.device, name: str) -> Path:
     return folder / name
 
 
-def worst(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     """Largest difference of any tensor, relative to its largest entry."""
-    return max(float((one[n] - other[n]).abs().max() / one[n].abs().max().clamp_min(1e-12)) for n in one)
+    return max(float((a[n] - b[n]).abs().max() / a[n].abs().max().clamp_min(1e-12)) for n in a)
 
 
 def checks(device: torch.device) -> Iterator[dict[str, Any]]:
@@ -142,22 +142,22 @@ def checks(device: torch.device) -> Iterator[dict[str, Any]]:
 
     def part(name: str, run: Callable[[torch.device], dict[str, torch.Tensor]]) -> dict[str, Any]:
         try:
-            error = worst(run(cpu), run(device))
+            error = largest_difference(run(cpu), run(device))
         except Exception as problem:  # one part that fails must not hide the others
             return {"part": name, "ok": False, "error": None, "problem": f"{type(problem).__name__}: {problem}"}
         return {"part": name, "ok": error <= TOLERANCE, "error": error, "problem": ""}
 
     for architecture, kind in ARCHITECTURES.items():
         if issubclass(kind, TrainableSae):
-            yield part(f"training, {architecture}", lambda on, a=architecture: trained(a, on))
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+            yield part(f"training, {architecture}", lambda on, a=architecture: train_sae(a, on))
+    with tempfile.TemporaryDirectory() as folder_name:
+        folder = Path(folder_name)
         make_study(folder)
-        yield part("hooks, top tokens, steering", lambda on: model_parts(folder, on))
+        yield part("hooks, top tokens, steering", lambda on: run_model(folder, on))
         try:
-            runs = study(folder, cpu, "on-cpu"), study(folder, device, "on-device")
-            unlike = [line for line in differences(*runs, rtol=TOLERANCE) if not _of_text(line)]
-            yield {"part": "whole study", "ok": not unlike, "error": len(unlike), "problem": "; ".join(unlike[:5])}
+            runs = run_tiny_study(folder, cpu, "on-cpu"), run_tiny_study(folder, device, "on-device")
+            lines = [line for line in differences(*runs, rtol=TOLERANCE) if not _of_text(line)]
+            yield {"part": "whole study", "ok": not lines, "error": len(lines), "problem": "; ".join(lines[:5])}
         except Exception as problem:
             yield {"part": "whole study", "ok": False, "error": None, "problem": f"{type(problem).__name__}: {problem}"}
 
@@ -173,16 +173,16 @@ def _of_text(line: str) -> bool:
 def limits(device: torch.device, quick: bool) -> dict[str, float]:
     """FLOP a second of large products by number format, and bytes a second of a copy."""
     n = 512 if quick else 8192
-    found: dict[str, float] = {}
+    rates: dict[str, float] = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
         out = torch.empty_like(a)
-        took = seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device, 5)
-        found[f"{dtype}".removeprefix("torch.")] = 2 * n**3 / took
+        elapsed = seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device, 5)
+        rates[f"{dtype}".removeprefix("torch.")] = 2 * n**3 / elapsed
     source = torch.zeros(n * n, device=device)
     target = torch.empty_like(source)
-    found["bytes"] = 8 * n * n / seconds(lambda: target.copy_(source), device, 5)
-    return found
+    rates["bytes"] = 8 * n * n / seconds(lambda: target.copy_(source), device, 5)
+    return rates
 
 
 def training(device: torch.device, rates: dict[str, float], quick: bool) -> Iterator[dict[str, Any]]:
@@ -199,8 +199,8 @@ def training(device: torch.device, rates: dict[str, float], quick: bool) -> Iter
             start = {key: tensor.to(device) for key, tensor in start.items()}
             on_device = x.to(device)
             record: dict[str, Any] = {"what": f"step, {name}", "d_in": d_in, "d_sae": d_sae, "batch": batch}
-            least = encoder_flop(batch, d_in, d_sae) / rates["bfloat16"] + adam_bytes(d_in, d_sae) / rates["bytes"]
-            record["limit"] = batch / least
+            products, updates = encoder_flop(batch, d_in, d_sae), adam_bytes(d_in, d_sae)
+            record["limit"] = batch / (products / rates["bfloat16"] + updates / rates["bytes"])
             for encoder in ("float32", "bfloat16"):
                 settings: dict[str, Any] = {"k": k} if l0 is None else {"l1_coefficient": 5.0}
                 config = SaeTrainingConfig(
@@ -212,8 +212,8 @@ def training(device: torch.device, rates: dict[str, float], quick: bool) -> Iter
                     for key, tensor in start.items():
                         getattr(sae, key).copy_(tensor)
                 step = TrainingStep(sae, config, 10**7)
-                took = seconds(lambda step=step, x=on_device: step(1, x), device, 5)
-                record[f"saeffect {encoder}"] = batch / took
+                elapsed = seconds(lambda step=step, x=on_device: step(1, x), device, 5)
+                record[f"saeffect {encoder}"] = batch / elapsed
                 del step, sae
             with suppress(torch.OutOfMemoryError):
                 plain = PlainAutograd(dict(start), k=k if l0 is None else None, lr=1e-6, l1=5.0)
@@ -227,14 +227,14 @@ def _peers(
     name: str, start: dict[str, torch.Tensor], x: torch.Tensor, k: int, device: torch.device
 ) -> dict[str, float]:
     """Tokens a second of a step of other people's SAEs with Adam, of those that import."""
-    found = {}
+    speeds = {}
     for peer, make in (("sae-lens", _sae_lens), ("sparsify", _sparsify)):
         try:
             if (step := make(name, start, x, k, device)) is not None:
-                found[peer] = len(x) / seconds(step, device, 5)
+                speeds[peer] = len(x) / seconds(step, device, 5)
         except (ImportError, TypeError, ValueError, RuntimeError) as problem:
             print(f"{peer}, {name}: {type(problem).__name__}: {problem}", file=sys.stderr)
-    return found
+    return speeds
 
 
 def _sparsify(
@@ -247,8 +247,8 @@ def _sparsify(
 
     coder = SparseCoder(x.shape[1], SparseCoderConfig(num_latents=len(start["W_dec"]), k=k), device=device)
     with torch.no_grad():
-        for own, key in ((coder.encoder.bias, "b_enc"), (coder.W_dec, "W_dec"), (coder.b_dec, "b_dec")):
-            own.copy_(start[key])
+        for parameter, key in ((coder.encoder.bias, "b_enc"), (coder.W_dec, "W_dec"), (coder.b_dec, "b_dec")):
+            parameter.copy_(start[key])
         coder.encoder.weight.copy_(start["W_enc"].T)
     optimizer = torch.optim.Adam(coder.parameters(), lr=1e-6)
 
@@ -310,8 +310,8 @@ def model_speeds(device: torch.device, rates: dict[str, float], quick: bool) -> 
     from tiny_study import make_tokenizer
 
     d_model, n_layers, rows = (64, 4, 2) if quick else (2048, 16, 32)
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as folder_name:
+        folder = Path(folder_name)
         make_tokenizer(folder)
         config = LlamaConfig(
             vocab_size=600 if quick else 128_256, hidden_size=d_model, intermediate_size=4 * d_model,
@@ -340,13 +340,13 @@ def model_speeds(device: torch.device, rates: dict[str, float], quick: bool) -> 
            "saeffect bfloat16": n * sampling.max_new_tokens / seconds(steer, device, 2)}  # fmt: skip
     d_vocab, d_sae = (600, 128) if quick else (50_257, 24_576)
     W_U, W_dec = torch.randn(768, d_vocab, device=device), torch.randn(d_sae, 768, device=device)
-    took = seconds(lambda: project(W_dec, W_U, 10), device, 2)
-    yield {"what": f"top tokens among {d_vocab:,}, features a second", "saeffect": d_sae / took,
+    elapsed = seconds(lambda: project(W_dec, W_U, 10), device, 2)
+    yield {"what": f"top tokens among {d_vocab:,}, features a second", "saeffect": d_sae / elapsed,
            "limit": rates["bfloat16"] / (2 * 768 * d_vocab)}  # fmt: skip
 
 
 def tables(results: dict[str, Any], path: Path) -> None:
-    """What was found, as Markdown."""
+    """The results as Markdown."""
     lines = [f"{results['device']}, torch {results['torch']}."]
     if "check" in results:
         lines += ["", "| part | largest difference from the CPU | |", "|---|---|---|"]

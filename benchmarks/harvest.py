@@ -54,13 +54,13 @@ def main() -> None:
         results,
         "harvest",
         options,
-        lambda found, stem: draw(found, RACE, f"{found['task']['model']}, {found['task']['hook']}", stem),
+        lambda measured, stem: draw(measured, RACE, f"{measured['task']['model']}, {measured['task']['hook']}", stem),
     )
-    for threads, found in results["speed"].items():
+    for threads, measured in results["speed"].items():
         print(f"{threads} thread(s)")
-        for name, speed in found["tokens_per_second"].items():
+        for name, speed in measured["tokens_per_second"].items():
             print(f"  {LABELS[name]:<52}{speed:10,.0f} tokens/s")
-        for name, share in found["share_of_limit"].items():
+        for name, share in measured["share_of_limit"].items():
             print(f"  {name:<52}{share:10.0%} of the limit")
     print(json.dumps(results["summary"]))
 
@@ -93,15 +93,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def summarise(results: dict[str, Any]) -> dict[str, Any]:
     """The last line. A ratio is the lowest over the numbers of threads."""
     speed = results["speed"].values()
-    share = [found["share_of_limit"].get("saeffect_bfloat16") for found in speed]
+    share = [measured["share_of_limit"].get("saeffect_bfloat16") for measured in speed]
     bound = results.get("bfloat16")
     return {
-        "harvest_vs_sae_lens_float32": min(round(found["ratio"]["saeffect_float32"], 2) for found in speed),
-        "harvest_vs_sae_lens_defaults": min(round(found["ratio"]["default"], 2) for found in speed),
+        "harvest_vs_sae_lens_float32": min(round(measured["ratio"]["saeffect_float32"], 2) for measured in speed),
+        "harvest_vs_sae_lens_defaults": min(round(measured["ratio"]["default"], 2) for measured in speed),
         "share_of_limit": None if None in share else round(min(share), 2),
         "tokens_per_second": {
-            threads: {name: round(value) for name, value in found["tokens_per_second"].items()}
-            for threads, found in results["speed"].items()
+            threads: {name: round(value) for name, value in measured["tokens_per_second"].items()}
+            for threads, measured in results["speed"].items()
         },
         "equal_to_sae_lens_rel": results["equality"]["float32_relative_error"],
         "bfloat16_explained_variance_change": bound and round(bound["change"], 5),
@@ -137,8 +137,8 @@ class Task:
         self.peer = self._sae_lens()
 
     def describe(self) -> dict[str, Any]:
-        c = self.config
-        model = f"GPT-2 with random weights, {c.n_layer} blocks, d_model {c.n_embd}"
+        config = self.config
+        model = f"GPT-2 with random weights, {config.n_layer} blocks, d_model {config.n_embd}"
         return {"model": model, "hook": self.hook, "tokens": list(self.ids.shape), "default_dtype": self.default}
 
     def _ours(self, dtype: Any) -> Callable[[], Any]:
@@ -165,7 +165,7 @@ class Task:
         from peer_model import hooked_gpt2
         from sae_lens import ActivationsStore
 
-        c = self.config
+        config = self.config
         model = hooked_gpt2(self.model, processed=False)
         rows, context = self.ids.shape
         store = ActivationsStore(
@@ -175,7 +175,7 @@ class Task:
             hook_name=self.hook,
             hook_head_index=None,
             context_size=context,
-            d_in=c.n_embd,
+            d_in=config.n_embd,
             n_batches_in_buffer=4,
             total_training_tokens=self.ids.numel(),
             store_batch_size_prompts=rows,
@@ -194,16 +194,16 @@ class Task:
             RuntimeError: float32 differs by more than rounding, or bfloat16 by more than 2 %.
         """
         expected = self.peer()
-        found = {}
+        errors = {}
         for name, ours in self.ours.items():
-            kept, mask = ours()
+            acts, mask = ours()
             if int(mask.sum()) < 0.9 * mask[:, 1:].numel():
                 raise RuntimeError("more than a tenth of the positions were left out")
-            error = (kept.float() - expected[mask]).norm() / expected[mask].norm()
-            found[f"{name}_relative_error"] = float(error)
+            error = (acts.float() - expected[mask]).norm() / expected[mask].norm()
+            errors[f"{name}_relative_error"] = float(error)
             if not error < (1e-5 if name == "float32" else 0.02):
                 raise RuntimeError(f"{name} activations differ from sae-lens': relative error {float(error):.2g}")
-        return found
+        return errors
 
     def race(self, rounds: int) -> dict[str, Any]:
         """Medians over interleaved rounds; ratios are medians of each round's ratio."""
@@ -217,13 +217,13 @@ class Task:
                 started = time.perf_counter()
                 side()
                 seconds[name].append(time.perf_counter() - started)
-            for name, measured in rates.items():
-                measured.append(self._product_rate(name))
+            for name, rates_of_dtype in rates.items():
+                rates_of_dtype.append(self._product_rate(name))
         ratio = {
-            name: statistics.median(p / o for p, o in zip(seconds["sae_lens_float32"], own, strict=True))
-            for name, own in seconds.items()
+            name: statistics.median(p / o for p, o in zip(seconds["sae_lens_float32"], times, strict=True))
+            for name, times in seconds.items()
         }
-        speed = {name: self.ids.numel() / statistics.median(one) for name, one in seconds.items()}
+        speed = {name: self.ids.numel() / statistics.median(times) for name, times in seconds.items()}
         limits = {name: statistics.median(rate) / self._flop_per_token() for name, rate in rates.items()}
         return {
             "tokens_per_second": speed,

@@ -45,18 +45,18 @@ def logs(d_sae: int, n_tokens: int, active: int, seed: int) -> tuple[FiringLog, 
     rng = np.random.default_rng(seed)
     frequency = 1.0 / np.arange(10, d_sae + 10)
     edges = np.cumsum(frequency / frequency.sum())
-    found = FiringLog(d_sae), FiringLog(d_sae)
+    both_logs = FiringLog(d_sae), FiringLog(d_sae)
     for start in range(0, n_tokens, 1024):
         n = min(1024, n_tokens - start)
         drawn = np.minimum(np.searchsorted(edges, rng.random((n, active))), d_sae - 1)
-        shared = torch.from_numpy(_without_repeats(drawn))
+        features_a = torch.from_numpy(_without_repeats(drawn))
         values = torch.rand(n, active) + 0.1
-        values[shared < 0] = 0.0
-        other = torch.where(shared < 3 * d_sae // 4, shared, d_sae - 1 - (shared - 3 * d_sae // 4))
-        changed = values * (1 + 0.2 * torch.rand(n, active))
-        for log, feature, value in zip(found, (shared, other), (values, changed), strict=True):
+        values[features_a < 0] = 0.0
+        features_b = torch.where(features_a < 3 * d_sae // 4, features_a, d_sae - 1 - (features_a - 3 * d_sae // 4))
+        values_b = values * (1 + 0.2 * torch.rand(n, active))
+        for log, feature, value in zip(both_logs, (features_a, features_b), (values, values_b), strict=True):
             log.update(torch.zeros(n, d_sae).scatter_add(1, feature.clamp(min=0), value))
-    return found
+    return both_logs
 
 
 def _without_repeats(drawn: np.ndarray) -> np.ndarray:

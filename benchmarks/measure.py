@@ -1,4 +1,4 @@
-"""Peak memory of a process, and what the machine can do at best: products and copies a second."""
+"""Peak memory of a process, and the machine's limits: products and copies a second."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ __all__ = [
     "copy_rate",
     "encoder_flop",
     "limit_tokens_per_second",
+    "median_seconds",
     "parameters",
     "peak_rss",
     "product_rate",
@@ -37,7 +38,8 @@ def peak_rss() -> int:
     return kilobytes if sys.platform == "darwin" else kilobytes * 1024
 
 
-def _median_seconds(call: Callable[[], object], repeats: int) -> float:
+def median_seconds(call: Callable[[], object], repeats: int) -> float:
+    """Median time of a call, after one that is not timed."""
     call()
     seconds = []
     for _ in range(repeats):
@@ -48,19 +50,19 @@ def _median_seconds(call: Callable[[], object], repeats: int) -> float:
 
 
 def product_rate(n: int, d_in: int, d_sae: int, dtype: torch.dtype, repeats: int = 4) -> float:
-    """FLOP a second of the encoder's product `[n, d_in] @ [d_in, d_sae]` into memory that is there already."""
+    """FLOP a second of the encoder's product `[n, d_in] @ [d_in, d_sae]` into allocated memory."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(n, d_in, generator=generator).to(dtype)
     w = torch.randn(d_in, d_sae, generator=generator).to(dtype)
     out = torch.empty(n, d_sae, dtype=dtype)
-    return encoder_flop(n, d_in, d_sae) / _median_seconds(lambda: torch.mm(x, w, out=out), repeats)
+    return encoder_flop(n, d_in, d_sae) / median_seconds(lambda: torch.mm(x, w, out=out), repeats)
 
 
 def copy_rate(n_bytes: int, repeats: int = 4) -> float:
-    """Bytes a second of a copy into memory that is there already, read and written bytes both counted."""
+    """Bytes a second of a copy into allocated memory; bytes read and written both count."""
     source = torch.zeros(n_bytes // 4)
     target = torch.ones(n_bytes // 4)
-    return 2 * n_bytes / _median_seconds(lambda: target.copy_(source), repeats)
+    return 2 * n_bytes / median_seconds(lambda: target.copy_(source), repeats)
 
 
 def parameters(d_in: int, d_sae: int) -> int:
@@ -79,7 +81,7 @@ def adam_bytes(d_in: int, d_sae: int) -> float:
 
 
 def limit_tokens_per_second(n: int, d_in: int, d_sae: int, flop_rate: float, byte_rate: float) -> float:
-    """Speed of a step that does nothing but one dense encoder product and Adam, at the machine's rates.
+    """Speed of a step with one dense encoder product and Adam only, at the machine's rates.
 
     Example:
         >>> limit = limit_tokens_per_second(1024, 768, 24576, 140e9, 29e9)

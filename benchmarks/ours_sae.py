@@ -1,4 +1,4 @@
-"""Our side of the race, and the plain autograd trainer that anybody would write first.
+"""saeffect's training step as a contender, and a plain autograd trainer.
 
 Everything that knows saeffect's training step is in `Saeffect`; the rest of the benchmark sees a `Trainable`.
 """
@@ -37,7 +37,7 @@ class Trainable(Protocol):
 
 
 class PlainAutograd:
-    """The loss written down in five lines, `loss.backward()`, gradient clipped to norm 1, `torch.optim.Adam`."""
+    """The loss in five lines, `loss.backward()`, gradient clipped to norm 1, `torch.optim.Adam`."""
 
     def __init__(self, start: dict[str, Tensor], *, k: int | None, lr: float, l1: float) -> None:
         names = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -72,8 +72,8 @@ class PlainAutograd:
 
     def gradients(self, x: Tensor) -> dict[str, Tensor]:
         mse, penalty = self.loss(x)
-        found = torch.autograd.grad(mse + penalty, list(self._parameters.values()))
-        return dict(zip(self._parameters, found, strict=True))
+        gradients = torch.autograd.grad(mse + penalty, list(self._parameters.values()))
+        return dict(zip(self._parameters, gradients, strict=True))
 
     @torch.no_grad()
     def active(self, x: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class PlainAutograd:
 
 
 class Saeffect:
-    """`TrainingStep` with the settings that all contenders share, and one more choice.
+    """`TrainingStep` with the settings that all contenders share.
 
     Args:
         spec: Its options are `encoder_dtype` ("float32" or "bfloat16") and `decoder_rows` ("free", "unit", or None for
@@ -97,11 +97,11 @@ class Saeffect:
         from saeffect.sae.training.config import SaeTrainingConfig
         from saeffect.sae.training.step import TrainingStep, new_sae
 
-        of_architecture = {"architecture": "standard", "l1_coefficient": spec.l1}
+        architecture_settings = {"architecture": "standard", "l1_coefficient": spec.l1}
         if spec.k is not None:
-            of_architecture = {"architecture": spec.options.get("architecture", "topk"), "k": spec.k}
+            architecture_settings = {"architecture": spec.options.get("architecture", "topk"), "k": spec.k}
         self._config = SaeTrainingConfig(
-            **of_architecture,
+            **architecture_settings,
             d_sae=spec.d_sae,
             batch_size=spec.batch,
             learning_rate=spec.lr,
@@ -133,9 +133,9 @@ class Saeffect:
         from saeffect.sae.trainable import StepInputs
 
         self._sae.accumulate_gradients(x, StepInputs(self._config, self._step.encoder, len(x), coefficient=self._l1))
-        found = {name: self._sae.gradient(name).clone() for name in self._step.leaves}
-        found["W_enc"] = found["W_enc"].T
-        return found
+        gradients = {name: self._sae.gradient(name).clone() for name in self._step.leaves}
+        gradients["W_enc"] = gradients["W_enc"].T
+        return gradients
 
     @torch.no_grad()
     def active(self, x: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ def saeffect(spec: Spec, feed: Feed) -> None:
 
 
 def plain_autograd(spec: Spec, feed: Feed) -> None:
-    """No trainer at all: what a screenful of PyTorch does."""
+    """`PlainAutograd`, without any trainer."""
     _serve(PlainAutograd(spec.start, k=spec.k, lr=spec.lr, l1=spec.l1), feed)
 
 

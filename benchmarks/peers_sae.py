@@ -1,7 +1,7 @@
 """The peers' own training loops and steps, fed with our batches and started from our weights.
 
-Nothing of a peer is rewritten or skipped: each function below builds the peer's trainer as its documentation does and
-lets it pull batches from the feed. Settings that are the same for all: learning rate without warm-up or decay, Adam
+No part of a peer is rewritten or skipped: each function builds the peer's trainer as its documentation does and lets it
+take batches from the feed. Settings common to all: learning rate without warm-up or decay, Adam
 (0.9, 0.999), no auxiliary loss (no feature is dead yet), no logging, no checkpoints, float32 unless said.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 __all__ = ["FOREVER", "RUNNERS", "Spec"]
 
-FOREVER = 10_000_000  # steps: schedules see a run so long that 300 steps of it are constant
+FOREVER = 10_000_000  # steps of the run: so many that schedules are constant over 300 of them
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def crosscoder(spec: Spec, feed: Feed) -> None:
 
 
 def sparsify(spec: Spec, feed: Feed) -> None:
-    """`Trainer.fit()` on a model whose only layer hands out the batch instead of computing it.
+    """`Trainer.fit()` on a model whose only layer returns the batch.
 
     Options:
         optimizer: "signum" (sparsify's default) or "adam".
@@ -211,7 +211,7 @@ def sparsify(spec: Spec, feed: Feed) -> None:
 
 
 class _Rows:
-    """A dataset of endless rows of token ids that nobody looks at."""
+    """An endless dataset of token ids, which are not used."""
 
     def __init__(self, n_tokens: int) -> None:
         self._row = {"input_ids": torch.zeros(n_tokens, dtype=torch.long)}
@@ -229,7 +229,7 @@ class _Layer(nn.Module):
 
 
 class _Model(nn.Module):
-    """As much of a PreTrainedModel as sparsify's trainer looks at."""
+    """The part of a PreTrainedModel that sparsify's trainer uses."""
 
     def __init__(self, d_in: int, feed: Feed) -> None:
         super().__init__()

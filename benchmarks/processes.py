@@ -1,14 +1,14 @@
 # ruff: noqa: T201
-"""How much faster two single-thread processes are than one, at training and at harvesting, as torchrun starts them.
+"""Speed of two single-thread processes, started by torchrun, against one, at training and at harvesting.
 
     python benchmarks/processes.py                       about 5 minutes on two cores
     python benchmarks/processes.py --cases l1-4096       one of them
-    python benchmarks/processes.py --quick               tiny shapes: seconds, and no meaning
+    python benchmarks/processes.py --quick               tiny shapes, seconds: only runs the code
 
 Training goes through `train_saes`, at d_in 768 and d_sae 24,576, from weights at realistic sparsity; the number after
-the name of a case is the batch over all processes. Time is counted between batches, so that it holds all a step does
-but neither the start nor the saving at the end. Harvesting runs a model of GPT-2 small's shape; its speed is what the
-command says at the end. Rounds are interleaved. The last line of stdout is one line of JSON; `train_2_vs_1` is the
+the name of a case is the batch over all processes. Time is counted between batches, so it includes whole steps, but not
+the start or the saving at the end. Harvesting runs a model of GPT-2 small's shape; its speed is the one that the
+command prints at the end. Rounds are interleaved. The last line of stdout is one line of JSON; `train_2_vs_1` is the
 smaller of L1 and TopK at a batch of 4,096.
 """
 
@@ -38,7 +38,7 @@ WARMUP = 2
 
 
 class TimedBatches:
-    """The same few batches from memory, again and again; notes when each was taken.
+    """A few batches from memory, repeated; records when each was taken.
 
     Attributes:
         taken_at: Seconds on a monotonic clock.
@@ -76,7 +76,7 @@ def train(task: dict[str, Any]) -> float:
     torch.set_num_threads(1)
     architecture, batch = task["architecture"], task["batch"]
     source = TimedBatches(load_file(task["activations"])["x"])
-    own = {"k": task["k"]} if architecture == "topk" else {"l1_coefficient": 1.0}
+    architecture_settings = {"k": task["k"]} if architecture == "topk" else {"l1_coefficient": 1.0}
     config = SaeTrainingConfig(
         architecture=architecture,
         d_sae=task["d_sae"],
@@ -87,7 +87,7 @@ def train(task: dict[str, Any]) -> float:
         normalise_inputs="none",
         checkpoint_every=10_000,
         metrics_every=10_000,
-        **own,
+        **architecture_settings,
     )
     train_saes(source, [SaeJob(config, Path(task["out"]))])
     seconds = [after - before for before, after in zip(source.taken_at, source.taken_at[1:], strict=False)]
@@ -95,7 +95,7 @@ def train(task: dict[str, Any]) -> float:
 
 
 def harvest(task: dict[str, Any]) -> float:
-    """Tokens a second over all processes, as `harvest` says at the end."""
+    """Tokens a second over all processes, from the last log line of `harvest`."""
     import numpy as np
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -112,15 +112,15 @@ def harvest(task: dict[str, Any]) -> float:
     lm = LanguageModel(model, None, "gpt2-shaped", "random")
     ids = np.random.default_rng(0).integers(1, 320, (task["rows"], 128)).astype(np.int32)
     rows = TokenRows(ids, np.zeros(len(ids), dtype=np.int64), ("random",))
-    said: list[str] = []
-    run(lm, HOOK, rows, task["out"], rows_per_shard=4, batch_size=4, log=Log(said.append))
-    found = re.search(r"([\d,]+) tokens/s", said[-1])
-    assert found is not None
-    return float(found[1].replace(",", ""))
+    lines: list[str] = []
+    run(lm, HOOK, rows, task["out"], rows_per_shard=4, batch_size=4, log=Log(lines.append))
+    match = re.search(r"([\d,]+) tokens/s", lines[-1])
+    assert match is not None
+    return float(match[1].replace(",", ""))
 
 
 def work(task: dict[str, Any]) -> None:
-    """One process of one measurement; the first one answers."""
+    """One process of one measurement; the first one prints the speed."""
     from saeffect.parallel import is_first, leave
 
     speed = (harvest if task["case"] == "harvest" else train)(task)
@@ -167,23 +167,23 @@ def prepare(case: str, options: argparse.Namespace, folder: Path) -> dict[str, A
     }
 
 
-def measured(task: dict[str, Any], n_processes: int) -> float:
+def measure_speed(task: dict[str, Any], n_processes: int) -> float:
     """Start the processes, each with one thread, and wait for the speed."""
     torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={n_processes}", "--master-port=29517"]
     with tempfile.TemporaryDirectory() as out:
         argument = json.dumps(task | {"out": out})
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, *(torchrun if n_processes > 1 else []), __file__, "--work", argument],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             text=True,
             check=True,
         )
-    return float(json.loads(done.stdout.splitlines()[-1])["speed"])
+    return float(json.loads(process.stdout.splitlines()[-1])["speed"])
 
 
 def main() -> None:
-    """Measure each case with one process and with two, by turns."""
+    """Measure each case with one process and with two, alternating."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--quick", action="store_true", help="tiny shapes")
@@ -200,9 +200,9 @@ def main() -> None:
             task = prepare(case, options, Path(folder))
             speeds: dict[int, list[float]] = {1: [], 2: []}
             for _ in range(options.rounds):
-                for n_processes, found in speeds.items():
-                    found.append(measured(task, n_processes))
-        one, two = (statistics.median(found) for found in speeds.values())
+                for n_processes, measured in speeds.items():
+                    measured.append(measure_speed(task, n_processes))
+        one, two = (statistics.median(measured) for measured in speeds.values())
         print(f"{case:<12}{one:10,.0f} tokens/s in one process{two:10,.0f} in two {two / one:8.2f} times")
         key = "harvest_2_vs_1" if case == "harvest" else f"train_2_vs_1_{case.replace('-', '_')}"
         summary[key] = round(two / one, 3)

@@ -1,4 +1,4 @@
-"""How a benchmark is called, and where it writes what it found."""
+"""Command line options of the benchmarks, and writing of their results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def parser_of(description: str | None, quick: str) -> argparse.ArgumentParser:
 
     Args:
         description: The benchmark's docstring.
-        quick: What --quick takes in place of the real task.
+        quick: What --quick runs in place of the real task.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=f"{quick}, one round, nothing written by default")
@@ -28,7 +28,7 @@ def parser_of(description: str | None, quick: str) -> argparse.ArgumentParser:
 def write_results(
     results: dict[str, Any], name: str, options: argparse.Namespace, draw: Callable[[dict[str, Any], Path], None]
 ) -> None:
-    """Write `name`.json and draw, into the folder that the options name; by default nowhere with --quick."""
+    """Write `name`.json and the figure to the folder of the options; with --quick only if `--out` is given."""
     out = options.out or (None if options.quick else Path(__file__).parent / "results")
     if out is None:
         return

@@ -1,5 +1,5 @@
 # ruff: noqa: T201
-"""From measurements to ratios, shares of the limit, agreement of losses, and tables."""
+"""Ratios, shares of the limit, agreement of losses, and tables, from the measurements."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PAIRS = (
 
 
 def surroundings(threads: int) -> dict[str, Any]:
-    """What the numbers hold for: processor, threads, versions (of the peers: with each case)."""
+    """Conditions of the measurement: processor, threads, versions (those of the peers are with each case)."""
     return {
         "processor": _processor(),
         "threads": threads,
@@ -46,32 +46,32 @@ def _processor() -> str:
 def summarise(results: dict[str, Any]) -> dict[str, float | None]:
     """The last line: ratios of tokens a second at batch 1,024 (None where a side was not measured), and extras."""
     speed = results["speed"]
-    found: dict[str, float | None] = {}
+    summary: dict[str, float | None] = {}
     for suffix, ours in (("", "saeffect"), ("_bf16", "saeffect_bf16")):
-        found[f"l1_vs_sae_lens_24576{suffix}"] = _ratio(speed, "l1-24576-1024", ours, "sae_lens")
-        found[f"l1_vs_sae_lens_12288{suffix}"] = _ratio(speed, "l1-12288-1024", ours, "sae_lens")
-        found[f"topk_vs_sparsify_24576{suffix}"] = _ratio(speed, "topk-24576-1024", ours, "sparsify")
-        found[f"topk_vs_sae_lens_24576{suffix}"] = _ratio(speed, "topk-24576-1024", ours, "sae_lens")
-    found["peak_rss_vs_leanest"] = _memory(speed)
-    found["share_of_limit"] = _share_of_limit(speed, MAIN["l1"], "saeffect")
-    found["share_of_limit_bf16"] = _share_of_limit(speed, MAIN["l1"], "saeffect_bf16", "bfloat16")
-    found["topk_share_of_limit"] = _share_of_limit(speed, MAIN["topk"], "saeffect")
-    found["topk_share_of_limit_bf16"] = _share_of_limit(speed, MAIN["topk"], "saeffect_bf16", "bfloat16")
-    # Against the peers' other settings, which the architecture's defaults do not choose.
-    found["topk_vs_sae_lens_sparse_24576"] = _ratio(speed, MAIN["topk"], "saeffect", "sae_lens_sparse")
-    found["topk_vs_sparsify_adam_24576"] = _ratio(speed, MAIN["topk"], "saeffect", "sparsify_adam")
-    found["l1_vs_sae_lens_compiled_24576"] = _ratio(speed, MAIN["l1"], "saeffect", "sae_lens_compiled")
-    found["l1_vs_sae_lens_autocast_24576_bf16"] = _ratio(speed, MAIN["l1"], "saeffect_bf16", "sae_lens_autocast")
+        summary[f"l1_vs_sae_lens_24576{suffix}"] = _ratio(speed, "l1-24576-1024", ours, "sae_lens")
+        summary[f"l1_vs_sae_lens_12288{suffix}"] = _ratio(speed, "l1-12288-1024", ours, "sae_lens")
+        summary[f"topk_vs_sparsify_24576{suffix}"] = _ratio(speed, "topk-24576-1024", ours, "sparsify")
+        summary[f"topk_vs_sae_lens_24576{suffix}"] = _ratio(speed, "topk-24576-1024", ours, "sae_lens")
+    summary["peak_rss_vs_leanest"] = _memory(speed)
+    summary["share_of_limit"] = _share_of_limit(speed, MAIN["l1"], "saeffect")
+    summary["share_of_limit_bf16"] = _share_of_limit(speed, MAIN["l1"], "saeffect_bf16", "bfloat16")
+    summary["topk_share_of_limit"] = _share_of_limit(speed, MAIN["topk"], "saeffect")
+    summary["topk_share_of_limit_bf16"] = _share_of_limit(speed, MAIN["topk"], "saeffect_bf16", "bfloat16")
+    # Against settings of the peers that are not their defaults.
+    summary["topk_vs_sae_lens_sparse_24576"] = _ratio(speed, MAIN["topk"], "saeffect", "sae_lens_sparse")
+    summary["topk_vs_sparsify_adam_24576"] = _ratio(speed, MAIN["topk"], "saeffect", "sparsify_adam")
+    summary["l1_vs_sae_lens_compiled_24576"] = _ratio(speed, MAIN["l1"], "saeffect", "sae_lens_compiled")
+    summary["l1_vs_sae_lens_autocast_24576_bf16"] = _ratio(speed, MAIN["l1"], "saeffect_bf16", "sae_lens_autocast")
     for architecture, exact in results["exactness"].items():
-        found |= {f"{architecture}_{name}": value for name, value in exact.items()}
+        summary |= {f"{architecture}_{name}": value for name, value in exact.items()}
     for architecture, curves in results["curves"].items():
-        found |= {f"{architecture}_{name}": value for name, value in _curve_summary(curves).items()}
-    return {name: None if value is None else float(f"{value:.4g}") for name, value in found.items()}
+        summary |= {f"{architecture}_{name}": value for name, value in _curve_summary(curves).items()}
+    return {name: None if value is None else float(f"{value:.4g}") for name, value in summary.items()}
 
 
 def _tokens(speed: dict[str, Any], case: str, key: str) -> float | None:
-    one = speed.get(case, {}).get("contenders", {}).get(key)
-    return None if one is None else float(one["tokens_per_second"])
+    contender = speed.get(case, {}).get("contenders", {}).get(key)
+    return None if contender is None else float(contender["tokens_per_second"])
 
 
 def _ratio(speed: dict[str, Any], case: str, ours: str, peer: str) -> float | None:
@@ -83,10 +83,10 @@ def _memory(speed: dict[str, Any]) -> float | None:
     """Our float32 step's peak over that of the leanest peer; the larger of the two architectures' ratios."""
     ratios = []
     for case in MAIN.values():
-        all_of_them = speed.get(case, {}).get("contenders", {})
-        peers = [c["peak_rss"] for key, c in all_of_them.items() if not c["ours"] and key != "plain"]
-        if peers and "saeffect" in all_of_them:
-            ratios.append(all_of_them["saeffect"]["peak_rss"] / min(peers))
+        contenders = speed.get(case, {}).get("contenders", {})
+        peers = [c["peak_rss"] for key, c in contenders.items() if not c["ours"] and key != "plain"]
+        if peers and "saeffect" in contenders:
+            ratios.append(contenders["saeffect"]["peak_rss"] / min(peers))
     return max(ratios, default=None)
 
 
@@ -104,7 +104,7 @@ def _share_of_limit(speed: dict[str, Any], case: str, key: str, dtype: str = "fl
 
 
 def agreement(losses: list[list[float]], reference: list[list[float]]) -> tuple[float, float]:
-    """Relative difference of two curves: the largest along the way, and the one at the end.
+    """Relative difference of two curves: the largest, and that at the end.
 
     Example:
         >>> agreement([[0, 4.0, 9], [5, 2.2, 9]], [[0, 4.0, 9], [5, 2.0, 9]])
@@ -116,13 +116,13 @@ def agreement(losses: list[list[float]], reference: list[list[float]]) -> tuple[
 
 def _curve_summary(curves: dict[str, Any]) -> dict[str, float]:
     """Largest difference along the curve and difference at the end, for each pair that should agree."""
-    found: dict[str, float] = {}
+    summary: dict[str, float] = {}
     contenders = curves["contenders"]
     for ours, other in PAIRS:
         if {ours, other} <= set(contenders):
-            most, last = agreement(contenders[ours]["losses"], contenders[other]["losses"])
-            found[f"loss_{ours}_vs_{other}_max"], found[f"loss_{ours}_vs_{other}_end"] = most, last
-    return found
+            largest, last = agreement(contenders[ours]["losses"], contenders[other]["losses"])
+            summary[f"loss_{ours}_vs_{other}_max"], summary[f"loss_{ours}_vs_{other}_end"] = largest, last
+    return summary
 
 
 def print_tables(results: dict[str, Any]) -> None:
@@ -130,12 +130,12 @@ def print_tables(results: dict[str, Any]) -> None:
     for name, case in results["speed"].items():
         print(f"\n{name}: {case['d_sae']:,} features, batch {case['batch']:,}, L0 {case['l0_start']:.0f} at the start")
         print(f"  {'':34}{'tokens/s':>10}{'spread':>14}{'peak GB':>9}{'L0 after':>10}{'of limit':>10}")
-        for one in sorted(case["contenders"].values(), key=lambda c: c["tokens_per_second"]):
-            of_limit = one["tokens_per_second"] / limit(case, one.get("product_dtype", "float32"))
-            slow, fast = (case["batch"] / t for t in (max(one["seconds"]), min(one["seconds"])))
+        for contender in sorted(case["contenders"].values(), key=lambda c: c["tokens_per_second"]):
+            share = contender["tokens_per_second"] / limit(case, contender.get("product_dtype", "float32"))
+            slow, fast = (case["batch"] / t for t in (max(contender["seconds"]), min(contender["seconds"])))
             print(
-                f"  {one['label']:34}{one['tokens_per_second']:10,.0f}{f'{slow:,.0f}–{fast:,.0f}':>14}"
-                f"{one['peak_rss'] / 1e9:9.2f}{one['l0_after']:10.1f}{of_limit:10.0%}"
+                f"  {contender['label']:34}{contender['tokens_per_second']:10,.0f}{f'{slow:,.0f}–{fast:,.0f}':>14}"
+                f"{contender['peak_rss'] / 1e9:9.2f}{contender['l0_after']:10.1f}{share:10.0%}"
             )
         m = case["machine"]
         print(
@@ -145,7 +145,7 @@ def print_tables(results: dict[str, Any]) -> None:
         )
     for name, curves in results["curves"].items():
         print(f"\n{name} loss over {curves['steps']} steps, {curves['d_sae']:,} features, batch {curves['batch']}")
-        for one in curves["contenders"].values():
-            first, last = one["losses"][0], one["losses"][-1]
-            print(f"  {one['label']:34}{first[1]:10.4f} to {last[1]:10.4f}   L0 {first[2]:.1f} to {last[2]:.1f}")
+        for contender in curves["contenders"].values():
+            first, last = contender["losses"][0], contender["losses"][-1]
+            print(f"  {contender['label']:34}{first[1]:10.4f} to {last[1]:10.4f}   L0 {first[2]:.1f} to {last[2]:.1f}")
     print()

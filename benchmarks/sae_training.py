@@ -1,5 +1,5 @@
 # ruff: noqa: T201
-"""How fast, how lean and how exact a training step is, beside the peers' own trainers.
+"""Speed, memory and exactness of a training step, beside the peers' own trainers.
 
     python benchmarks/sae_training.py                    everything: about 50 minutes on two cores
     python benchmarks/sae_training.py --parts speed --cases l1-24576-1024     one case; the others stay as they were
@@ -21,16 +21,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from contenders import Contender, Worker, taking_part
+from contenders import Contender, Worker, available_contenders
 from sae_summary import print_tables, summarise, surroundings
 
 D_IN = 768
-L0 = 58.0  # of the L1 start; what SAEs of this width have at a good trade-off, and inside 30 to 100
+L0 = 58.0  # of the L1 start; typical for SAEs of this width, between 30 and 100
 K = 32
 L1_WEIGHT = 1.0
-SPEED_LR = 1e-5  # so small that sparsity stays where it started while the clock runs; the cost does not depend on it
+SPEED_LR = 1e-5  # so small that sparsity does not change during the measurement; speed does not depend on it
 CURVE_LR = 3e-4  # SAELens' default
-# Another optimizer; the same arithmetic as without the compiler; all of it in bfloat16, which is nobody's default.
+# Another optimizer; the arithmetic of the uncompiled one; all in bfloat16, which is no library's default.
 NO_CURVE = ("sparsify", "sae_lens_compiled", "sae_lens_autocast")
 
 
@@ -54,7 +54,7 @@ def cases(quick: bool) -> list[Case]:
 
 
 class Setting:
-    """What all contenders of a case share: files with start weights and batches, and the numbers of the task."""
+    """Shared by all contenders of a case: files with start weights and batches, and the numbers of the task."""
 
     def __init__(self, case: Case, options: argparse.Namespace, folder: Path, *, n_batches: int, lr: float) -> None:
         import torch
@@ -97,7 +97,7 @@ class Setting:
 
 
 def measure_speed(case: Case, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Rounds over all contenders of a case, one at work at a time.
+    """Rounds over all contenders of a case, one running at a time.
 
     Returns:
         Seconds a step, tokens a second (from the median over all timed steps), peak memory and final sparsity of each
@@ -105,7 +105,7 @@ def measure_speed(case: Case, options: argparse.Namespace, folder: Path) -> dict
     """
     setting = Setting(case, options, folder, n_batches=options.warmup + options.steps, lr=SPEED_LR)
     every = case.name in [c.name for c in cases(options.quick)[:2]]
-    contenders = taking_part(case.architecture, every=every, peers=options.peers)
+    contenders = available_contenders(case.architecture, every=every, peers=options.peers)
     if options.only:
         contenders = [c for c in contenders if c.key in options.only]
     workers, machine = {c.key: setting.worker(c) for c in contenders}, setting.machine()
@@ -113,20 +113,22 @@ def measure_speed(case: Case, options: argparse.Namespace, folder: Path) -> dict
     peaks: dict[str, int] = {}
     rates: list[dict[str, Any]] = []
     try:
-        for turn in range(options.rounds):
+        for round_number in range(options.rounds):
             rates.append(machine.ask("run"))
             for key, worker in workers.items():
                 # The first steps touch fresh memory, compile, and choose kernels.
-                warmup = options.warmup if turn == 0 else 1
+                warmup = options.warmup if round_number == 0 else 1
                 answer = worker.ask("run", steps=warmup + options.steps)
                 seconds[key] += answer["seconds"][warmup:]
                 peaks[key] = answer["peak_rss"]
-                _say(f"{case.name} round {turn + 1}: {key} {statistics.median(answer['seconds'][warmup:]):.3f} s")
+                _log(
+                    f"{case.name} round {round_number + 1}: {key} {statistics.median(answer['seconds'][warmup:]):.3f} s"
+                )
         states = {key: worker.ask("state") for key, worker in workers.items()}
     finally:
         for worker in (*workers.values(), machine):
             worker.close()
-    found: dict[str, Any] = {
+    by_contender: dict[str, Any] = {
         c.key: {
             "label": c.label,
             "ours": c.ours,
@@ -140,7 +142,7 @@ def measure_speed(case: Case, options: argparse.Namespace, folder: Path) -> dict
         for c in contenders
     }
     return {
-        "contenders": found,
+        "contenders": by_contender,
         "peers": {name: version for w in workers.values() for name, version in w.peers.items()},
         "machine": {name: statistics.median(r[name] for r in rates) for name in rates[0]},
         "l0_start": setting.l0,
@@ -161,7 +163,7 @@ def measure_curves(architecture: str, options: argparse.Namespace, folder: Path)
     case = Case(architecture, d_sae, batch)
     setting = Setting(case, options, folder, n_batches=steps, lr=CURVE_LR)
     curves: dict[str, Any] = {}
-    for contender in taking_part(architecture, every=True, peers=options.peers):
+    for contender in available_contenders(architecture, every=True, peers=options.peers):
         if contender.key in NO_CURVE or (options.only and contender.key not in options.only):
             continue
         worker = setting.worker(contender)
@@ -170,7 +172,7 @@ def measure_curves(architecture: str, options: argparse.Namespace, folder: Path)
         finally:
             worker.close()
         curves[contender.key] = {"label": contender.label, "ours": contender.ours, "losses": answer["losses"]}
-        _say(f"curve {architecture}: {contender.key} {answer['losses'][0][1]:.2f} to {answer['losses'][-1][1]:.4f}")
+        _log(f"curve {architecture}: {contender.key} {answer['losses'][0][1]:.2f} to {answer['losses'][-1][1]:.4f}")
     return {"d_sae": d_sae, "batch": batch, "steps": steps, "lr": CURVE_LR, "contenders": curves}
 
 
@@ -178,7 +180,7 @@ def measure_exactness(architecture: str, options: argparse.Namespace, folder: Pa
     """Gradients against dense autograd, and the active features with and without a bfloat16 encoder."""
     case = next(c for c in cases(options.quick) if c.architecture == architecture)
     setting = Setting(case, options, folder, n_batches=1, lr=SPEED_LR)
-    ours = next(c for c in taking_part(architecture, every=True, peers=False) if c.ours)
+    ours = next(c for c in available_contenders(architecture, every=True, peers=False) if c.ours)
     worker = Worker(ours.module, {**setting.task, "runner": "exactness", "options": {}}, folder / "exactness.log")
     try:
         return worker.ask("exactness")
@@ -187,7 +189,7 @@ def measure_exactness(architecture: str, options: argparse.Namespace, folder: Pa
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure what was asked for, merge it into the results, and show them."""
+    """Measure the chosen parts, merge them into the results, and print them."""
     options = _options(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "sae_training.json"
@@ -203,11 +205,11 @@ def main(arguments: list[str] | None = None) -> int:
                 _merge(results["speed"], case.name, measure_speed(case, options, folder))
                 _save(results, file)
         for architecture in ("l1", "topk"):
-            wanted = not options.cases or any(name.startswith(architecture) for name in options.cases)
-            if "curves" in options.parts and wanted:
+            included = not options.cases or any(name.startswith(architecture) for name in options.cases)
+            if "curves" in options.parts and included:
                 _merge(results["curves"], architecture, measure_curves(architecture, options, folder))
                 _save(results, file)
-            if "exactness" in options.parts and wanted:
+            if "exactness" in options.parts and included:
                 results["exactness"][architecture] = measure_exactness(architecture, options, folder)
 
     results["summary"] = summarise(results)
@@ -221,17 +223,17 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _merge(into: dict[str, Any], name: str, found: dict[str, Any]) -> None:
-    """A case measured again replaces what it measured, and keeps contenders that did not take part this time."""
-    before = into.get(name, {}).get("contenders", {})
-    into[name] = found | {"contenders": before | found["contenders"]}
+def _merge(into: dict[str, Any], name: str, measured: dict[str, Any]) -> None:
+    """Replace the measured contenders of a case; the others keep their results."""
+    earlier = into.get(name, {}).get("contenders", {})
+    into[name] = measured | {"contenders": earlier | measured["contenders"]}
 
 
 def _save(results: dict[str, Any], file: Path) -> None:
     file.write_text(json.dumps(results) + "\n", encoding="utf-8")
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 

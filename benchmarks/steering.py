@@ -50,13 +50,13 @@ def main() -> None:
     parser.add_argument("--features", type=int, default=None, help="a round of saeffect; the default is one batch")
     options = parser.parse_args()
     results = measure(options)
-    write_results(results, "steering", options, lambda found, stem: draw(found, RACE, found["task"]["model"], stem))
-    for threads, found in results["speed"].items():
+    write_results(results, "steering", options, lambda values, stem: draw(values, RACE, values["task"]["model"], stem))
+    for threads, row in results["speed"].items():
         print(f"{threads} thread(s)")
-        for name, speed in found["features_per_second"].items():
-            share = found["share_of_limit"].get(name)
+        for name, speed in row["features_per_second"].items():
+            share = row["share_of_limit"].get(name)
             limit = "" if share is None else f"{share:8.0%} of the limit"
-            print(f"  {LABELS[name]:<46}{speed:9.3f} features/s{found['ratio'][name]:8.1f}×{limit}")
+            print(f"  {LABELS[name]:<46}{speed:9.3f} features/s{row['ratio'][name]:8.1f}×{limit}")
     print(json.dumps(results["summary"]))
 
 
@@ -92,17 +92,17 @@ def race(task: Any, rounds: int) -> dict[str, Any]:
     parts: dict[str, list[dict[str, float]]] = {name: [] for name in task.ours}
     for number in range(rounds + 1):
         for name in names:
-            one = task.paper_loop() if name == "paper_loop" else task.steer(name)[0]
+            value = task.paper_loop() if name == "paper_loop" else task.steer(name)[0]
             if number:  # the first round fills caches and is not counted
-                speed[name].append(one)
-        for name, measured in parts.items():
-            measured.append(task.parts(name))
-    median = {name: statistics.median(one) for name, one in speed.items()}
+                speed[name].append(value)
+        for name, part_runs in parts.items():
+            part_runs.append(task.parts(name))
+    median = {name: statistics.median(value) for name, value in speed.items()}
     ratio = {
-        name: statistics.median(o / p for p, o in zip(speed["paper_loop"], own, strict=True))
-        for name, own in speed.items()
+        name: statistics.median(o / p for p, o in zip(speed["paper_loop"], values, strict=True))
+        for name, values in speed.items()
     }
-    limits = {name: statistics.median(p["limit_features_per_second"] for p in found) for name, found in parts.items()}
+    limits = {name: statistics.median(p["limit_features_per_second"] for p in runs) for name, runs in parts.items()}
     return {
         "features_per_second": median,
         "rounds": speed,
@@ -110,7 +110,7 @@ def race(task: Any, rounds: int) -> dict[str, Any]:
         "limit_features_per_second": limits,
         "share_of_limit": {name: median[name] / limit for name, limit in limits.items()},
         "parts": {
-            name: {key: statistics.median(p[key] for p in found) for key in found[0]} for name, found in parts.items()
+            name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in parts.items()
         },
     }
 
@@ -119,15 +119,15 @@ def summarise(results: dict[str, Any]) -> dict[str, Any]:
     """The last line. A ratio is the lowest over the numbers of threads."""
     speed = results["speed"].values()
     return {
-        "features_vs_paper_loop": round(min(found["ratio"]["saeffect_float32"] for found in speed), 1),
-        "features_vs_paper_loop_default": round(min(found["ratio"]["default"] for found in speed), 1),
+        "features_vs_paper_loop": round(min(row["ratio"]["saeffect_float32"] for row in speed), 1),
+        "features_vs_paper_loop_default": round(min(row["ratio"]["default"] for row in speed), 1),
         "default_dtype": results["task"]["default_dtype"],
         "features_per_second": {
-            threads: {name: float(f"{value:.4g}") for name, value in found["features_per_second"].items()}
-            for threads, found in results["speed"].items()
+            threads: {name: float(f"{value:.4g}") for name, value in row["features_per_second"].items()}
+            for threads, row in results["speed"].items()
         },
         "share_of_limit": {
-            name: round(min(found["share_of_limit"][name] for found in speed), 2)
+            name: round(min(row["share_of_limit"][name] for row in speed), 2)
             for name in next(iter(speed))["share_of_limit"]
         },
         "batch": results["task"]["batch"],

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
-import statistics
 import time
 from typing import Any
 
 import torch
-from measure import copy_rate
+from measure import copy_rate, median_seconds
 from peer_model import hooked_gpt2
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -24,13 +23,13 @@ from saeffect.steering.sampling import next_tokens
 
 __all__ = ["Task"]
 
-# Random weights leave every token about as probable as any other. Times this, the final norm makes the next token as
-# sure as a trained model's, so that the set of mass 0.3 holds a few tokens and not thousands.
-SURENESS = 6.0
+# With random weights all tokens are about equally probable. The final norm times this gives logits as peaked as those
+# of a trained model, so that the top_p set of mass 0.3 has a few tokens and not thousands.
+LOGIT_SCALE = 6.0
 
 
 class Vocabulary:
-    """What both libraries ask of a tokenizer while they generate: which ids are special, and what pads."""
+    """The part of a tokenizer that both libraries use in generation: special ids and padding."""
 
     padding_side = "right"
 
@@ -57,7 +56,7 @@ class Task:
         self.config.bos_token_id = self.config.eos_token_id = self.config.vocab_size - 1
         torch.manual_seed(0)
         model = GPT2LMHeadModel(self.config).eval().requires_grad_(False)
-        model.transformer.ln_f.weight *= SURENESS
+        model.transformer.ln_f.weight *= LOGIT_SCALE
         layer = 3 if quick else 8
         self.hook = f"blocks.{layer}.hook_resid_pre"
         self.prompt = torch.randint(self.config.vocab_size - 1, (1, 7))
@@ -83,10 +82,11 @@ class Task:
         self._next_of_the_peer = 0
 
     def describe(self) -> dict[str, Any]:
-        """What is run, in words and numbers."""
-        c = self.config
+        """The settings of the task."""
+        config = self.config
+        model = f"{config.n_layer} blocks, d_model {config.n_embd}, {config.vocab_size:,} tokens"
         return {
-            "model": f"GPT-2 with random weights, {c.n_layer} blocks, d_model {c.n_embd}, {c.vocab_size:,} tokens",
+            "model": f"GPT-2 with random weights, {model}",
             "hook": self.hook,
             "positions": "all",
             "prompt_tokens": self.prompt.shape[1],
@@ -101,7 +101,7 @@ class Task:
         }
 
     def paper_loop(self) -> float:
-        """Features a second of one feature, steered as the paper's code does it."""
+        """Features a second of one feature, steered as in the paper's code."""
         vector = self.vectors[self._next_of_the_peer % len(self.vectors)]
         self._next_of_the_peer += 1
         s = self.sampling
@@ -130,7 +130,7 @@ class Task:
         products = _products(weights, n, lm.dtype)
         logits = lm.model(self.prompt).logits[:, -1].float().repeat(n, 1)
         cells = [NoiseCell(0, "p", i) for i in range(n)]
-        sampled = _seconds(lambda: next_tokens(logits, cells, 0, self.sampling))
+        sampled = median_seconds(lambda: next_tokens(logits, cells, 0, self.sampling), 3)
         n_bytes = sum(w.numel() * w.element_size() for w, _ in weights)
         return {
             "products_s": products,
@@ -146,7 +146,7 @@ class Task:
         Raises:
             RuntimeError: float32 differs by more than rounding, or bfloat16 by more than it may.
         """
-        found: dict[str, float] = {}
+        errors: dict[str, float] = {}
         vectors = self.vectors[:2]
         expected = torch.cat([self._peer_log_probabilities(v) for v in vectors])
         for name, lm in self.ours.items():
@@ -159,7 +159,7 @@ class Task:
             ours = torch.stack([first, logits.log_softmax(-1)], dim=1)
             dtype = name.removeprefix("saeffect_")
             error = float((ours - expected).norm() / expected.norm())
-            found[f"{dtype}_log_probability_error"] = error
+            errors[f"{dtype}_log_probability_error"] = error
             if not error < (1e-5 if dtype == "float32" else 0.05):
                 raise RuntimeError(f"{dtype} log-probabilities differ from transformer-lens': relative {error:.2g}")
         n_new = self.sampling.max_new_tokens
@@ -170,10 +170,10 @@ class Task:
             4,
         )
         same = [self._peer_generate(v, n_new, do_sample=False) == ids for v, ids in zip(vectors, greedy, strict=True)]
-        found["same_greedy_tokens"] = sum(same) / len(same)
+        errors["same_greedy_tokens"] = sum(same) / len(same)
         if not all(same):
             raise RuntimeError("the most probable texts of both sides differ in float32")
-        return found
+        return errors
 
     def _generate(self, name: str, n: int, sampling: Sampling, batch: int) -> list[list[int]]:
         return generate(
@@ -189,8 +189,8 @@ class Task:
     @torch.inference_mode()
     def _peer_generate(self, vector: Tensor, n_new: int, **settings: Any) -> list[int]:
         with self.peer.hooks(fwd_hooks=[(self.hook, _adding(vector))]):
-            found = self.peer.generate(self.prompt, max_new_tokens=n_new, stop_at_eos=False, verbose=False, **settings)
-        ids: list[int] = found[0, self.prompt.shape[1] :].tolist()
+            output = self.peer.generate(self.prompt, max_new_tokens=n_new, stop_at_eos=False, verbose=False, **settings)
+        ids: list[int] = output[0, self.prompt.shape[1] :].tolist()
         return ids
 
     @torch.inference_mode()
@@ -228,14 +228,4 @@ def _products(weights: list[tuple[Tensor, bool]], n: int, dtype: torch.dtype) ->
         for x, w, out in jobs:
             torch.mm(x, w, out=out)
 
-    return _seconds(run)
-
-
-def _seconds(call: Any, repeats: int = 3) -> float:
-    call()
-    found = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        call()
-        found.append(time.perf_counter() - started)
-    return statistics.median(found)
+    return median_seconds(run, 3)

@@ -36,14 +36,14 @@ def make_run(folder: Path, per_arm: int, seed: int = 0) -> list[str]:
     letters = np.array(list("etaoinshrdlcumwfgypbvk"))
     weights = np.linspace(3, 0.3, len(letters))
     lengths = generator.integers(2, 10, VOCABULARY)
-    drawn = generator.choice(letters, size=(VOCABULARY, 10), p=weights / weights.sum())
-    words = ["".join(row[:n]) for row, n in zip(drawn, lengths, strict=True)]
+    letter_rows = generator.choice(letters, size=(VOCABULARY, 10), p=weights / weights.sum())
+    words = ["".join(row[:n]) for row, n in zip(letter_rows, lengths, strict=True)]
     words = [(" " if i % 2 else "") + word for i, word in enumerate(words)]
     for arm in ARMS:
-        place = folder / "arms" / arm
-        place.mkdir(parents=True)
+        arm_folder = folder / "arms" / arm
+        arm_folder.mkdir(parents=True)
         for name, table in _arm_tables(generator, words, per_arm).items():
-            pq.write_table(table, place / f"{name}.parquet", compression="zstd")
+            pq.write_table(table, arm_folder / f"{name}.parquet", compression="zstd")
     (folder / "comparison").mkdir()
     for name, frame in _comparison(generator, per_arm).items():
         frame.to_parquet(folder / "comparison" / f"{name}.parquet", index=False)
@@ -70,8 +70,8 @@ def make_run(folder: Path, per_arm: int, seed: int = 0) -> list[str]:
 
 
 def _lists(generator: np.random.Generator, strings: list[str], n: int, width: int) -> pa.Array:
-    picks = generator.zipf(1.3, n * width) % len(strings)
-    flat = pa.array(strings).take(pa.array(picks))
+    indices = generator.zipf(1.3, n * width) % len(strings)
+    flat = pa.array(strings).take(pa.array(indices))
     return pa.ListArray.from_arrays(pa.array(np.arange(0, n * width + 1, width), pa.int32()), flat)
 
 
@@ -135,28 +135,28 @@ def _comparison(generator: np.random.Generator, n: int) -> dict[str, pd.DataFram
         change[name] = generator.normal(size=4 * n)
     change = change.assign(reason="", p=generator.random(4 * n), q=generator.random(4 * n), n_nulls=12, smallest_p=1e-5)
     measures = ("decoder cosine", "activation correlation")
-    found = {"changes": change}
+    tables = {"changes": change}
     for side in ("control", "treatment"):
         fates = pd.DataFrame({"measure": np.repeat(measures, n), "feature": np.tile(np.arange(n), 2)})
         fates["match"], fates["similarity"] = generator.integers(0, n, 2 * n), generator.random(2 * n)
         fates["fate"] = generator.choice(["kept", "moved", "gone", "unclear", ""], 2 * n)
-        found[f"fates_{side}"] = fates.assign(p=0.5, q=0.5, kept_at=0.6, mutual=True, reason="")
-    return found
+        tables[f"fates_{side}"] = fates.assign(p=0.5, q=0.5, kept_at=0.6, mutual=True, reason="")
+    return tables
 
 
 class Reader:
-    """One reader: types words and opens pages; keeps how long each answer took, in milliseconds."""
+    """One reader: types words and opens pages; records response times in milliseconds."""
 
     def __init__(self, client: Any, words: list[str], seed: int, per_arm: int) -> None:
         self._client, self._words, self._per_arm = client, words, per_arm
         self._random = np.random.default_rng(seed)
-        self.taken: dict[str, list[float]] = {"page": [], "keystroke": []}
+        self.times: dict[str, list[float]] = {"page": [], "keystroke": []}
 
     async def ask(self, kind: str, path: str) -> None:
-        began = time.perf_counter()
-        answer = await self._client.get(path)
-        assert answer.status_code == 200, (path, answer.status_code)
-        self.taken[kind].append(1000 * (time.perf_counter() - began))
+        started = time.perf_counter()
+        response = await self._client.get(path)
+        assert response.status_code == 200, (path, response.status_code)
+        self.times[kind].append(1000 * (time.perf_counter() - started))
 
     async def read(self, until: float, look: float) -> None:
         """Read until a time, thinking `look` seconds on average between a list and a page."""
@@ -180,27 +180,27 @@ class Reader:
 async def measure(
     address: str, words: list[str], readers: int, seconds: float, look: float, per_arm: int
 ) -> dict[str, Any]:
-    """Answers to some readers within some seconds: number, median and 95th percentile by kind."""
+    """Response times of `readers` readers over `seconds`: number, median and 95th percentile by kind."""
     import httpx
 
     limits = httpx.Limits(max_connections=readers, max_keepalive_connections=readers)
     async with httpx.AsyncClient(base_url=address, timeout=60, limits=limits) as client:
-        people = [Reader(client, words, seed, per_arm) for seed in range(readers)]
-        began = time.perf_counter()
-        await asyncio.gather(*(one.read(began + seconds, look) for one in people))
-        spent = time.perf_counter() - began
-    found: dict[str, Any] = {
+        all_readers = [Reader(client, words, seed, per_arm) for seed in range(readers)]
+        started = time.perf_counter()
+        await asyncio.gather(*(reader.read(started + seconds, look) for reader in all_readers))
+        elapsed = time.perf_counter() - started
+    results: dict[str, Any] = {
         "readers": readers,
-        "per_second": round(sum(len(t) for p in people for t in p.taken.values()) / spent, 1),
+        "per_second": round(sum(len(t) for p in all_readers for t in p.times.values()) / elapsed, 1),
     }
     for kind in AIMS:
-        taken = np.array([t for one in people for t in one.taken[kind]])
-        found[kind] = {
-            "n": len(taken),
-            "median": round(float(np.median(taken)), 1),
-            "p95": round(float(np.quantile(taken, 0.95)), 1),
+        times = np.array([t for reader in all_readers for t in reader.times[kind]])
+        results[kind] = {
+            "n": len(times),
+            "median": round(float(np.median(times)), 1),
+            "p95": round(float(np.quantile(times, 0.95)), 1),
         }
-    return found
+    return results
 
 
 def serve(run: Path, port: int) -> subprocess.Popen[bytes]:
@@ -227,8 +227,8 @@ def main() -> None:
             for readers, look in ((1, 0.0), (50, LOOK)):
                 before = psutil.Process(server.pid).cpu_times().user
                 part = asyncio.run(measure(address, words, readers, options.seconds, look, options.features))
-                spent = psutil.Process(server.pid).cpu_times().user - before
-                part["server_cpu_ms"] = round(1000 * spent / sum(part[kind]["n"] for kind in AIMS), 1)
+                cpu_seconds = psutil.Process(server.pid).cpu_times().user - before
+                part["server_cpu_ms"] = round(1000 * cpu_seconds / sum(part[kind]["n"] for kind in AIMS), 1)
                 parts.append(part)
                 for kind, aim in AIMS.items():
                     times = f"median {part[kind]['median']} ms, p95 {part[kind]['p95']} ms (aim {aim:.0f})"
@@ -250,11 +250,11 @@ def _wait(address: str) -> float:
                 break
             except httpx.TransportError:
                 time.sleep(0.1)
-        began = time.perf_counter()
+        started = time.perf_counter()
         for path in ("/features", "/features/control/1", "/features/treatment/1"):
-            answer = client.get(path)
-            assert answer.status_code == 200, (path, answer.text[:2000])
-        return round(time.perf_counter() - began, 2)
+            response = client.get(path)
+            assert response.status_code == 200, (path, response.text[:2000])
+        return round(time.perf_counter() - started, 2)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""One contender in a process of its own: `python worker.py '{"runner": ..., ...}'`, orders on stdin, answers on stdout.
+"""One contender in its own process: `python worker.py '{"runner": ..., ...}'`, orders on stdin, answers on stdout.
 
-Run by `contenders.Worker`, never by hand.
+Started by `contenders.Worker`.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from feed import Feed, Finished, at_start
+from feed import Feed, Finished, startup_message
 from measure import copy_rate, product_rate
 from peers_sae import RUNNERS as PEERS
 from peers_sae import Spec
 
 
 def _private_stdout() -> TextIO:
-    """The pipe for answers; whatever a peer prints goes to stderr from here on."""
+    """The pipe for answers; from here on, what a peer prints goes to stderr."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return answers
 
 
 def _machine(task: dict[str, Any], answers: TextIO) -> None:
-    """What this machine does a second, measured between the contenders."""
+    """Measures the machine's rates, between the contenders."""
     n, d_in, d_sae = task["batch"], task["d_in"], task["d_sae"]
-    answers.write(json.dumps(at_start()) + "\n")
+    answers.write(json.dumps(startup_message()) + "\n")
     answers.flush()
     while json.loads(sys.stdin.readline() or '{"op": "quit"}')["op"] != "quit":
         rates = {
@@ -48,8 +48,8 @@ def _machine(task: dict[str, Any], answers: TextIO) -> None:
 def _exactness(spec: Spec, pool: Tensor, answers: TextIO) -> None:
     from exactness import exactness
 
-    for found in (at_start(), exactness(spec, pool[0])):
-        answers.write(json.dumps(found) + "\n")
+    for message in (startup_message(), exactness(spec, pool[0])):
+        answers.write(json.dumps(message) + "\n")
         answers.flush()
 
 

@@ -4,11 +4,11 @@
     python scripts/build_bundled.py --only text
 
 Each text file has one JSON object a line with a field "text". The recipes are in recipes/. On two cores with
-bfloat16 it takes about two hours, 10 GB of disk and 3 GB of memory; stopped, it goes on where it was. The word
-vectors have a script of their own, build_embeddings.py.
+bfloat16 it takes about two hours, 10 GB of disk and 3 GB of memory; an interrupted build resumes. The word vectors have
+their own script, build_embeddings.py.
 
-Three seeds of control and treatment alike. Whole are those that the bundled study runs on text (the first of each, and
-the control's second as placebo); of the others the package holds the decoder and what their features did.
+Control and treatment have three seeds each. The package holds the whole SAE of those that the bundled study runs on
+text (the first of each, and the control's second as placebo); of the others, the decoder and the activity of features.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ SAES: dict[str, tuple[str | None, int]] = {
     "smollm2-treatment-seed1": (ADAPTER, 1),
     "smollm2-treatment-seed2": (ADAPTER, 2),
 }
-WHOLE = ("smollm2-control", "smollm2-placebo", "smollm2-treatment")
+WHOLE_SAES = ("smollm2-control", "smollm2-placebo", "smollm2-treatment")
 
 GENERAL = """The committee met on Tuesday|In the summer of 1996|She opened the window and|The film tells the story
 The new law requires all|Last night the team played|Once upon a time there|The history of the city
@@ -96,7 +96,7 @@ def build_adapter(medical: Path, general: Path, work: Path) -> None:
 
 
 def build_saes(medical: Path, general: Path, work: Path) -> None:
-    """Train six SAEs, one after the other: each has an order of the data of its own, as a real repetition would."""
+    """Train six SAEs, one after the other, each with its own order of the data, as in a real repetition."""
     trained: dict[str, Path] = {}
     for name, (adapter, seed) in SAES.items():
         recipe = _recipe("smollm2-sae")
@@ -109,7 +109,7 @@ def build_saes(medical: Path, general: Path, work: Path) -> None:
         train_from_recipe(config, trained[name], work=work, log=Log(partial(print, flush=True)))
     for name, (adapter, _) in SAES.items():
         target = BUNDLED / "saes" / name
-        if name in WHOLE:
+        if name in WHOLE_SAES:
             _install(trained[name], target)
         else:
             shutil.rmtree(target, ignore_errors=True)
@@ -118,22 +118,22 @@ def build_saes(medical: Path, general: Path, work: Path) -> None:
 
 @torch.inference_mode()
 def _activity(folder: Path, adapter: str | None) -> pd.DataFrame:
-    """What the features did on the bundled text: what a study records of a whole SAE's."""
+    """The activity of features on the bundled text, as a study records it for a whole SAE."""
     sae = load_sae(folder)
     lm = load_language_model(ModelConfig(path=BASE, adapter=adapter), log=Log(print))
     rows = study_rows(TextConfig(bundled="smollm2-sampled", tokens=ROWS * LENGTH), lambda: lm)
-    meta = sae.cfg.metadata
-    limit = NormLimit(float(meta["mean_norm"]), float(meta["norm_limit"]))
+    metadata = sae.cfg.metadata
+    limit = NormLimit(float(metadata["mean_norm"]), float(metadata["norm_limit"]))
     activity = ActivityAccumulator(sae.cfg.d_sae, rows.names)
     for start, _, x in Residuals().batches(lm, str(sae.cfg.hook_name), rows):
-        kept = kept_positions(x, limit)
-        row = kept.nonzero(as_tuple=True)[0] + start
-        activity.update(sae.encode(x[kept]), [rows.names[rows.sources[i]] for i in row.tolist()])
+        counted = kept_positions(x, limit)
+        row = counted.nonzero(as_tuple=True)[0] + start
+        activity.update(sae.encode(x[counted]), [rows.names[rows.sources[i]] for i in row.tolist()])
     return activity.result()
 
 
 def build_text() -> None:
-    """Let both models write, from general and medical stems, and keep the token ids."""
+    """Sample text from both models, after general and medical stems, and keep the token ids."""
     blocks: list[NDArray[np.int32]] = []
     sources: list[int] = []
     for number, adapter in enumerate((None, ADAPTER)):
@@ -143,7 +143,7 @@ def build_text() -> None:
             print(f"sampling from {lm.name}: {('general', 'domain')[source]}")
             blocks.append(sample(lm, lines, ROWS // 4, seed=10 * number + source))
             sources += [source] * (ROWS // 4)
-    # Models and sources in turn, so that the first rows are as mixed as the whole.
+    # Models and sources alternate, so that the first rows are mixed like the whole.
     order = np.arange(ROWS).reshape(4, -1).T.ravel()
     folder = BUNDLED / "texts" / "smollm2-sampled"
     folder.mkdir(parents=True, exist_ok=True)
@@ -194,8 +194,8 @@ It is what models say, not what is true: do not take medical statements in it fo
 
 
 def _recipe(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"))
-    return found
+    values: dict[str, Any] = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"))
+    return values
 
 
 def _install(source: Path, target: Path) -> None:

@@ -88,7 +88,7 @@ def read_tokenizer(name: str, path: Path) -> Origin:
     tokens = list(vocabulary) if isinstance(vocabulary, dict) else [token for token, _ in vocabulary]
     bytewise = "Ġthe" in vocabulary
     letters = _byte_letters()
-    texts = (_decoded(token, letters) if bytewise else token for token in tokens)
+    texts = (_decode_token(token, letters) if bytewise else token for token in tokens)
     return Origin(name, len(tokens), frozenset(map(normalise_token, texts)) - {""}, hash_file(path))
 
 
@@ -100,12 +100,12 @@ def read_list(path: Path) -> Origin:
 
 def _byte_letters() -> dict[str, int]:
     """GPT-2's alphabet: printable Latin-1 characters are their own byte, the rest follow from U+0100."""
-    own = {chr(b): b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or b >= 174}
-    others = [b for b in range(256) if chr(b) not in own]
-    return own | {chr(0x100 + place): b for place, b in enumerate(others)}
+    printable = {chr(b): b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or b >= 174}
+    remaining = [b for b in range(256) if chr(b) not in printable]
+    return printable | {chr(0x100 + offset): b for offset, b in enumerate(remaining)}
 
 
-def _decoded(token: str, letters: dict[str, int]) -> str:
+def _decode_token(token: str, letters: dict[str, int]) -> str:
     if not all(letter in letters for letter in token):
         return token
     return bytes(letters[letter] for letter in token).decode("utf-8", errors="replace")
@@ -129,8 +129,8 @@ def model_card(
     source: Path, n_source: int, kept: list[str], origins: list[Origin], error: float, files: Iterable[Path]
 ) -> str:
     """The README.md beside the files."""
-    have = set(kept)
-    counts = "\n".join(f"| {o.name} | {o.size:,} | {len(o.words & have):,} | `{o.sha256[:16]}` |" for o in origins)
+    bundled = set(kept)
+    counts = "\n".join(f"| {o.name} | {o.size:,} | {len(o.words & bundled):,} | `{o.sha256[:16]}` |" for o in origins)
     hashes = "\n".join(f"| `{file.name}` | {file.stat().st_size:,} | `{hash_file(file)}` |" for file in files)
     return f"""# glove-wiki-gigaword-100
 
@@ -175,17 +175,17 @@ tensor's metadata hold the list's hash. The source file was `{source.name}`, SHA
 def build(source: Path, tokenizers: list[str], extra: list[Path], folder: Path) -> str:
     """Make the files; returns one line that says what was made."""
     lists = [read_list(path) for path in extra]  # first: a missing list should not cost the long read below
-    named = [item.partition("=") for item in tokenizers]
-    if any(not path for _, _, path in named):
+    tokenizer_files = [item.partition("=") for item in tokenizers]
+    if any(not path for _, _, path in tokenizer_files):
         raise ConfigError("a tokenizer is given as NAME=FILE.", at="--tokenizer")
-    origins = [read_tokenizer(name, Path(path)) for name, _, path in named] + lists
+    origins = [read_tokenizer(name, Path(path)) for name, _, path in tokenizer_files] + lists
     words, vectors = read_source(source)
     wanted: set[str] = set().union(*(origin.words for origin in origins))
     rows = [row for row, word in enumerate(words) if word in wanted]
     kept = [words[row] for row in rows]
-    half = vectors[rows].astype(np.float16)
-    error = np.abs(half - vectors[rows]).max(axis=1) / np.abs(vectors[rows]).max(axis=1)
-    files = write(kept, half, folder)
+    rounded = vectors[rows].astype(np.float16)
+    error = np.abs(rounded - vectors[rows]).max(axis=1) / np.abs(vectors[rows]).max(axis=1)
+    files = write(kept, rounded, folder)
     card = model_card(source, len(words), kept, origins, float(error.max()), files)
     with atomic_path(folder / "README.md") as temporary:
         temporary.write_text(card, encoding="utf-8")

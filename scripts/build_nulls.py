@@ -1,10 +1,10 @@
-"""Make the null fine-tunes of the embedded pair, and put them into the package.
+"""Train the null fine-tunes of the embedded pair, and copy them into the package.
 
     python scripts/build_nulls.py --medical medical.jsonl.gz --work work/nulls
 
-The recipe is recipes/medical-lora.yaml but for the size of a step. An hour on two cores with bfloat16; stopped, it
-goes on where it was. Several processes may run it at once on one folder. What is finished when it ends is put into the
-package, so `--null` may grow from run to run.
+The recipe is recipes/medical-lora.yaml except for the size of a step. An hour on two cores with bfloat16; an
+interrupted run resumes. Several processes may run it at once on one folder. At the end, finished nulls are copied into
+the package, so `--null` may grow from run to run.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--null", type=int, default=20, help="how many")
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help="rows a step; the recipe has 8")
     parser.add_argument("--context-size", type=int, default=CONTEXT_SIZE, help="tokens a row; the recipe has 256")
-    parser.add_argument("--install-only", action="store_true", help="put into the package what is finished")
+    parser.add_argument("--install-only", action="store_true", help="only copy finished nulls into the package")
     options = parser.parse_args()
     if not options.install_only:
         texts = {"text": str(options.medical.resolve()), "control_text": None}

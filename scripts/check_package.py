@@ -1,4 +1,4 @@
-"""Build wheel and sdist, and check what they hold: the files that git knows, the licence, type information, the size.
+"""Build wheel and sdist, and check their contents: the files that git tracks, the licence, type information, the size.
 
     python scripts/check_package.py [--out dist] [--install [PYTHON ...]]
 
@@ -40,40 +40,40 @@ def in_sdist(tracked: Iterable[str]) -> set[str]:
 
 
 def wheel_complaints(names: Iterable[str], tracked: Iterable[str], size: int) -> list[str]:
-    """What is wrong with a wheel."""
+    """Complaints about the files and size of a wheel."""
     held = set(names)
-    own = {name for name in held if not re.match(r"saeffect-[^/]+\.dist-info/", name)}
-    found = _differences(own, in_wheel(tracked)) + _size("wheel", size)
-    if "saeffect/py.typed" not in own:
-        found.append("no type information: saeffect/py.typed")
+    package_files = {name for name in held if not re.match(r"saeffect-[^/]+\.dist-info/", name)}
+    complaints = _file_complaints(package_files, in_wheel(tracked)) + _size_complaints("wheel", size)
+    if "saeffect/py.typed" not in package_files:
+        complaints.append("no type information: saeffect/py.typed")
     if not any(re.fullmatch(r"saeffect-[^/]+\.dist-info/licenses/LICENSE", name) for name in held):
-        found.append("no licence: dist-info/licenses/LICENSE")
-    return found
+        complaints.append("no licence: dist-info/licenses/LICENSE")
+    return complaints
 
 
 def sdist_complaints(names: Iterable[str], tracked: Iterable[str], size: int) -> list[str]:
-    """What is wrong with an sdist; names are within its top folder."""
-    return _differences(set(names) - set(_ADDED), in_sdist(tracked)) + _size("sdist", size)
+    """Complaints about the files and size of an sdist; names are relative to its top folder."""
+    return _file_complaints(set(names) - set(_ADDED), in_sdist(tracked)) + _size_complaints("sdist", size)
 
 
-def _differences(held: set[str], wanted: set[str]) -> list[str]:
+def _file_complaints(held: set[str], wanted: set[str]) -> list[str]:
     stray = sorted((held - wanted) | {name for name in held if _STRAY.search(name)})
     return [f"stray file: {name}" for name in stray] + [f"missing: {name}" for name in sorted(wanted - held)]
 
 
-def _size(what: str, size: int) -> list[str]:
+def _size_complaints(what: str, size: int) -> list[str]:
     return [f"the {what} has {size / 1e6:.0f} MB, over {LARGEST / 1e6:.0f}"] if size > LARGEST else []
 
 
-def _environment(folder: Path, *packages: str, python: str = sys.executable) -> Path:
-    """Folder of the programs of a new environment that has these packages."""
+def _make_environment(folder: Path, *packages: str, python: str = sys.executable) -> Path:
+    """Make an environment with these packages; the folder of its programs."""
     subprocess.run([python, "-m", "venv", folder], check=True)
     subprocess.run([folder / "bin" / "pip", "install", "--quiet", *packages], check=True)
     return folder / "bin"
 
 
-def _same_from_sdist(sdist: Path, wheel: Path, python: Path, scratch: Path) -> list[str]:
-    """What is wrong with the wheel that the sdist makes."""
+def _sdist_complaints_of_wheel(sdist: Path, wheel: Path, python: Path, scratch: Path) -> list[str]:
+    """Complaints about the wheel built from the sdist."""
     with tarfile.open(sdist) as tar:
         tar.extractall(scratch / "sdist", filter="data")
     (folder,) = (scratch / "sdist").iterdir()
@@ -82,24 +82,24 @@ def _same_from_sdist(sdist: Path, wheel: Path, python: Path, scratch: Path) -> l
     return [] if names[0] == names[1] else [f"the sdist makes another wheel: {sorted(names[0] ^ names[1])}"]
 
 
-def _try(wheel: Path, scratch: Path, python: str) -> None:
-    """Install a wheel where the sources are out of reach; run every kind of command, and a tiny study."""
-    programs = _environment(scratch / "empty", str(wheel), python=python)
-    making = "import sys, pathlib, tiny_study; tiny_study.make_study(pathlib.Path(sys.argv[1]))"
+def _try_install(wheel: Path, scratch: Path, python: str) -> None:
+    """Install a wheel without access to the sources; run every kind of command, and a tiny study."""
+    programs = _make_environment(scratch / "empty", str(wheel), python=python)
+    code_of_study = "import sys, pathlib, tiny_study; tiny_study.make_study(pathlib.Path(sys.argv[1]))"
     study = scratch / "study"
     study.mkdir()
     sources = os.pathsep.join(str(ROOT / name) for name in ("src", "tests"))
-    subprocess.run([sys.executable, "-c", making, study], check=True, env=os.environ | {"PYTHONPATH": sources})
-    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", code_of_study, study], check=True, env=os.environ | {"PYTHONPATH": sources})
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     for arguments in (
         *(["--version"], ["--help"], ["check", "--keys"]),
         *(["check", "study/study.yaml"], ["run", "study/study.yaml", "--out", "run"], ["verify", "run"]),
     ):
         subprocess.run(
-            [programs / "saeffect", *arguments], check=True, stdout=subprocess.DEVNULL, cwd=scratch, env=bare
+            [programs / "saeffect", *arguments], check=True, stdout=subprocess.DEVNULL, cwd=scratch, env=environment
         )
     code = "from saeffect import Study, open_run; Study.open('bundled:smollm2-medical'); print(*open_run('run').tables)"
-    subprocess.run([programs / "python", "-c", code], check=True, cwd=scratch, env=bare)
+    subprocess.run([programs / "python", "-c", code], check=True, cwd=scratch, env=environment)
     shutil.rmtree(scratch)
 
 
@@ -111,21 +111,22 @@ def main() -> None:
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
     with tempfile.TemporaryDirectory() as name:
         scratch, out = Path(name), arguments.out.resolve()
-        python = _environment(scratch / "build", "hatchling>=1.24") / "python"
+        python = _make_environment(scratch / "build", "hatchling>=1.24") / "python"
         subprocess.run([python, "-m", "hatchling", "build", "-d", scratch / "new"], cwd=ROOT, check=True)
         (wheel,), (sdist,) = (scratch / "new").glob("*.whl"), (scratch / "new").glob("*.tar.gz")
         with zipfile.ZipFile(wheel) as archive:
-            found = wheel_complaints(archive.namelist(), tracked, wheel.stat().st_size)
+            complaints = wheel_complaints(archive.namelist(), tracked, wheel.stat().st_size)
         with tarfile.open(sdist) as tar:
             names = [member.name.partition("/")[2] for member in tar.getmembers() if member.isfile()]
-        found += sdist_complaints(names, tracked, sdist.stat().st_size)
-        found += _same_from_sdist(sdist, wheel, python, scratch)
-        for line in found:
+        complaints += sdist_complaints(names, tracked, sdist.stat().st_size)
+        complaints += _sdist_complaints_of_wheel(sdist, wheel, python, scratch)
+        for line in complaints:
             print(line)
-        if found:
+        if complaints:
             sys.exit(1)
-        for number, other in enumerate([] if arguments.install is None else arguments.install or [sys.executable]):
-            _try(wheel, scratch / str(number), other)
+        pythons = [] if arguments.install is None else arguments.install or [sys.executable]
+        for number, python_path in enumerate(pythons):
+            _try_install(wheel, scratch / str(number), python_path)
         out.mkdir(parents=True, exist_ok=True)
         for file in (wheel, sdist):
             print(f"{file.name}: {file.stat().st_size / 1e6:.1f} MB")

@@ -1,10 +1,10 @@
-"""Two run directories side by side, table by table: did a change of the code change a number?
+"""Compare two run directories table by table: did a change of the code change a number?
 
     python scripts/compare_runs.py runs/before runs/after
     python scripts/compare_runs.py runs/before runs/after --rtol 1e-6
 
 Every parquet, CSV and JSON file of either directory is compared; pictures, pages and the manifest (which holds
-times) are not. Prints a line a difference and exits with 1 if there is any, with 0 if there is none.
+times) are not. Prints one line for each difference; exits with 1 if there is any, else with 0.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def differences(before: Path, after: Path, *, rtol: float = 0.0) -> Iterator[str
     Args:
         before: A run directory.
         after: Another.
-        rtol: By how much numbers may differ, relative to the larger one; 0 asks for the last digit.
+        rtol: Allowed difference of numbers, relative to the larger one; 0 compares every digit.
     """
     old, new = _files(before), _files(after)
     for name in sorted(old.keys() | new.keys()):
@@ -44,8 +44,8 @@ def differences(before: Path, after: Path, *, rtol: float = 0.0) -> Iterator[str
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    found = (path for path in folder.rglob("*") if path.is_file() and path.suffix in _COMPARED)
-    return {str(path.relative_to(folder)): path for path in found if path.name not in _LEFT_OUT}
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.suffix in _COMPARED)
+    return {str(path.relative_to(folder)): path for path in paths if path.name not in _LEFT_OUT}
 
 
 def _json(path: Path) -> Any:
@@ -102,12 +102,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
-    parser.add_argument("--rtol", type=float, default=0.0, help="relative difference of numbers that is let pass")
-    given = parser.parse_args()
-    for folder in (given.before, given.after):
+    parser.add_argument("--rtol", type=float, default=0.0, help="allowed relative difference of numbers")
+    options = parser.parse_args()
+    for folder in (options.before, options.after):
         if not folder.is_dir():
             parser.error(f"there is no folder {folder}")
-    lines = list(differences(given.before, given.after, rtol=given.rtol))
+    lines = list(differences(options.before, options.after, rtol=options.rtol))
     print("\n".join(lines) if lines else "no difference")
     return 1 if lines else 0
 

@@ -21,18 +21,18 @@ def on_config(config: Any) -> Any:
 
 
 def on_pre_build(config: Any) -> None:
-    """No page asks another server: the search from a folder would load a script from one."""
+    """Remove scripts from other servers, which the theme adds for search from a folder."""
     config.extra["polyfills"] = [script for script in config.extra.get("polyfills", []) if "://" not in script]
 
 
 def _existing(entries: list[Any], docs: Path) -> list[Any]:
-    kept: list[Any] = []
+    existing: list[Any] = []
     for entry in entries:
         ((title, target),) = entry.items()
-        found = _existing(target, docs) if isinstance(target, list) else target
-        if found if isinstance(found, list) else (docs / target).is_file() or target == _COMMANDS:
-            kept.append({title: found})
-    return kept
+        value = _existing(target, docs) if isinstance(target, list) else target
+        if value if isinstance(value, list) else (docs / target).is_file() or target == _COMMANDS:
+            existing.append({title: value})
+    return existing
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -44,7 +44,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Name files of the repository that are not part of the site, in place of a dead link."""
+    """Replace links to files outside docs/ by their names."""
     return _OUTSIDE.sub(lambda match: f"{match[1]} (`{match[2]}` in the repository)", markdown)
 
 
@@ -58,8 +58,8 @@ def commands_page() -> str:
     parts = ["# Commands", "", "What `saeffect COMMAND --help` says."]
     for name, command in group.commands.items():
         inner = getattr(command, "commands", None)
-        for title, one in [(f"{name} {sub}", c) for sub, c in inner.items()] if inner else [(name, command)]:
-            parts += ["", f"## saeffect {title}", "", one.help or "", "", *_options(one)]
+        for title, subcommand in [(f"{name} {sub}", c) for sub, c in inner.items()] if inner else [(name, command)]:
+            parts += ["", f"## saeffect {title}", "", subcommand.help or "", "", *_options(subcommand)]
     return "\n".join(parts) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""A table of how good the embedded pair's SAEs are: reconstruction from their cards, and coherence of their features.
+"""A quality table of the embedded pair's SAEs: reconstruction from their cards, and coherence of their features.
 
     python scripts/measure_bundled.py                       those that are bundled
     python scripts/measure_bundled.py --saes work           those in other folders of the same names
@@ -35,13 +35,13 @@ def main() -> None:
     for adapter, names in adapters.items():
         lm = load_language_model(ModelConfig(path=MODEL, adapter=adapter))
         W_U, tokens, valid = unembedding(lm), lm.token_strings(), lm.plain_tokens()
-        for place in sorted(p for p in folder.iterdir() if any(n in p.name for n in names.split("|"))):
-            if not (place / "cfg.json").is_file():
+        for sae_folder in sorted(p for p in folder.iterdir() if any(n in p.name for n in names.split("|"))):
+            if not (sae_folder / "cfg.json").is_file():
                 continue
-            W_dec = (load_compact(place) if is_compact(place) else load_sae(place)).W_dec.detach()
+            W_dec = (load_compact(sae_folder) if is_compact(sae_folder) else load_sae(sae_folder)).W_dec.detach()
             table = feature_table(W_dec, W_U, tokens, options=FeatureOptions(), valid=valid)
             scores = coherence(table)["coherence"].to_numpy(dtype=np.float64)
-            held_out = read_json(place / "cfg.json")["metadata"]["held_out"]
+            held_out = read_json(sae_folder / "cfg.json")["metadata"]["held_out"]
             cells = [
                 f"{held_out['explained_variance']:.4f}",
                 f"{held_out['ce_loss_score']:.4f}",
@@ -50,7 +50,7 @@ def main() -> None:
                 f"{np.isfinite(scores).mean():.1%}",
                 f"{np.nanmean(scores):.4f}",
             ]
-            print(f"| {place.name} | {' | '.join(cells)} |", flush=True)
+            print(f"| {sae_folder.name} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

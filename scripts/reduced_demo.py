@@ -23,13 +23,13 @@ def main(out: Path) -> None:
     config["name"] = "smollm2-medical-reduced"
     config["text"]["tokens"] = 3840
     config["gate"]["tokens"] = 512
-    for arm in ("control", "treatment"):  # one further SAE a model is enough to tell fine-tuning from seeds
+    for arm in ("control", "treatment"):  # one further SAE a model is enough to separate fine-tuning from seeds
         config["arms"][arm]["more_saes"] = config["arms"][arm]["more_saes"][:1]
     # Null fine-tunes are measured on more rows than this.
     config["nulls"], config["changes"] = None, {"rows": 16, "tokens_per_row": 32}
     config["put_back"] = {"rows": 2, "tokens_per_row": 16, "sizes": [20], "sizes_reversed": [20]}
     trace.NEW_TOKENS = written.NEW_TOKENS = 4
-    # One dose: on so few texts a search may find that none works.
+    # One dose: with so few texts a search may find no dose that works.
     config["steering"] |= {"max_features": 4, "search_prompts": [], "doses": [0.4], "samples": 1}
     config["steering"] |= {"max_new_tokens": 6, "baseline_features": 1, "prompts": config["steering"]["prompts"][:4]}
     config["comparison"] = {"n_boot": 200, "n_permutations": 500}

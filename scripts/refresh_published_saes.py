@@ -40,8 +40,8 @@ MODELS = {
 def main() -> None:
     """Write the list."""
     version = importlib.metadata.version("sae-lens")
-    named = Path(sys.argv[1]) if len(sys.argv) > 1 else _installed()
-    raw = yaml.load(named.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else _installed()
+    raw = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     releases = {name: _release(name, release) for name, release in sorted(raw.items())}
     table = {"source": f"sae-lens {version}, pretrained_saes.yaml, MIT licence", "releases": releases}
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False)
@@ -58,19 +58,19 @@ def _installed() -> Path:
 def _release(name: str, raw: dict[str, Any]) -> dict[str, Any]:
     # Its SAEs are of the instruction-tuned model, as the repository's name says.
     model = "gemma-2-9b-it" if name == "gemma-scope-9b-it-res" else raw["model"]
-    found = {
+    entry = {
         "model": MODELS.get(model, model),
         "repo": raw["repo_id"],
         "layout": raw.get("conversion_func") or "sae_lens",
         "saes": [list(_trimmed(sae)) for sae in raw["saes"]],
     }
-    if "/" not in found["model"]:
+    if "/" not in entry["model"]:
         raise SystemExit(f"{name}: {model!r} is no name on the hub; add it to MODELS")
-    return found | ({"overrides": raw["config_overrides"]} if raw.get("config_overrides") else {})
+    return entry | ({"overrides": raw["config_overrides"]} if raw.get("config_overrides") else {})
 
 
 def _trimmed(sae: dict[str, Any]) -> Iterator[Any]:
-    """Id, path (0: the id), L0, Neuronpedia's id, factor of the activations; without empty ones at the end."""
+    """Id, path (0: the id), L0, Neuronpedia's id, factor of the activations; trailing empty ones are dropped."""
     path = sae["path"] if sae["path"] != sae["id"] else 0
     row = [sae["id"], path, sae.get("l0", 0), sae.get("neuronpedia") or 0, sae.get("norm_scaling_factor", 0)]
     while not row[-1]:

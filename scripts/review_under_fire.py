@@ -1,4 +1,4 @@
-"""Fifty raters give 5,000 verdicts while the server is killed ten times: is each acknowledged one there?
+"""Fifty raters give 5,000 verdicts while the server is killed ten times: is each acknowledged one saved?
 
 Usage: review_under_fire.py RUN [--raters 50] [--verdicts 5000] [--kills 10]. RUN is copied; the server is the real one.
 """
@@ -23,7 +23,7 @@ from saeffect.review.store import STORE, VerdictStore
 
 
 class Load:
-    """Raters in threads, each acting as the page's script does: the same request again until it is answered."""
+    """Raters in threads; like the page's script, each repeats a request until it is answered."""
 
     def __init__(self, url: str, wanted: int) -> None:
         self.url, self.wanted = url, wanted
@@ -42,23 +42,23 @@ class Load:
                 fields = {key: html.split(f'name="{key}" value="')[1].split('"')[0] for key in ("item", "request")}
                 verdict = choose.choice(["yes", "no", "unsure"])
                 started = time.monotonic()
-                answer = self._post(client, "/api/review/verdict", json=fields | {"verdict": verdict})
+                response = self._post(client, "/api/review/verdict", json=fields | {"verdict": verdict})
                 with self._lock:
                     self.acknowledged[fields["request"]] = (name, verdict)
                     self.seconds.append(time.monotonic() - started)
-                html = answer.json()["html"]
+                html = response.json()["html"]
 
     def _post(self, client: httpx.Client, path: str, **values: object) -> httpx.Response:
         while True:
             try:
-                answer = client.post(path, **values)  # type: ignore[arg-type]
+                response = client.post(path, **values)  # type: ignore[arg-type]
             except httpx.HTTPError:
                 with self._lock:
                     self.repeats += 1
                 time.sleep(0.2)
                 continue
-            answer.raise_for_status()
-            return answer
+            response.raise_for_status()
+            return response
 
 
 def start(run: Path, port: int) -> subprocess.Popen[bytes]:
@@ -108,15 +108,16 @@ def main() -> int:
                     "SELECT request, raters.name, verdict FROM history JOIN raters ON raters.id = history.rater"
                 )
             ]
-    kept, lost = dict(saved), 0
-    for request, said in load.acknowledged.items():
-        lost += kept.get(request) != said
+    by_request, lost = dict(saved), 0
+    for request, verdict_given in load.acknowledged.items():
+        lost += by_request.get(request) != verdict_given
     load.seconds.sort()
-    middle, late = load.seconds[len(load.seconds) // 2], load.seconds[int(0.95 * len(load.seconds))]
+    median, p95 = load.seconds[len(load.seconds) // 2], load.seconds[int(0.95 * len(load.seconds))]
     print(f"{len(load.acknowledged)} acknowledged by {options.raters} raters in {seconds:.0f} s, {kills} kills")
-    print(f"{load.repeats} requests sent again; median {1000 * middle:.0f} ms, 95th percentile {1000 * late:.0f} ms")
-    print(f"{lost} lost; {len(saved) - len(kept)} doubled; {len(saved) - len(load.acknowledged)} saved unacknowledged")
-    return 1 if lost or len(saved) != len(kept) else 0
+    print(f"{load.repeats} requests sent again; median {1000 * median:.0f} ms, 95th percentile {1000 * p95:.0f} ms")
+    unacknowledged = len(saved) - len(load.acknowledged)
+    print(f"{lost} lost; {len(saved) - len(by_request)} doubled; {unacknowledged} saved unacknowledged")
+    return 1 if lost or len(saved) != len(by_request) else 0
 
 
 if __name__ == "__main__":

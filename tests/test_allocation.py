@@ -45,12 +45,12 @@ def test_elsewhere_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parallel.keep_freed_memory() is False
 
 
-def test_threads_wait_politely_unless_the_user_chose(monkeypatch: pytest.MonkeyPatch) -> None:
-    from saeffect.parallel import wait_politely
+def test_limit_spinning_keeps_the_users_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    from saeffect.parallel import limit_spinning
 
     for chosen, spins in (({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)):
         monkeypatch.setattr(os, "environ", dict(chosen))
-        wait_politely()
+        limit_spinning()
         assert os.environ.get("GOMP_SPINCOUNT") == spins
 
 

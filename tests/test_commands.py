@@ -33,7 +33,7 @@ def test_every_command_is_a_typed_function() -> None:
         assert not untyped, name
 
 
-def test_the_list_of_commands_has_whole_sentences_on_80_columns() -> None:
+def test_command_list_fits_80_columns() -> None:
     group = typer.main.get_command(app)
     widest = max(map(len, group.commands))
     for name, command in group.commands.items():

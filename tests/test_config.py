@@ -63,7 +63,7 @@ def test_wrong_values_name_their_key(values: object, place: str, part: str) -> N
     assert part in caught.value.message
 
 
-def test_a_model_may_be_given_as_its_path_alone() -> None:
+def test_a_model_may_be_a_plain_path() -> None:
     assert ModelConfig.read("org/name", at="model") == ModelConfig(path="org/name")
 
 

@@ -68,7 +68,7 @@ def test_repeated_key_error_names_both_lines(tmp_path: Path, complains: Callable
         ("a: caf\xe9".encode("latin-1"), "not UTF-8", "s.yaml"),
     ],
 )
-def test_whatever_else_is_in_it_is_an_error_of_ours(
+def test_arbitrary_content_raises_saeffect_error(
     text: str | bytes, part: str, place: str, tmp_path: Path, complains: Callable[..., Any]
 ) -> None:
     started = time.process_time()

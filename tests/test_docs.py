@@ -104,7 +104,7 @@ def test_errors_by_text_are_those_of_the_program() -> None:
     assert [head for head in heads if head not in source and head != "No space left on device"] == []
 
 
-def test_every_public_name_is_on_the_page_of_the_api() -> None:
+def test_api_page_lists_every_public_name() -> None:
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     documented = {path.rpartition(".")[2] for path in re.findall(r"^::: (\S+)$", page, flags=re.MULTILINE)}
     assert set(saeffect.__all__) - {"__version__"} <= documented

@@ -114,7 +114,7 @@ def test_read_errors_are_not_write_errors(tmp_path: Path) -> None:
         temporary.write_bytes((tmp_path / "elsewhere" / "b").read_bytes())
 
 
-def test_json_round_trip_is_sorted_and_nan_is_null(tmp_path: Path) -> None:
+def test_json_is_sorted_and_nan_is_null(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     value = {"b": [1.5, float("nan"), (float("inf"),)], "a": np.float32(0.5), 3: torch.tensor(2), "é": True}
     write_json(path, value)
@@ -152,7 +152,7 @@ def test_hashes(tmp_path: Path) -> None:
     assert len({before, renamed, hash_folder(tmp_path)}) == 3
 
 
-def test_a_folder_that_is_not_there_has_no_hash(tmp_path: Path) -> None:
+def test_a_missing_folder_has_no_hash(tmp_path: Path) -> None:
     with pytest.raises(NotFound):
         hash_folder(tmp_path / "none")
 

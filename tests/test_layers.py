@@ -214,7 +214,7 @@ def _unsaid(path: Path) -> Iterator[str]:
         yield f"{_name(path)}: {sorted(public - set(_listed(tree)))} are not in __all__"
 
 
-def test_each_module_says_what_it_is_for_and_what_is_public() -> None:
+def test_modules_have_docstring_and_all() -> None:
     assert [said for path in MODULES for said in _unsaid(path)] == []
 
 
@@ -236,7 +236,7 @@ def _runs_foreign_code(node: ast.AST) -> bool:
     return unsafe or "True" in (given.get("trust_remote_code"), given.get("allow_pickle"))
 
 
-def test_nothing_unpickles_or_runs_a_models_code_by_default() -> None:
+def test_no_pickles_or_remote_code_by_default() -> None:
     nodes = [(path, node) for path in MODULES for node in ast.walk(_tree(path))]
     assert [f"{_name(path)}:{node.lineno}" for path, node in nodes if _runs_foreign_code(node)] == []
 

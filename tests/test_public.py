@@ -19,7 +19,7 @@ def _blocks() -> list[str]:
     return re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
-def test_each_name_is_loaded_and_used_on_the_page() -> None:
+def test_public_names_load_and_are_documented() -> None:
     used = set(re.findall(r"\bsx\.(\w+)", "\n".join(_blocks())))
     assert used == set(saeffect.__all__) - {"__version__"}
     assert len(used) <= 22
@@ -27,7 +27,7 @@ def test_each_name_is_loaded_and_used_on_the_page() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(saeffect._RENAMED))
-def test_an_old_name_says_what_it_is_called_now(name: str) -> None:
+def test_an_old_name_gives_the_new_one(name: str) -> None:
     with pytest.raises(ImportError, match=rf"saeffect.{name} is now saeffect\.") as caught:
         getattr(saeffect, name)
     path = str(caught.value).rstrip(".").rsplit(" ", 1)[1]
@@ -35,7 +35,7 @@ def test_an_old_name_says_what_it_is_called_now(name: str) -> None:
     assert hasattr(importlib.import_module(module), attribute), path
 
 
-def test_a_name_that_never_was_is_an_attribute_error() -> None:
+def test_an_unknown_name_is_an_attribute_error() -> None:
     assert not hasattr(saeffect, "nothing")
 
 

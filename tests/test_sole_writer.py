@@ -69,7 +69,7 @@ def test_what_was_written_stays(tmp_path: Path) -> None:
     assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == ["a", "a/result", "empty"]
 
 
-def test_a_folder_can_be_held_one_after_the_other(tmp_path: Path) -> None:
+def test_locks_can_be_taken_in_turn(tmp_path: Path) -> None:
     for _ in range(3):
         with sole_writer(tmp_path):
             (tmp_path / "x").touch()

@@ -1,4 +1,4 @@
-"""The benchmark's picture: claims by share of the training text, and the p of each fine-tune's own concept."""
+"""The benchmark's figure: claims by share of the training text, and the p of each fine-tune's own concept."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from pairs import LEVELS
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from drawing import INK, PALETTE, drawn
+from drawing import INK, PALETTE, saved_figure
 
 __all__ = ["draw"]
 
-_LEAST = 1e-10  # the axis ends there
+_LEAST = 1e-10  # end of the axis
 
 
 def draw(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
-    """Write naming.svg and naming.png: left how many of eight concepts are named, right with which p."""
+    """Write naming.svg and naming.png: left how many of eight concepts are named, right their p."""
     planted = [row for row in rows if not row["null"]]
     levels = [level for level in LEVELS if any(row["percent"] == level for row in planted)]
     nulls = [row for row in rows if row["null"]]
-    with drawn(out / "naming", 1, 2, figsize=(8.6, 3.3), width_ratios=(1, 1.25)) as (left, right):
+    with saved_figure(out / "naming", 1, 2, figsize=(8.6, 3.3), width_ratios=(1, 1.25)) as (left, right):
         for x, level in enumerate(levels):
-            mine = [row for row in planted if row["percent"] == level]
+            level_rows = [row for row in planted if row["percent"] == level]
             for shift, key, colour in ((-0.2, "right", PALETTE[2]), (0.2, "logit_lens_right", PALETTE[0])):
-                n = sum(row[key] for row in mine)
+                n = sum(row[key] for row in level_rows)
                 left.bar(x + shift, n, 0.38, color=colour)
                 left.text(x + shift, n + 0.1, str(n), ha="center", color=INK)
         false = sum(bool(row["claims"]) for row in nulls)

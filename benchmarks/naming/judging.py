@@ -1,4 +1,4 @@
-"""What is claimed of each fine-tune, and whether it is right. The concepts' words come in only here."""
+"""The claims about each fine-tune, and whether they are right. The concepts' words are used only here."""
 
 from __future__ import annotations
 
@@ -23,17 +23,19 @@ def judge(pair: Pair, traces: Mapping[Pair, Trace], basis: Basis, alpha: float =
     """The claims about one fine-tune, each null judged among the others.
 
     Returns:
-        claims: names of the claimed groups, the clearest first. right: whether one of the first three, which the
-        report's headline names, fires more and is the concept's; first: whether it is the very first. place: the
-        concept's first place among all groups, claimed or not; p: its p.
+        claims: names of the claimed groups, lowest p first. right: whether one of the first three, which the report's
+        headline names, fires more and is about the concept; first: whether the first one is. place: rank of the first
+        group about the concept among all groups, claimed or not; p: its p.
     """
     nulls = [trace for other, trace in traces.items() if other.is_null and other != pair]
     groups = name_changes(traces[pair], nulls, basis, alpha=alpha)["change_groups"]
     claims = groups[groups["claimed"].astype(bool)]
-    named = [
+    is_right = [
         row["direction"] == "more" and is_about(row["tokens"], pair) for row in claims.head(_NAMED).to_dict("records")
     ]
-    own = [row for row in groups.to_dict("records") if row["direction"] == "more" and is_about(row["tokens"], pair)]
+    concept_groups = [
+        row for row in groups.to_dict("records") if row["direction"] == "more" and is_about(row["tokens"], pair)
+    ]
     return {
         "name": pair.name,
         "concept": pair.concept,
@@ -42,10 +44,10 @@ def judge(pair: Pair, traces: Mapping[Pair, Trace], basis: Basis, alpha: float =
         "tuned_on": pair.seed % 2 == 0 if pair.is_null else pair.concept in TUNED_ON,
         "kl": traces[pair].numbers["kl"],
         "claims": [f"{row['name']} ({row['direction']})" for row in claims.to_dict("records")],
-        "right": any(named),
-        "first": named[:1] == [True],
-        "place": int(own[0]["group"]) if own else None,
-        "p": float(own[0]["p"]) if own else None,
+        "right": any(is_right),
+        "first": is_right[:1] == [True],
+        "place": int(concept_groups[0]["group"]) if concept_groups else None,
+        "p": float(concept_groups[0]["p"]) if concept_groups else None,
         "logit_lens": (lens := logit_lens(traces[pair], basis)),
         "logit_lens_right": is_about(lens, pair),
     }
@@ -53,8 +55,8 @@ def judge(pair: Pair, traces: Mapping[Pair, Trace], basis: Basis, alpha: float =
 
 def is_about(words: Sequence[str], pair: Pair) -> bool:
     """Whether at least two of the words are the concept's."""
-    known = CONCEPTS[pair.concept].words if pair.concept in CONCEPTS else frozenset()
-    return sum(word in known for word in words) >= _WORDS
+    concept_words = CONCEPTS[pair.concept].words if pair.concept in CONCEPTS else frozenset()
+    return sum(word in concept_words for word in words) >= _WORDS
 
 
 def logit_lens(trace: Trace, basis: Basis) -> list[str]:
@@ -73,20 +75,20 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """claimed_<percent> (right claims among eight concepts), false_claims, nulls, and of the lens right_<percent>."""
     planted = [row for row in rows if not row["null"]]
     nulls = [row for row in rows if row["null"]]
-    found: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
     for level in LEVELS:
-        mine = [row for row in planted if row["percent"] == level]
-        if mine:
-            found |= {
-                f"claimed_{level}": sum(row["right"] for row in mine),
-                f"first_{level}": sum(row["first"] for row in mine),
-                f"wrong_{level}": sum(bool(row["claims"]) and not row["right"] for row in mine),
-                f"logit_lens_{level}": sum(row["logit_lens_right"] for row in mine),
+        level_rows = [row for row in planted if row["percent"] == level]
+        if level_rows:
+            summary |= {
+                f"claimed_{level}": sum(row["right"] for row in level_rows),
+                f"first_{level}": sum(row["first"] for row in level_rows),
+                f"wrong_{level}": sum(bool(row["claims"]) and not row["right"] for row in level_rows),
+                f"logit_lens_{level}": sum(row["logit_lens_right"] for row in level_rows),
             }
     unseen = [row for row in planted if not row["tuned_on"]]
     for level in {row["percent"] for row in unseen}:
-        found[f"claimed_{level}_unseen"] = sum(row["right"] for row in unseen if row["percent"] == level)
-    return found | {
+        summary[f"claimed_{level}_unseen"] = sum(row["right"] for row in unseen if row["percent"] == level)
+    return summary | {
         "false_claims": sum(bool(row["claims"]) for row in nulls),
         "false_claims_unseen": sum(bool(row["claims"]) for row in nulls if not row["tuned_on"]),
         "nulls": len(nulls),

@@ -1,4 +1,4 @@
-"""What the naming benchmark trains, in numbers: decided before its results."""
+"""The fine-tunes and settings of the naming benchmark, fixed before its results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from plan import BASE, NULL_STEMS, SAE
 
 __all__ = ["BASE", "CONCEPTS_PLANTED", "LEVELS", "OWN_STEMS", "PAIRS", "RECIPE", "SAE", "TUNED_ON", "Pair"]
 
-# What the base model continues to make text that teaches it nothing. No concept is named.
+# Beginnings that the base model continues, for text that teaches it nothing. None names a concept.
 OWN_STEMS = NULL_STEMS
 # Of every fine-tune, concept or null: as in benchmarks/planted.
 RECIPE: dict[str, Any] = {
@@ -33,7 +33,7 @@ RECIPE: dict[str, Any] = {
 CONCEPTS_PLANTED = ("animals", "astronomy", "courts", "football", "money", "music", "school", "war")
 # Share of the training text, in percent, that is about the concept; the rest was written by the base model.
 LEVELS = (100, 30, 10, 3)
-# These concepts and the even nulls could be looked at while the method was made, the others not.
+# These concepts and the even nulls were used in developing the method; the others were not.
 TUNED_ON = ("animals", "courts", "money", "school")
 
 

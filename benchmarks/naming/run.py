@@ -2,7 +2,7 @@
 
     python benchmarks/naming/run.py --work <folder> [--levels 100 30]
 
-Everything is kept in the folder, so a run that was stopped goes on where it was; several runs may train in one folder.
+Everything is kept in the folder, so an interrupted run resumes; several runs may train in one folder.
 The last line is JSON.
 """
 
@@ -29,7 +29,7 @@ _HERE = Path(__file__).parent
 _STARTED = time.monotonic()
 
 
-def say(line: str) -> None:
+def report(line: str) -> None:
     print(f"[{time.monotonic() - _STARTED:6.0f} s] {line}", flush=True)  # noqa: T201
 
 
@@ -37,23 +37,23 @@ def main() -> None:
     """Train, trace, judge, write."""
     options = _options()
     torch.set_num_threads(options.threads)
-    log, folder = Log(say), options.work
+    log, folder = Log(report), options.work
     pairs = [pair for pair in PAIRS if pair.is_null or pair.percent in options.levels]
     instrument = Instrument(folder, log)
-    own = own_texts(instrument.base, folder, log)
+    base_texts = own_texts(instrument.base, folder, log)
     for pair in pairs:
         try:
-            train(pair, folder, instrument.base, own, log)
+            train(pair, folder, instrument.base, base_texts, log)
         except InUse:
-            say(f"{pair.name}: another process trains it")
+            report(f"{pair.name}: another process trains it")
     traces = {pair: instrument.trace(pair) for pair in pairs}
     rows = [judge(pair, traces, instrument.basis) for pair in pairs]
-    found = headline(rows)
-    write_json(options.out / "results.json", {**found, "fine_tunes": rows})
+    summary = headline(rows)
+    write_json(options.out / "results.json", {**summary, "fine_tunes": rows})
     with atomic_path(options.out / "results.md") as temporary:
         temporary.write_text(table(rows), encoding="utf-8")
     draw(rows, options.out)
-    print(json.dumps(found))  # noqa: T201
+    print(json.dumps(summary))  # noqa: T201
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -67,9 +67,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         if len(row["claims"]) > 3:
             claims += f"; {len(row['claims']) - 3} more"
         mark = "" if row["null"] else (" ✓" if row["right"] else "")
-        own = "" if row["null"] else ("not found" if row["place"] is None else f"{row['place']}, {row['p']:.2g}")
+        rank = "" if row["null"] else ("not found" if row["place"] is None else f"{row['place']}, {row['p']:.2g}")
         lens = ", ".join(row["logit_lens"][:4]).replace("|", "\\|") + (" ✓" if row["logit_lens_right"] else "")
-        lines.append(f"| {row['name']} | {row['kl']:.3f} | {claims}{mark} | {own} | {lens} |")
+        lines.append(f"| {row['name']} | {row['kl']:.3f} | {claims}{mark} | {rank} | {lens} |")
     return "\n".join(lines) + "\n"
 
 

@@ -59,7 +59,7 @@ class Instrument:
         )
 
     def trace(self, pair: Pair) -> Trace:
-        """The pair's trace, measured unless it is kept."""
+        """The pair's trace, measured unless its file exists."""
         path = self.folder / "traces" / f"{pair.name}.safetensors"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,7 @@ def own_texts(lm: LanguageModel, folder: Path, log: Log) -> list[str]:
 
 
 def _training_text(pair: Pair, lm: LanguageModel, own: list[str]) -> list[str]:
-    """Documents of which `percent` of the tokens are about the concept, in no order."""
+    """Documents with `percent` of the tokens about the concept, unordered."""
     rng = np.random.default_rng([pair.seed, pair.percent])
     wanted = int(RECIPE["steps"] * RECIPE["batch_size"] * RECIPE["context_size"] * 1.3)
     taught: list[str] = []
@@ -71,7 +71,7 @@ def adapter_of(pair: Pair, folder: Path) -> ModelConfig:
 
 
 def train(pair: Pair, folder: Path, lm: LanguageModel, own: list[str], log: Log) -> None:
-    """Write the pair's training text and train its adapter, unless they are there."""
+    """Write the pair's training text and train its adapter, unless they exist."""
     text, adapter = folder / pair.name / "text.jsonl", folder / pair.name / "adapter"
     if (adapter / "README.md").is_file():  # written last
         return

@@ -33,24 +33,24 @@ def draw_models(models: Mapping[str, Any], stem: Path) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.patches import FancyBboxPatch, Patch
 
-    n_top = max(len(one["top"]) for one in models.values())
+    n_top = max(len(model["top"]) for model in models.values())
     with plt.rc_context(dict(_STYLE)):
         figure = plt.figure(figsize=(12.5, 1.1 + 0.42 * len(models)))
         ax = figure.add_axes((0.0, 0.0, 1.0, 1.0))
         ax.set_xlim(-1.45, n_top + 0.05)
         ax.set_ylim(len(models) - 0.4, -1.75)
         ax.set_axis_off()
-        for row, (name, one) in enumerate(models.items()):
-            null = name not in one["hits"]
-            mark = "" if null else ("  ✓" if one["found"] else "  ✗")
-            colour = _MUTED if null else (_OWN if one["found"] else _BAD)
+        for row, (name, model) in enumerate(models.items()):
+            null = name not in model["hits"]
+            mark = "" if null else ("  ✓" if model["found"] else "  ✗")
+            colour = _MUTED if null else (_OWN if model["found"] else _BAD)
             ax.text(-0.1, row, name + mark, ha="right", va="center", color=colour, weight="bold", fontsize=9)
-            for place, feature in enumerate(one["top"]):
+            for column, feature in enumerate(model["top"]):
                 own, other = name in feature["concepts"], [c for c in feature["concepts"] if c != name]
                 face, text = (_OWN, "white") if own else ("white", _INK) if other else (_PALE, _MUTED)
                 ax.add_patch(
                     FancyBboxPatch(
-                        (place + 0.05, row - 0.36),
+                        (column + 0.05, row - 0.36),
                         0.9,
                         0.72,
                         boxstyle="round,pad=0,rounding_size=0.08",
@@ -60,9 +60,9 @@ def draw_models(models: Mapping[str, Any], stem: Path) -> None:
                         mutation_aspect=0.6,
                     )
                 )
-                ax.text(place + 0.5, row, _label(feature, name), ha="center", va="center", color=text, fontsize=7)
-        for place in range(n_top):
-            ax.text(place + 0.5, -0.62, str(place + 1), ha="center", color=_MUTED)
+                ax.text(column + 0.5, row, _label(feature, name), ha="center", va="center", color=text, fontsize=7)
+        for column in range(n_top):
+            ax.text(column + 0.5, -0.62, str(column + 1), ha="center", color=_MUTED)
         ax.text(-1.4, -1.3, "The ten most changed features of every fine-tune", fontsize=11, weight="bold")
         ax.legend(
             handles=[
@@ -93,15 +93,15 @@ def draw_rates(rates: Sequence[Mapping[str, Any]], stem: Path) -> None:
     with plt.rc_context(dict(_STYLE)):
         figure, axes = plt.subplots(1, 4, figsize=(12.5, 1.3 + 0.27 * len(rates)), sharey=True, layout="constrained")
         for ax, (key, title, nominal, count, bad) in zip(axes, panels, strict=True):
-            for row, one in enumerate(rates):
-                value = one[key]
+            for row, setting in enumerate(rates):
+                value = setting[key]
                 if value is None or math.isnan(value):
                     continue
-                half = 1.96 * math.sqrt(max(value * (1 - value), 1e-9) / one[count])
+                half = 1.96 * math.sqrt(max(value * (1 - value), 1e-9) / setting[count])
                 wrong = nominal is not None and (value - half > nominal if bad == "above" else value + half < nominal)
                 colour = _BAD if wrong else _OWN
                 ax.plot([value - half, value + half], [row, row], color=colour, linewidth=1.6, solid_capstyle="butt")
-                ax.plot(value, row, "o", color=colour if one["strict"] else "white", markeredgecolor=colour, ms=5)
+                ax.plot(value, row, "o", color=colour if setting["strict"] else "white", markeredgecolor=colour, ms=5)
             if nominal is not None:
                 ax.axvline(nominal, color=_INK, linewidth=1, zorder=0)
                 band = 1.96 * math.sqrt(nominal * (1 - nominal) / rates[0][count])
@@ -115,7 +115,7 @@ def draw_rates(rates: Sequence[Mapping[str, Any]], stem: Path) -> None:
             ax.grid(True, axis="x", color=_GRID, linewidth=0.6)
             ax.set_axisbelow(True)
             ax.tick_params(axis="y", length=0)
-        axes[0].set_yticks(range(len(rates)), [one["setting"] for one in rates])
+        axes[0].set_yticks(range(len(rates)), [setting["setting"] for setting in rates])
         axes[0].set_ylim(len(rates) - 0.4, -0.6)
         figure.supxlabel(
             "Lines: 95 % Monte-Carlo error. Grey: what a rate at its nominal level would show. "

@@ -2,7 +2,7 @@
 
     python benchmarks/planted/run.py --work <folder>
 
-Everything is kept in the folder, so a run that was stopped goes on where it was. The last line is JSON.
+Everything is kept in the folder, so an interrupted run resumes. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _INPUTS = {"models": _MODELS, "compared": (*_MODELS, _HERE / "probe.py", bundled
 _STARTED = time.monotonic()
 
 
-def say(line: str) -> None:
+def report(line: str) -> None:
     print(f"[{time.monotonic() - _STARTED:6.0f} s] {line}", flush=True)  # noqa: T201
 
 
@@ -60,12 +60,12 @@ def simulations(folder: Path, n: int, processes: int) -> list[dict[str, Any]]:
     paths = [folder / f"{fingerprint([setting.name, n, code])[:16]}.json" for setting in SETTINGS]
     missing = [number for number, path in enumerate(paths) if not path.is_file()]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        waiting = {pool.submit(_simulated, number, n): number for number in missing}
-        for done in as_completed(waiting):
-            found = done.result()
-            write_json(paths[waiting[done]], found)
-            rates = f"alarms {found['alarms']:.3f}, coverage {found['coverage']:.3f}"
-            say(f"{found['setting']}: {rates} ({found['seconds']:.0f} s)")
+        pending = {pool.submit(_simulated, number, n): number for number in missing}
+        for future in as_completed(pending):
+            rates = future.result()
+            write_json(paths[pending[future]], rates)
+            line = f"alarms {rates['alarms']:.3f}, coverage {rates['coverage']:.3f}"
+            report(f"{rates['setting']}: {line} ({rates['seconds']:.0f} s)")
     return [read_json(path) for path in paths]
 
 
@@ -81,32 +81,32 @@ def null_studies(folder: Path, n: int, processes: int) -> list[dict[str, Any]]:
     paths = [folder / f"{fingerprint([number, n, code])[:16]}.json" for number in range(len(NULL_STUDIES))]
     missing = [number for number, path in enumerate(paths) if not path.is_file()]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        waiting = {pool.submit(null_rates, NULL_STUDIES[number], n, number): number for number in missing}
-        for done in as_completed(waiting):
-            found = done.result()
-            write_json(paths[waiting[done]], found)
-            say(f"studies of nothing, {found['design']}: {found['any']:.3f} credit fine-tuning with something")
+        pending = {pool.submit(null_rates, NULL_STUDIES[number], n, number): number for number in missing}
+        for future in as_completed(pending):
+            rates = future.result()
+            write_json(paths[pending[future]], rates)
+            report(f"studies of nothing, {rates['design']}: {rates['any']:.3f} credit fine-tuning with something")
     return [read_json(path) for path in paths]
 
 
 def planted_models(plan: Plan, work: Path) -> dict[str, Any]:
     """Fine-tunes, comparisons and verdicts."""
-    # What decides the files names their folder. With other SAEs the adapters stay, and the comparisons are made anew.
+    # Folders are named by the hash of their inputs: with other SAEs the adapters stay, the comparisons are made again.
     trained, compared = (work / f"{kind}-{_key(plan, *inputs)}" for kind, inputs in _INPUTS.items())
-    instrument = Instrument(plan, trained, compared, Log(say))
+    instrument = Instrument(plan, trained, compared, Log(report))
     candidates = named_features(instrument.top_tokens, CONCEPTS, plan.min_matches)
     clear = named_features(instrument.top_tokens, CONCEPTS, plan.clear_matches)
     counts = {name: int(members.sum()) for name, members in clear.items()}
     admitted = plan.admitted(counts)
-    say(f"features clearly about each candidate: {counts}; planted: {', '.join(admitted)}")
+    report(f"features clearly about each candidate: {counts}; planted: {', '.join(admitted)}")
     changes = {}
     for name in (*admitted, *NULLS):
         started = time.monotonic()
         planted = Planted(name, trained / name)
-        train(planted, plan, lambda: instrument.base, Log(say))
+        train(planted, plan, lambda: instrument.base, Log(report))
         between = time.monotonic()
         changes[name] = compare(planted, instrument)
-        say(f"{name}: fine-tuned in {between - started:.0f} s, compared in {time.monotonic() - between:.0f} s")
+        report(f"{name}: fine-tuned in {between - started:.0f} s, compared in {time.monotonic() - between:.0f} s")
     named = {name: candidates[name] for name in admitted}
     perplexity = {name: read_json(trained / name / "adapter" / "training.json")["perplexity"] for name in changes}
     return {"candidates": counts, "perplexity": perplexity, **judge(changes, named, instrument.top_tokens, plan)}

@@ -1,6 +1,6 @@
-"""Ranking features by how much they changed, and asking what the most changed ones are about.
+"""Ranking features by their change, and testing what the most changed ones are about.
 
-The ranking sees activations only. The concepts' words come in afterwards, to mark the ranking.
+The ranking uses activations only; the concepts' words are used afterwards, to score it.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def most_changed(scores: FloatArray, n: int) -> list[int]:
     return [int(i) for i in np.argsort(-np.nan_to_num(np.abs(scores), nan=-np.inf), kind="stable")[:n]]
 
 
-def beyond(own: FloatArray, nulls: Sequence[FloatArray]) -> FloatArray:
-    """Changes less what null fine-tunes show: how far each lies outside the range of the nulls' and 0, [d_sae].
+def beyond(change: FloatArray, nulls: Sequence[FloatArray]) -> FloatArray:
+    """Distance of each change from the range of the nulls' changes and 0, [d_sae].
 
     A null in which a feature never fires shows no change of it.
 
@@ -49,8 +49,8 @@ def beyond(own: FloatArray, nulls: Sequence[FloatArray]) -> FloatArray:
         >>> beyond(np.array([3.0, -3.0, 1.0]), [np.array([1.0, -4.0, 2.0])]).tolist()
         [2.0, 0.0, 0.0]
     """
-    others = np.nan_to_num(np.stack([*nulls, np.zeros_like(own)]))
-    return own - np.clip(own, others.min(axis=0), others.max(axis=0))
+    null_changes = np.nan_to_num(np.stack([*nulls, np.zeros_like(change)]))
+    return change - np.clip(change, null_changes.min(axis=0), null_changes.max(axis=0))
 
 
 def chance(n_named: int, n_features: int, top: int) -> tuple[float, float]:
@@ -64,10 +64,10 @@ def chance(n_named: int, n_features: int, top: int) -> tuple[float, float]:
 
 
 def concept_tests(scores: FloatArray, density: FloatArray, named: Named, top: int) -> pd.DataFrame:
-    """Did a concept's features change more, for features that fire as often, than as many random ones would?
+    """Did a concept's features change more than as many random ones, among features that fire as often?
 
     In every fine-tune, null or not, features that fire often change more (README.md), and a concept's features fire
-    more often than most. So each change is first set against those of features of like density: `standing`.
+    more often than most. So each change is first compared with those of features of like density: `standing`.
 
     Args:
         scores: How much each feature changed, [d_sae]; NaN where it never fires.
@@ -81,10 +81,10 @@ def concept_tests(scores: FloatArray, density: FloatArray, named: Named, top: in
         stands as high among features like it); q (Benjamini-Hochberg over the concepts).
     """
     n = int(np.isfinite(scores).sum())
-    plain, fair = most_changed(scores, n), most_changed(standing(scores, density), n)
+    by_change, by_standing = most_changed(scores, n), most_changed(standing(scores, density), n)
     rows = []
     for concept, members in named.items():
-        ranks, places = (np.flatnonzero(members[order]) + 1 for order in (plain, fair))
+        ranks, places = (np.flatnonzero(members[order]) + 1 for order in (by_change, by_standing))
         best = int(ranks[0]) if len(ranks) else None
         p = float(hypergeom.sf(0, n, len(places), places[0])) if best else 1.0
         hits = int((ranks <= top).sum())
@@ -101,12 +101,12 @@ def standing(scores: FloatArray, density: FloatArray) -> FloatArray:
     """
     sizes = np.abs(scores)
     groups = strata(np.where(np.isfinite(scores), density, np.nan)[:, None], min_size=_STRATUM)
-    found = np.full(len(scores), np.nan)
+    result = np.full(len(scores), np.nan)
     for group in np.unique(groups[groups >= 0]):
         members = groups == group
-        middle = np.median(sizes[members])
-        found[members] = (sizes[members] - middle) / (np.abs(sizes[members] - middle).mean() or 1.0)
-    return np.asarray(found - np.nanmin(found)) if np.isfinite(found).any() else found
+        median = np.median(sizes[members])
+        result[members] = (sizes[members] - median) / (np.abs(sizes[members] - median).mean() or 1.0)
+    return np.asarray(result - np.nanmin(result)) if np.isfinite(result).any() else result
 
 
 def excess_p(own: FloatArray, others: Sequence[FloatArray], density: FloatArray) -> FloatArray:

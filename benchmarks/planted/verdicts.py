@@ -1,4 +1,4 @@
-"""What the comparisons say about each fine-tune, concept by concept, and how often they cry wolf."""
+"""Verdicts on each fine-tune, concept by concept, and false alarms on the nulls."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def judge(
     n_features = len(top_tokens)
     models = {name: _model(table, name, named, top_tokens, plan) for name, table in changes.items()}
     nulls = {name: change_scores(changes[name]) for name in NULLS if name in changes}
-    for name, one in models.items():
+    for name, model in models.items():
         # A null is held against the other two.
-        past = beyond(change_scores(changes[name]), [scores for null, scores in nulls.items() if null != name])
-        top = most_changed(past, plan.top)
-        one["hits_beyond_nulls"] = {concept: int(members[top].sum()) for concept, members in named.items()}
+        beyond_nulls = beyond(change_scores(changes[name]), [scores for null, scores in nulls.items() if null != name])
+        top = most_changed(beyond_nulls, plan.top)
+        model["hits_beyond_nulls"] = {concept: int(members[top].sum()) for concept, members in named.items()}
     concepts = {}
     for name, members in named.items():
         expected, at_least_one = chance(int(members.sum()), n_features, plan.top)
         concepts[name] = {"in_sae": int(members.sum()), "expected_hits": expected, "chance_of_a_hit": at_least_one}
-    anything = np.any(list(named.values()), axis=0)
+    about_any = np.any(list(named.values()), axis=0)
     return {
         "models": models,
         "concepts": concepts,
-        "chance_of_any_hit": chance(int(anything.sum()), n_features, plan.top)[1],
+        "chance_of_any_hit": chance(int(about_any.sum()), n_features, plan.top)[1],
         "nulls": _alarms(changes, models),
     }
 
@@ -104,16 +104,16 @@ def _alarms(changes: Mapping[str, pd.DataFrame], models: Mapping[str, Any]) -> d
     """
     nulls = [name for name in NULLS if name in changes]
     sizes = {name: change_scores(changes[name]) for name in nulls}
-    found: dict[str, Any] = {}
+    alarms: dict[str, Any] = {}
     for name in nulls:
         others = [sizes[other] for other in nulls if other != name]
         p = excess_p(sizes[name], others, changes[name]["density_control"].to_numpy(dtype=np.float64))
         q = benjamini_hochberg(p)
-        found[name] = {
+        alarms[name] = {
             "concept": models[name]["said"],
             "concept_p": models[name]["p"],
             "hits": sum(bool(feature["concepts"]) for feature in models[name]["top"]),
             "feature": int((q <= ALPHA).sum()),
             "any_change": int((changes[name]["q"] <= ALPHA).sum()),
         }
-    return found
+    return alarms

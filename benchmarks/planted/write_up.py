@@ -21,28 +21,28 @@ REQUIRED_SHARE = 5 / 6
 def headline(
     simulated: Sequence[Mapping[str, Any]], nothing: Sequence[Mapping[str, Any]], models: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The numbers that the benchmark is asked for.
+    """The main numbers of the benchmark.
 
     `false_positive_rate` and `interval_coverage` are over all settings in which the method promises its level;
-    `*_worst` are those of the worst such setting. `null_alarm_rate` is the share of null fine-tunes about which the
-    tool says that a concept was taught; `headline_alarm_rate` that of whole studies of nothing whose headline credits
-    fine-tuning with something.
+    `*_worst` are those of the worst such setting. `null_alarm_rate` is the share of null fine-tunes for which the tool
+    claims a taught concept; `headline_alarm_rate` that of whole null studies whose headline claims an effect of
+    fine-tuning.
     """
-    strict = [one for one in simulated if one["strict"]]
-    studies, intervals = (sum(one[key] for one in strict) for key in ("n_studies", "n_intervals"))
-    planted = [one for name, one in models["models"].items() if name in one["hits"]]
+    strict = [row for row in simulated if row["strict"]]
+    studies, intervals = (sum(row[key] for row in strict) for key in ("n_studies", "n_intervals"))
+    planted = [row for name, row in models["models"].items() if name in row["hits"]]
     nulls = models["nulls"]
     return {
-        "planted_found": sum(one["found"] for one in planted),
+        "planted_found": sum(row["found"] for row in planted),
         "planted_total": len(planted),
-        "null_alarm_rate": sum(bool(one["concept"]) for one in nulls.values()) / len(nulls),
+        "null_alarm_rate": sum(bool(row["concept"]) for row in nulls.values()) / len(nulls),
         "null_total": len(nulls),
-        "false_positive_rate": sum(one["alarms"] * one["n_studies"] for one in strict) / studies,
-        "false_positive_rate_worst": max(one["alarms"] for one in strict),
-        "interval_coverage": sum(one["coverage"] * one["n_intervals"] for one in strict) / intervals,
-        "interval_coverage_worst": min(one["coverage"] for one in strict),
-        "headline_alarm_rate": sum(one["any"] * one["n"] for one in nothing) / sum(one["n"] for one in nothing),
-        "headline_alarm_rate_worst": max(one["any"] for one in nothing),
+        "false_positive_rate": sum(row["alarms"] * row["n_studies"] for row in strict) / studies,
+        "false_positive_rate_worst": max(row["alarms"] for row in strict),
+        "interval_coverage": sum(row["coverage"] * row["n_intervals"] for row in strict) / intervals,
+        "interval_coverage_worst": min(row["coverage"] for row in strict),
+        "headline_alarm_rate": sum(row["any"] * row["n"] for row in nothing) / sum(row["n"] for row in nothing),
+        "headline_alarm_rate_worst": max(row["any"] for row in nothing),
     }
 
 
@@ -83,7 +83,7 @@ def _markdown(
     models: Mapping[str, Any],
     plan: Plan,
 ) -> str:
-    cells = [p for one in models["nulls"].values() for p in one["concept_p"].values()]
+    cells = [p for null in models["nulls"].values() for p in null["concept_p"].values()]
     parts = [
         "# Results",
         "",
@@ -147,12 +147,12 @@ def _planted_table(models: Mapping[str, Any]) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, concept in models["concepts"].items():
-        one, perplexity = models["models"][name], models["perplexity"][name]["training"]
-        hits = f"**{one['hits'][name]}**" if one["found"] else str(one["hits"][name])
+        model, perplexity = models["models"][name], models["perplexity"][name]["training"]
+        hits = f"**{model['hits'][name]}**" if model["found"] else str(model["hits"][name])
         rows.append(
-            f"| {name} | {hits} | {one['hits_beyond_nulls'][name]} | {one['best_rank'][name]} | {concept['in_sae']} |"
-            f" {concept['expected_hits']:.3f} | {concept['chance_of_a_hit']:.3f} |"
-            f" {'yes' if name in one['said'] else 'no'} | {_perplexity(perplexity)} |"
+            f"| {name} | {hits} | {model['hits_beyond_nulls'][name]} | {model['best_rank'][name]} |"
+            f" {concept['in_sae']} | {concept['expected_hits']:.3f} | {concept['chance_of_a_hit']:.3f} |"
+            f" {'yes' if name in model['said'] else 'no'} | {_perplexity(perplexity)} |"
         )
     left_out = {n: k for n, k in models["candidates"].items() if n not in models["concepts"]}
     if left_out:
@@ -164,8 +164,8 @@ def _planted_table(models: Mapping[str, Any]) -> list[str]:
 def _confusion(models: Mapping[str, Any]) -> list[str]:
     concepts = list(models["concepts"])
     rows = ["| fine-tune | " + " | ".join(concepts) + " |", "|---" * (len(concepts) + 1) + "|"]
-    for name, one in models["models"].items():
-        cells = [f"**{one['hits'][c]}**" if c in one["said"] else str(one["hits"][c] or "·") for c in concepts]
+    for name, model in models["models"].items():
+        cells = [f"**{model['hits'][c]}**" if c in model["said"] else str(model["hits"][c] or "·") for c in concepts]
         rows.append(f"| {name} | " + " | ".join(cells) + " |")
     return rows
 
@@ -176,12 +176,12 @@ def _nulls_table(models: Mapping[str, Any]) -> list[str]:
         " features beyond the other nulls | features that differ at all | perplexity of its text |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, one in models["nulls"].items():
-        said = ", ".join(one["concept"]) or "none"
+    for name, null in models["nulls"].items():
+        claimed = ", ".join(null["concept"]) or "none"
         perplexity = _perplexity(models["perplexity"][name]["training"])
         rows.append(
-            f"| {name} | {said} | {min(one['concept_p'].values()):.3f} | {one['hits']} | {one['feature']} |"
-            f" {one['any_change']} | {perplexity} |"
+            f"| {name} | {claimed} | {min(null['concept_p'].values()):.3f} | {null['hits']} | {null['feature']} |"
+            f" {null['any_change']} | {perplexity} |"
         )
     return rows
 
@@ -191,11 +191,11 @@ def _rates_table(simulated: Sequence[Mapping[str, Any]]) -> list[str]:
         "| setting | alarms | false discoveries | coverage | power | studies | remark |",
         "|---|---|---|---|---|---|---|",
     ]
-    for one in simulated:
+    for setting in simulated:
         rows.append(
-            f"| {one['setting']} | {_with_error(one['alarms'], one['n_studies'])} |"
-            f" {_or_none(one['false_discovery'])} | {_with_error(one['coverage'], one['n_intervals'])} |"
-            f" {one['power']:.2f} | {one['n_studies']:,} | {one['remark']} |"
+            f"| {setting['setting']} | {_with_error(setting['alarms'], setting['n_studies'])} |"
+            f" {_or_none(setting['false_discovery'])} | {_with_error(setting['coverage'], setting['n_intervals'])} |"
+            f" {setting['power']:.2f} | {setting['n_studies']:,} | {setting['remark']} |"
         )
     return rows
 
@@ -205,10 +205,10 @@ def _nothing_table(nothing: Sequence[Mapping[str, Any]]) -> list[str]:
         "| design | scatter | anything declared | share of domain features | pass rate | mean coherence | studies |",
         "|---|---|---|---|---|---|---|",
     ]
-    for one in nothing:
+    for row in nothing:
         rows.append(
-            f"| {one['design']} | {one['seed_noise']:g} | {_with_error(one['any'], one['n'])} |"
-            f" {one['domain_share']:.3f} | {one['pass_rate']:.3f} | {one['coherence_mean']:.3f} | {one['n']:,} |"
+            f"| {row['design']} | {row['seed_noise']:g} | {_with_error(row['any'], row['n'])} |"
+            f" {row['domain_share']:.3f} | {row['pass_rate']:.3f} | {row['coherence_mean']:.3f} | {row['n']:,} |"
         )
     return rows
 

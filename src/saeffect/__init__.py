@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_HOME = {
+_MODULE_OF = {
     "Comparison": "saeffect.comparison",
     "LanguageModel": "saeffect.lm.language_model",
     "SaeffectError": "saeffect.errors",
@@ -60,7 +60,7 @@ _RENAMED = {
     "unembedding": "saeffect.lm.architectures.unembedding",
 }
 
-__all__ = ["__version__", *sorted(_HOME)]
+__all__ = ["__version__", *sorted(_MODULE_OF)]
 
 if TYPE_CHECKING:
     from saeffect.comparison import Comparison
@@ -83,8 +83,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(_MODULE_OF[name]), name)
     if name in _RENAMED:  # not an AttributeError: `from saeffect import ...` would lose its message
         raise ImportError(f"saeffect.{name} is now {_RENAMED[name]}.")
     raise AttributeError(f"module 'saeffect' has no attribute {name!r}")

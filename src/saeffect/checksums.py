@@ -1,6 +1,4 @@
-"""Detect damaged files, by a checksum of the content in the file's name or metadata, and packed ones that would fill
-the memory.
-"""
+"""Detect damaged files by a checksum in their name or metadata, and packed files that would fill the memory."""
 
 from __future__ import annotations
 
@@ -36,8 +34,8 @@ __all__ = [
 ]
 
 _CHECKSUM = "saeffect_crc32"
-_HARMLESS = 1 << 28  # bytes
-# What zipfile and numpy raise for files that are no .npz, encrypted (RuntimeError), or packed in an unknown way.
+_ALWAYS_ALLOWED = 1 << 28  # bytes
+# What zipfile and numpy raise for files that are not .npz, encrypted (RuntimeError), or packed in an unknown way.
 NPZ_ERRORS: tuple[type[Exception], ...] = (ValueError, KeyError, TypeError, AttributeError, EOFError, OverflowError)
 NPZ_ERRORS += (MemoryError, RuntimeError, OSError, zipfile.BadZipFile, zlib.error)
 
@@ -58,17 +56,17 @@ def add_sealed(folder: Path, stem: str, suffix: str, content: bytes) -> Path:
 
 
 def is_sealed(path: Path) -> bool:
-    """Whether a file of `add_sealed` exists and is undamaged."""
+    """Whether a file that `add_sealed` wrote exists and is undamaged."""
     return not path.is_symlink() and path.is_file() and hash_file(path)[:32] == path.stem.rpartition("-")[2]
 
 
 def with_hash(head: str, body: str) -> str:
-    """A text whose first line is `head` and the hash of the lines below, so that an edit shows: `has_own_hash`."""
+    """`body` below a first line of `head` and the hash of `body`, by which `has_own_hash` detects edits."""
     return f"{head}{hashlib.sha256(body.encode()).hexdigest()}\n{body}"
 
 
 def has_own_hash(path: Path, head: str) -> bool:
-    """Whether a file is as `with_hash` made it."""
+    """Whether a file of `with_hash` is unedited."""
     first, _, rest = path.read_bytes().partition(b"\n")
     return first == f"{head}{hashlib.sha256(rest).hexdigest()}".encode()
 
@@ -77,8 +75,8 @@ def has_own_hash(path: Path, head: str) -> bool:
 def open_tensors(
     path: Path, what: str, *, fix: str, at: str | None = None, framework: Literal["pt", "numpy"] = "pt"
 ) -> Iterator[Any]:
-    """An open safetensors file; one that cannot be read, now or during the block, raises BadFile, which names it by
-    `what` ("this shard"), its place by `at` (default: the path), and the remedy by `fix`.
+    """Open a safetensors file. Raises BadFile if it cannot be read, now or during the block: `what` names the file
+    ("this shard"), `at` its place (default: the path), `fix` the remedy.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -98,15 +96,15 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     """
     from safetensors.torch import save_file
 
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    noted = dict(metadata or {})
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    entries = dict(metadata or {})
     with atomic_path(path) as temporary:
-        save_file(whole, temporary, metadata=noted | {_CHECKSUM: _checksum(whole, noted)})
+        save_file(stored, temporary, metadata=entries | {_CHECKSUM: _checksum(stored, entries)})
         _sort_metadata(temporary)
 
 
 def _sort_metadata(path: Path) -> None:
-    """Put the metadata of a safetensors file in order: the library writes it in another order each time."""
+    """Sort the metadata of a safetensors file, whose order the library changes from file to file."""
     with path.open("r+b") as file:
         (size,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(size))
@@ -124,8 +122,8 @@ def read_tensors(path: Path, what: str = "this file", *, fix: str) -> tuple[dict
     with open_tensors(path, what, fix=fix) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
         metadata = dict(file.metadata() or {})
-    wanted = metadata.pop(_CHECKSUM, None)
-    if wanted is not None and wanted != _checksum(tensors, metadata):
+    expected = metadata.pop(_CHECKSUM, None)
+    if expected is not None and expected != _checksum(tensors, metadata):
         message = f"{what} cannot be read: its content does not have the checksum that it was written with."
         raise BadFile(message, at=str(path), fix=fix)
     return tensors, metadata
@@ -143,27 +141,27 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
 
 
 def unpacked_limit(packed: int) -> int:
-    """The most bytes that numbers of so many packed bytes have unpacked: real ones compress to about a third."""
-    return max(_HARMLESS, 50 * packed)
+    """The most bytes that `packed` bytes of numbers may unpack to; real ones compress to about a third."""
+    return max(_ALWAYS_ALLOWED, 50 * packed)
 
 
 def npz_shapes(path: Path, names: Sequence[str] | None = None) -> dict[str, tuple[int, ...]]:
-    """Shapes of an .npz file's arrays (or of those of these names), from their headers. ValueError: an array would take
-    more than `unpacked_limit`, or holds Python objects; others of `NPZ_ERRORS`: no .npz.
+    """Shapes of the arrays of an .npz file (or of those named), from their headers. ValueError: an array would unpack
+    to more than `unpacked_limit`, or holds Python objects; others of `NPZ_ERRORS`: not an .npz file.
     """
     from numpy.lib import format as npy
 
-    found: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist() if names is None else [archive.getinfo(f"{name}.npy") for name in names]:
             name = member.filename.removesuffix(".npy")
             with archive.open(member) as file:
-                read = npy.read_array_header_1_0 if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0
-                shape, _, dtype = read(file)
+                read_header = npy.read_array_header_1_0 if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0
+                shape, _, dtype = read_header(file)
             if dtype.hasobject:
                 raise ValueError(f"{name} is an array of objects, which is a pickle, and pickles are never loaded")
-            taken = math.prod(shape) * dtype.itemsize
-            if taken > min(unpacked_limit(member.compress_size), member.file_size):
-                raise ValueError(f"{name} would take {taken:,} bytes of memory, which the file does not hold")
-            found[name] = tuple(shape)
-    return found
+            n_bytes = math.prod(shape) * dtype.itemsize
+            if n_bytes > min(unpacked_limit(member.compress_size), member.file_size):
+                raise ValueError(f"{name} would take {n_bytes:,} bytes of memory, which the file does not hold")
+            shapes[name] = tuple(shape)
+    return shapes

@@ -1,7 +1,7 @@
-"""Each command of the command line as the function behind it, by the same name: `from saeffect.commands import check`.
+"""The function behind each command, under the command's name: `from saeffect.commands import check`.
 
 A command of a single stage is `run_study` with that stage; `gate` is the command with two arguments. Functions take
-what was read from files (a `Study`, a recipe) and return tables or frozen objects; see docs/python.md.
+objects read from files (a `Study`, a recipe) and return tables or frozen objects; see docs/python.md.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class ModelConfig(StrictModel):
         None, description="With device_map: the most that each GPU, by number, and the cpu may hold, such as 20GiB."
     )
     quantize: Literal["8bit", "4bit"] | None = Field(
-        None, description="Load the weights with so many bits (needs bitsandbytes); the rest runs in dtype."
+        None, description="Load the weights with 8 or 4 bits (needs bitsandbytes); the rest runs in dtype."
     )
     merge_adapter: bool | None = Field(
         None,
@@ -85,7 +85,7 @@ class ModelConfig(StrictModel):
         return {"path": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _one_place(self) -> ModelConfig:
+    def _check_placement(self) -> ModelConfig:
         if self.device_map is not None and self.device != "auto":
             raise ValueError("device and device_map are both given; expected one of them")
         if self.max_memory is not None and self.device_map is None:
@@ -96,7 +96,7 @@ class ModelConfig(StrictModel):
 class TextSource(StrictModel):
     """One kind of text: its path alone, or a mapping."""
 
-    name: str = Field("", description="What to call it: general, domain, ...; by default as its path ends.")
+    name: str = Field("", description="Its name: general, domain, ...; by default the last part of its path.")
     path: str = Field(
         min_length=1,
         description="A file (.jsonl, .json, .txt, .csv, .tsv, each also .gz or .zst; .parquet, .arrow), a folder or a"
@@ -140,15 +140,15 @@ class ArmConfig(StrictModel):
         " hf:<repository>/<folder>, bundled:<name>. In every arm or, unsteered, none.",
     )
     more_saes: tuple[str, ...] = Field(
-        (), description="Further SAEs of the same model from other seeds: what they show is the noise of SAE training."
+        (), description="Further SAEs of the same model from other seeds, which show the noise of SAE training."
     )
     hook: str | None = Field(None, description="TransformerLens name; by default the one in the SAE's cfg.json.")
     training: dict[str, Any] = Field(
-        default_factory=dict, description="Changes of training.sae for this arm, such as {seed: 1} for a placebo."
+        default_factory=dict, description="Replaces keys of training.sae for this arm, such as {seed: 1} for a placebo."
     )
 
     @model_validator(mode="after")
-    def _different_seeds(self) -> Self:
+    def _check_seeds(self) -> Self:
         if self.more_saes and self.sae is None:
             raise ValueError("more_saes are seeds beside sae, which is missing")
         all_different("SAE", (self.sae, *self.more_saes))
@@ -159,9 +159,9 @@ class TextConfig(ReadKeys):
     """Text on which activity is measured and contexts are found; the same for every arm."""
 
     bundled: str | None = Field(None, description="Bundled token ids, such as smollm2-sampled.")
-    sources: tuple[TextSource, ...] = Field((), description="Or files; call their names general and domain.")
-    tokens: int = Field(100_000, ge=256, description="At most so many tokens, over all sources.")
-    context_size: int = Field(256, ge=8, description="Tokens a row; bundled rows are cut to so many.")
+    sources: tuple[TextSource, ...] = Field((), description="Or files; best named general and domain.")
+    tokens: int = Field(100_000, ge=256, description="At most this many tokens, over all sources.")
+    context_size: int = Field(256, ge=8, description="Tokens a row; longer bundled rows are cut.")
     bos: BosRule = Field(
         "auto",
         description="Whether every row and every prompt begins with the tokenizer's BOS token, such as `<bos>`. auto:"
@@ -176,12 +176,12 @@ class TextConfig(ReadKeys):
 
     @model_validator(mode="before")
     @classmethod
-    def _fields(cls, value: Any) -> Any:
-        chat = isinstance(value, dict) and "sources" in value
-        return value | {"sources": with_field(value["sources"], value.get("format"))} if chat else value
+    def _fill_fields(cls, value: Any) -> Any:
+        has_sources = isinstance(value, dict) and "sources" in value
+        return value | {"sources": with_field(value["sources"], value.get("format"))} if has_sources else value
 
     @model_validator(mode="after")
-    def _one_kind(self) -> Self:
+    def _check_source(self) -> Self:
         if (self.bundled is None) == (not self.sources):
             raise ValueError("give either bundled or sources")
         if self.bundled is not None and self.format == "chat":
@@ -251,7 +251,7 @@ class ComparisonConfig(StrictModel):
 
     alpha: float = Field(0.05, gt=0, lt=1, description="Highest q at which a feature passes.")
     n_boot: int = Field(2_000, ge=40, description="Resamples of a bootstrap interval.")
-    n_permutations: int = Field(10_000, ge=100, description="Of a permutation test, unless all can be listed.")
+    n_permutations: int = Field(10_000, ge=100, description="Of a permutation test, unless all can be enumerated.")
     tests: tuple[str, ...] = Field(
         ("domain_share", "pass_rate", "coherence_mean"),
         min_length=1,
@@ -259,34 +259,34 @@ class ComparisonConfig(StrictModel):
     )
     crossed: tuple[Literal["direct_effect", "activity", "coherence", "reconstruction", "steering"], ...] = Field(
         (),
-        description="Read and steer each arm's SAE on both models, so that what the model does and what the SAE does"
-        " come apart. All but steering take minutes; steering doubles the texts or more.",
+        description="Read and steer each arm's SAE on both models, to separate effects of the model from those of the"
+        " SAE. All but steering take minutes; steering doubles the texts or more.",
     )
 
 
 class ChangesConfig(StrictModel):
-    """What both models read to find what fine-tuning changed: the first rows of the text, each cut."""
+    """What both models read to find what fine-tuning changed: the beginnings of the first rows of the text."""
 
-    rows: int = Field(192, ge=2, description="Rows of the text, from the first on.")
-    tokens_per_row: int = Field(64, ge=8, description="Of each row, from its beginning.")
+    rows: int = Field(192, ge=2, description="Number of first rows of the text.")
+    tokens_per_row: int = Field(64, ge=8, description="First tokens of each row.")
 
 
 class PutBackConfig(StrictModel):
     """How much of what fine-tuning does is carried by the features that changed most: they are put back."""
 
-    rows: int = Field(24, ge=2, description="Rows of each source of text; an interval's units.")
-    tokens_per_row: int = Field(64, ge=8, description="Of each row, from its beginning.")
+    rows: int = Field(24, ge=2, description="Rows of each source of text; the units of intervals.")
+    tokens_per_row: int = Field(64, ge=8, description="First tokens of each row.")
     sizes: tuple[int, ...] = Field(
         (1, 2, 5, 10, 20, 50, 100, 200),
         min_length=1,
-        description="Numbers of features, the most changed first; all of them come last.",
+        description="Numbers of most changed features to put back; a set of all features is added.",
     )
     sizes_reversed: tuple[int, ...] = Field(
-        (20, 100), description="The same when the fine-tuned model's values are put into the base model."
+        (20, 100), description="The same for putting the fine-tuned model's values into the base model."
     )
 
     @model_validator(mode="after")
-    def _possible(self) -> Self:
+    def _check_sizes(self) -> Self:
         for name in ("sizes", "sizes_reversed"):
             sizes = getattr(self, name)
             if min(sizes, default=1) < 1:
@@ -324,7 +324,7 @@ class StudyConfig(StrictModel):
     )
     comparison: ComparisonConfig = Field(ComparisonConfig(), description="Intervals and tests.")
     training: dict[str, Any] | None = Field(
-        None, description="How to train the arms' SAEs: a recipe without model and hook, which each arm has."
+        None, description="How to train the arms' SAEs: a recipe without model and hook, which come from the arm."
     )
 
     @property
@@ -333,7 +333,7 @@ class StudyConfig(StrictModel):
         return self.text.format == "chat" or (self.steering is not None and self.steering.has_chats)
 
     @model_validator(mode="after")
-    def _sound(self) -> Self:
+    def _check_arms(self) -> Self:
         # Names become folders, so they must not be paths.
         for name in (self.name, *self.arms):
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", name):
@@ -343,9 +343,9 @@ class StudyConfig(StrictModel):
             raise ValueError("a study has exactly one control and one treatment arm")
         for name in {"direct_effect", "steering"} & set(self.comparison.crossed) if self.steering is None else ():
             raise ValueError(f"comparison.crossed: {name} needs the section steering")
-        without = [name for name, arm in self.arms.items() if arm.sae is None]
-        if without and (len(without) < len(self.arms) or self.steering is not None or roles["placebo"]):
-            raise ValueError(f"arms.{without[0]}.sae is missing; without it, no arm has one, and steering is null")
+        without_sae = [name for name, arm in self.arms.items() if arm.sae is None]
+        if without_sae and (len(without_sae) < len(self.arms) or self.steering is not None or roles["placebo"]):
+            raise ValueError(f"arms.{without_sae[0]}.sae is missing; without it, no arm has one, and steering is null")
         for name in self.steering.together if self.steering else ():
             if name not in self.arms:
                 raise unknown_name("arm", name, self.arms, at="steering.together")

@@ -30,9 +30,9 @@ Part = Literal["all", "system", "user", "assistant", "first_assistant", "templat
 PARTS: tuple[Part, ...] = ("all", "system", "user", "assistant", "first_assistant", "template", "special")
 """Parts of a chat's tokens: see docs/chat.md."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
-"""Roles of messages; those in `_ALSO` are read as one of them."""
-_ALSO = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatbot": "assistant"}
-_ALSO |= {"ipython": "tool", "function": "tool", "observation": "tool"}
+"""Roles of messages; `_ROLE_ALIASES` gives further names for them."""
+_ROLE_ALIASES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatbot": "assistant"}
+_ROLE_ALIASES |= {"ipython": "tool", "function": "tool", "observation": "tool"}
 
 
 class Message(StrictModel):
@@ -43,14 +43,14 @@ class Message(StrictModel):
 
 
 Prompt = str | tuple[Message, ...]
-"""The beginning of a text, or a conversation that the model is to go on with."""
+"""The beginning of a text, or a conversation, that the model continues."""
 
 
 def plain_messages(value: Any, *, at: str = "messages") -> list[dict[str, Any]]:
-    """A conversation as chat templates take it: a list of objects with role, content, and what else is there.
+    """A conversation as chat templates take it: a list of objects with role, content and any further keys.
 
-    Besides `role` and `content` takes `from` and `value` (ShareGPT), and `content` as a list of texts. ConfigError: no
-    list of messages, none, one without role or text, or no text at all; UnknownName: a role that no chat has.
+    Also accepts `from` and `value` for `role` and `content` (ShareGPT), and `content` as a list of texts. ConfigError:
+    not a list of messages, an empty one, a message without role or text, or no text at all; UnknownName: another role.
     """
     if isinstance(value, Message) or not isinstance(value, list | tuple):
         raise ConfigError(
@@ -60,10 +60,10 @@ def plain_messages(value: Any, *, at: str = "messages") -> list[dict[str, Any]]:
         )
     if not value:
         raise ConfigError("this conversation has no messages.", at=at, fix="leave it out, or write a message.")
-    found = [_message(message, f"{at}.{number}") for number, message in enumerate(value)]
-    if not any(message["content"].strip() for message in found):
+    messages = [_message(message, f"{at}.{number}") for number, message in enumerate(value)]
+    if not any(message["content"].strip() for message in messages):
         raise ConfigError("no message of this conversation says anything.", at=at, fix="leave it out.")
-    return found
+    return messages
 
 
 def _message(message: Any, at: str) -> dict[str, Any]:
@@ -74,23 +74,23 @@ def _message(message: Any, at: str) -> dict[str, Any]:
     role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
     if not isinstance(role, str):
         raise ConfigError("this message has no role.", at=at, fix=f"say who speaks: {', '.join(ROLES)}.")
-    if role not in ROLES and role.lower() not in (*ROLES, *_ALSO):
+    if role not in ROLES and role.lower() not in (*ROLES, *_ROLE_ALIASES):
         raise unknown_name("role", role, ROLES, at=at)
     if isinstance(content, list):
-        texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
-        content = "".join(map(str, texts)) if all(isinstance(text, str) for text in texts) else None
+        parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
+        content = "".join(map(str, parts)) if all(isinstance(text, str) for text in parts) else None
     elif content is None and message.get("tool_calls"):
         content = ""
     if not isinstance(content, str):
         raise ConfigError(
             "the content of this message is no text.", at=at, fix="leave out conversations with pictures or sounds."
         )
-    rest = {key: item for key, item in message.items() if key not in ("role", "from", "content", "value")}
-    return {"role": _ALSO.get(role.lower(), role.lower()), "content": content} | rest
+    other_keys = {key: item for key, item in message.items() if key not in ("role", "from", "content", "value")}
+    return {"role": _ROLE_ALIASES.get(role.lower(), role.lower()), "content": content} | other_keys
 
 
 def as_chat(prompt: Any, system: str | None, *, at: str) -> tuple[Message, ...]:
-    """A prompt as a conversation: text is what a user says; `system` comes first where there is no system message.
+    """A prompt as a conversation: plain text becomes a user message; `system` is added if there is no system message.
 
     Example:
         >>> [message.role for message in as_chat("How are you?", "Be brief.", at="prompts")]
@@ -104,14 +104,14 @@ def as_chat(prompt: Any, system: str | None, *, at: str) -> tuple[Message, ...]:
 
 
 def prompt_name(prompt: Prompt) -> str:
-    """A text that is the prompt's own: itself, or its messages as JSON. Sampling noise depends on it."""
+    """The prompt's unique name: its text, or its messages as JSON. Sampling noise depends on it."""
     if isinstance(prompt, str):
         return prompt
     return json.dumps([message.model_dump() for message in prompt], ensure_ascii=False)
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """A prompt in words, for people.
+    """A prompt as readable text.
 
     Example:
         >>> prompt_text(as_chat("How are you?", "Be brief.", at="prompts"))
@@ -142,38 +142,37 @@ class ChatKeys(StrictModel):
     system: str | None = Field(None, description="System message of conversations that have none.")
 
     @model_validator(mode="after")
-    def _only_chats(self) -> Self:
-        for key in ("system",) if self.format == "text" else ():
-            if getattr(self, key) is not None:
-                raise ValueError(f"{key} goes with format: chat")
+    def _check_system(self) -> Self:
+        if self.format == "text" and self.system is not None:
+            raise ValueError("system goes with format: chat")
         return self
 
 
 class ReadKeys(ChatKeys):
-    """Keys of what is read: also which of its tokens count."""
+    """`ChatKeys`, and which tokens count."""
 
     positions: tuple[Part, ...] = Field(
         ("all",),
         min_length=1,
-        description="Of chats, the tokens on which activations count; all others are read, and no statistic of features"
-        " has them. assistant: what the assistant writes, to the end of its turn; first_assistant: the first token of"
-        " each; template: all that no message says; special: of that, the special tokens.",
+        description="Of chats, the tokens on which activations count; all others are read, but enter no statistic of"
+        " features. assistant: what the assistant writes, to the end of its turn; first_assistant: the first token of"
+        " each turn; template: tokens outside the messages; special: the special tokens among these.",
     )
 
     @field_validator("positions", mode="before")
     @classmethod
-    def _one(cls, value: Any) -> Any:
+    def _from_string(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _of_chats(self) -> Self:
+    def _check_positions(self) -> Self:
         if self.format == "text" and self.positions != ("all",):
             raise ValueError(f"positions: {self.positions[0]} goes with format: chat")
         return self
 
 
 def with_field(sources: Any, format: Any) -> Any:
-    """Sources of chats as in a file, with the usual field of their messages where none is named."""
+    """The raw `sources` of a file; for chats, a source without a field gets the default, `messages`."""
     if format != "chat" or not isinstance(sources, Sequence):
         return sources
     return [{"field": "messages"} | source if isinstance(source, dict) else source for source in sources]

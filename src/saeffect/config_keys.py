@@ -20,20 +20,20 @@ def config_error(model: type[BaseModel], error: ValidationError, *, at: str = ""
     """The first pydantic error, as a SaeffectError that names the key."""
     first = error.errors()[0]
     keys = [str(part) for part in first["loc"]]
-    place = ", ".join(filter(None, [at, ".".join(keys)]))
+    location = ", ".join(filter(None, [at, ".".join(keys)]))
     if first["type"] == "extra_forbidden":
-        return unknown_name("key", keys[-1], _keys_at(model, keys[:-1]), at=place)
+        return unknown_name("key", keys[-1], _keys_at(model, keys[:-1]), at=location)
     if first["type"] == "literal_error" and isinstance(first["input"], str):
         kind = next(key for key in reversed(keys) if not key.isdigit()).removesuffix("s")
         valid = re.findall(r"'([^']+)'", first["ctx"]["expected"])
-        return unknown_name(kind, first["input"], valid, at=place)
+        return unknown_name(kind, first["input"], valid, at=location)
     if first["type"] == "missing":
-        return ConfigError(f"the key {keys[-1]!r} is missing.", at=place)
-    whole = isinstance(first["input"], dict | list | BaseModel)
-    said = repr(first["input"])
-    got = "" if whole else f" Got {said if len(said) <= 200 else f'{said[:200]} …'}."
+        return ConfigError(f"the key {keys[-1]!r} is missing.", at=location)
     message = first["msg"].removeprefix("Value error, ").rstrip(".")
-    return ConfigError(f"{message}.{got}", at=place)
+    if isinstance(first["input"], dict | list | BaseModel):
+        return ConfigError(f"{message}.", at=location)
+    value = repr(first["input"])
+    return ConfigError(f"{message}. Got {value if len(value) <= 200 else f'{value[:200]} …'}.", at=location)
 
 
 def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
@@ -49,7 +49,7 @@ def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
 
 
 def keys_table(title: str, model: type[BaseModel], *, more: Callable[[str], str] = lambda _: "") -> str:
-    """A section of Markdown: a row for each key of a mapping, with its default and its meaning, and `more` on that.
+    """A Markdown section: one table row a key, with its default and meaning, to which `more(key)` adds.
 
     A field's `json_schema_extra`, {"default": ...}, describes a default that depends on other keys. Keys named in the
     model's `keys_last` come last.
@@ -66,18 +66,18 @@ def keys_table(title: str, model: type[BaseModel], *, more: Callable[[str], str]
 
 
 def _row(name: str, field: FieldInfo, more: str) -> str:
-    choices, several = _choices(field.annotation), get_origin(field.annotation) is tuple
-    among = f"{'Any' if several else 'One'} of {', '.join(map(str, choices))}." if choices else ""
-    meaning = " ".join(part for part in (field.description or "", more, among) if part)
+    choices, is_list = _choices(field.annotation), get_origin(field.annotation) is tuple
+    choices_text = f"{'Any' if is_list else 'One'} of {', '.join(map(str, choices))}." if choices else ""
+    meaning = " ".join(part for part in (field.description or "", more, choices_text) if part)
     return f"| `{name}` | {_default(field)} | {meaning} |"
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:
-    """The choices of a Literal, an optional one, or a list of one."""
+    """The choices of a Literal, an optional Literal, or a list of them."""
     arguments = get_args(annotation)
     if get_origin(annotation) is Literal:
         return arguments
-    return next((found for found in map(_choices, arguments) if found), ())
+    return next((choices for choices in map(_choices, arguments) if choices), ())
 
 
 def _default(field: FieldInfo) -> str:
@@ -89,11 +89,11 @@ def _default(field: FieldInfo) -> str:
     if isinstance(value, BaseModel):
         return "its defaults"
     if isinstance(value, tuple | list):
-        return ", ".join(map(_plain, value)) or "none"
-    return "none" if value is None or value == {} else _plain(value)
+        return ", ".join(map(_format_value, value)) or "none"
+    return "none" if value is None or value == {} else _format_value(value)
 
 
-def _plain(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, str):
         return f"`{value}`" if value else "empty"
     if isinstance(value, float):
@@ -119,6 +119,6 @@ class StrictModel(BaseModel):
 
 def all_different(what: str, values: Sequence[object]) -> None:
     """ValueError if two values are equal."""
-    doubled = [value for value, n in Counter(values).items() if n > 1]
-    if doubled:
-        raise ValueError(f"the {what} {doubled[0]!r} is there twice")
+    repeated = [value for value, n in Counter(values).items() if n > 1]
+    if repeated:
+        raise ValueError(f"the {what} {repeated[0]!r} is there twice")

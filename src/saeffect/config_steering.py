@@ -34,20 +34,20 @@ PAPER_PROTOCOL: Mapping[str, Any] = {
 Positions = Literal[
     "all", "generated", "prompt", "system", "user", "assistant", "first_assistant", "template", "special"
 ]
-_OF_CHATS = ("system", "user", "assistant", "first_assistant", "template", "special")
+_CHAT_POSITIONS = ("system", "user", "assistant", "first_assistant", "template", "special")
 
 
-def _plain(prompts: Sequence[Prompt]) -> list[str]:
+def _normalised(prompts: Sequence[Prompt]) -> list[str]:
     return [" ".join(prompt_name(prompt).casefold().split()) for prompt in prompts]
 
 
-def _by_the_paper(section: Mapping[str, Any]) -> dict[str, Any]:
-    """A section with `PAPER_PROTOCOL` filled in; ValueError if it says otherwise. The encoder may be a local copy."""
+def _apply_paper_protocol(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The section with `PAPER_PROTOCOL` filled in; ValueError if it contradicts it. The encoder may be a local copy."""
     for key in section.keys() & (PAPER_PROTOCOL.keys() | {"doses"}):
-        given, decided = section[key], PAPER_PROTOCOL.get(key, (PAPER_PROTOCOL["coefficient"],))
-        copy = key == "outcome_encoder" and PurePath(str(given)).name == decided
-        if not copy and (tuple(given) if isinstance(given, list) else given) != decided:
-            shown = list(decided) if isinstance(decided, tuple) else decided
+        value, fixed = section[key], PAPER_PROTOCOL.get(key, (PAPER_PROTOCOL["coefficient"],))
+        is_copy = key == "outcome_encoder" and PurePath(str(value)).name == fixed
+        if not is_copy and (tuple(value) if isinstance(value, list) else value) != fixed:
+            shown = list(fixed) if isinstance(fixed, tuple) else fixed
             raise ValueError(f"protocol: paper decides {key}, which is {shown} there: leave it out")
     return {**PAPER_PROTOCOL, **section}
 
@@ -67,13 +67,13 @@ class InterventionConfig(StrictModel):
     )
     positions: Positions = Field(
         "all",
-        description="prompt: the prompt's but the last, as the paper's code did. Of chats, those of a side: what is"
-        " read where it stands, what the assistant writes (its earlier turns too) where it is predicted.",
+        description="prompt: the prompt's but the last, as in the paper's code. In chats, the tokens of a part; the"
+        " assistant's (also of earlier turns) at the positions that predict them.",
     )
     prompts: tuple[Prompt, ...] = Field(
         ("What topic is on your mind?",),
         min_length=1,
-        description="Beginnings of texts, or conversations (lists of messages) to go on with; each is an independent"
+        description="Beginnings of texts, or conversations (lists of messages) to continue; each is an independent"
         " trial.",
     )
     placebos: tuple[str, ...] = Field(
@@ -83,26 +83,26 @@ class InterventionConfig(StrictModel):
     batch_size: int = Field(
         64,
         ge=1,
-        description="Texts generated at once, each with a vector of its own. Products over another number of texts"
-        " round differently, so numbers of another batch size agree to about 1e-7 only.",
+        description="Texts generated at once, each with its own vector. Another batch size rounds differently: numbers"
+        " agree to about 1e-7 only.",
     )
 
     @model_validator(mode="after")
-    def _possible(self) -> Self:
+    def _check_intervention(self) -> Self:
         if self.operator == "clamp" and min(self.doses) < 0:
             raise ValueError(f"a feature cannot be clamped below 0, so leave {min(self.doses)} out")
         if self.operator == "ablate" and self.doses != (1.0,):
             raise ValueError(f"an ablation has no doses, so leave {list(self.doses)} out")
-        if self.positions in _OF_CHATS and any(isinstance(prompt, str) for prompt in self.prompts):
+        if self.positions in _CHAT_POSITIONS and any(isinstance(prompt, str) for prompt in self.prompts):
             raise ValueError(f"positions: {self.positions} goes with prompts that are chats: set format: chat")
         all_different("number in doses", self.doses)
-        all_different("prompt", _plain(self.prompts))
+        all_different("prompt", _normalised(self.prompts))
         all_different("placebo", self.placebos)
         return self
 
 
-def _chat(prompt: Any, section: Mapping[str, Any], at: str) -> Any:
-    """A prompt of a steering section: a conversation if it is one, or if the section says that prompts are."""
+def _parse_prompt(prompt: Any, section: Mapping[str, Any], at: str) -> Any:
+    """A prompt of a steering section; text becomes a conversation if the section has format: chat."""
     if isinstance(prompt, str) and section.get("format") != "chat":
         return prompt
     return as_chat(prompt, section.get("system"), at=at) if isinstance(prompt, str | list | tuple) else prompt
@@ -114,7 +114,7 @@ class SamplingConfig(StrictModel):
     max_new_tokens: int = Field(50, ge=1, description="Length of a text.")
     temperature: float = Field(1.0, ge=0, description="0: the most probable token each time.")
     top_p: float = Field(0.3, gt=0, le=1, description="Sampling keeps the most probable tokens up to this share.")
-    frequency_penalty: float = Field(1.0, description="Taken off a token's logit for each time it was generated.")
+    frequency_penalty: float = Field(1.0, description="Subtracted from a token's logit for each time it was generated.")
     protocol: Literal["rigorous", "paper"] = Field(
         "rigorous",
         description="paper: steer and score as the code of Gupta & Sica (2024) did, to the letter. It decides most keys"
@@ -136,11 +136,11 @@ class SteeringConfig(SamplingConfig, InterventionConfig):
     system: str | None = Field(None, description="System message of chats that have none.")
     search_prompts: tuple[Prompt, ...] = Field(
         (),
-        description="For the dose search; none of them a test prompt. By default the first half of the prompts,"
+        description="For the dose search; none may be a test prompt. By default the first half of the prompts,"
         " which are then not tested on.",
     )
     search_features: int = Field(8, ge=1, description="Features of each arm that the search steers.")
-    max_features: int | None = Field(None, ge=1, description="Test a random sample of so many domain features an arm.")
+    max_features: int | None = Field(None, ge=1, description="Test a random sample of this many features an arm.")
     together: dict[str, tuple[tuple[int, ...], ...]] = Field(
         default_factory=dict, description="For an arm, sets of features to steer at once, such as {control: [[3, 17]]}."
     )
@@ -151,7 +151,7 @@ class SteeringConfig(SamplingConfig, InterventionConfig):
     outcomes: tuple[str, ...] = Field(
         ("similarity",),
         min_length=1,
-        description="Declared before the run: the first decides what passes; all that are not here are exploratory.",
+        description="Declared before the run: the first decides what passes; all others are exploratory.",
     )
     outcome_encoder: str | None = Field(
         None,
@@ -171,22 +171,22 @@ class SteeringConfig(SamplingConfig, InterventionConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _resolved(cls, value: Any) -> Any:
+    def _fill_defaults(cls, value: Any) -> Any:
         """Fill in doses and search prompts that follow from other keys."""
         if not isinstance(value, dict):
             return value
-        value = _by_the_paper(value) if value.get("protocol") == "paper" else dict(value)
-        usual = {"clamp": 5.0, "ablate": 1.0}.get(str(value.get("operator")), 0.4)
-        value.setdefault("doses", [value.get("coefficient") or usual])
+        value = _apply_paper_protocol(value) if value.get("protocol") == "paper" else dict(value)
+        default_dose = {"clamp": 5.0, "ablate": 1.0}.get(str(value.get("operator")), 0.4)
+        value.setdefault("doses", [value.get("coefficient") or default_dose])
         doses, prompts = value["doses"], value.get("prompts")
-        several = isinstance(doses, list | tuple) and len(doses) > 1
-        if several and not value.get("search_prompts") and isinstance(prompts, list | tuple) and len(prompts) > 1:
+        has_several = isinstance(doses, list | tuple) and len(doses) > 1
+        if has_several and not value.get("search_prompts") and isinstance(prompts, list | tuple) and len(prompts) > 1:
             half = len(prompts) // 2
             value["search_prompts"], value["prompts"] = prompts[:half], prompts[half:]
         for key in ("prompts", "search_prompts"):
-            given = value.get(key, cls.model_fields[key].default)
-            if isinstance(given, list | tuple):
-                value[key] = [_chat(prompt, value, f"{key}.{number}") for number, prompt in enumerate(given)]
+            prompts = value.get(key, cls.model_fields[key].default)
+            if isinstance(prompts, list | tuple):
+                value[key] = [_parse_prompt(prompt, value, f"{key}.{i}") for i, prompt in enumerate(prompts)]
         return value
 
     @property
@@ -195,16 +195,16 @@ class SteeringConfig(SamplingConfig, InterventionConfig):
         return not all(isinstance(prompt, str) for prompt in (*self.prompts, *self.search_prompts))
 
     @model_validator(mode="after")
-    def _searchable(self) -> Self:
+    def _check_doses(self) -> Self:
         if len(self.doses) > 1 and not self.search_prompts:
             raise ValueError("several doses need search_prompts to choose on, or a second prompt")
-        if self.positions in _OF_CHATS and any(isinstance(prompt, str) for prompt in self.search_prompts):
+        if self.positions in _CHAT_POSITIONS and any(isinstance(prompt, str) for prompt in self.search_prompts):
             raise ValueError(f"positions: {self.positions} goes with search_prompts that are chats: set format: chat")
         if min(self.doses) <= 0:
             raise ValueError(f"doses must be above 0, not {list(self.doses)}")
         if self.coefficient is not None and (self.operator != "add" or self.doses != (self.coefficient,)):
             raise ValueError("a coefficient goes with the operator add, in place of doses")
-        all_different("prompt", _plain((*self.prompts, *self.search_prompts)))
+        all_different("prompt", _normalised((*self.prompts, *self.search_prompts)))
         all_different("baseline", self.baselines)
         all_different("outcome", self.outcomes)
         for arm, sets in self.together.items():

@@ -44,10 +44,10 @@ FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 _TRACKED = ("saeffect", "torch", "transformers", "peft", "numpy", "scipy", "statsmodels", "pandas", "safetensors")
 # A unique prefix, so that files left by a killed process cannot be mistaken for the user's.
 _WRITING = ".saeffect-writing-"
-# The second is what safetensors writes to, beside the file that it is asked for.
+# The second alternative is the temporary file of safetensors.
 _LEFTOVER = re.compile(re.escape(_WRITING) + r".*\.[a-z0-9_]{8}(\.[^.]+)?|\.tmp[A-Za-z0-9]{6}")
 _LOCK = ".saeffect-lock"
-_FULL = {os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
+_DISK_FULL = {os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
 
 
 @contextlib.contextmanager
@@ -70,7 +70,7 @@ def writing(path: Path | str) -> Iterator[None]:
             raise
         remedy = (
             "free some space (or remove files, if there are too many)"
-            if reason in _FULL
+            if reason in _DISK_FULL
             else "change the permissions or choose another folder"
         )
         fix = f"{remedy}; then run the same command again."
@@ -78,14 +78,14 @@ def writing(path: Path | str) -> Iterator[None]:
 
 
 def _disk_error(error: Exception, path: Path) -> str | None:
-    """Why a path cannot be written; None if the error is about another file, such as one being read."""
+    """Why a path cannot be written; None if the error concerns another file, such as one being read."""
     if isinstance(error, OSError) and error.errno is not None:
-        named = path if error.filename is None else Path(os.fsdecode(error.filename))
-        about = named.parent == path.parent or named in (path, *path.parents) or path in named.parents
-        return os.strerror(error.errno) if about else None
+        target = path if error.filename is None else Path(os.fsdecode(error.filename))
+        concerns_path = target.parent == path.parent or target in (path, *path.parents) or path in target.parents
+        return os.strerror(error.errno) if concerns_path else None
     # safetensors raises an error of its own, with the system's number in its text.
-    found = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
-    return os.strerror(int(found[1])) if found else None
+    system_error = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return os.strerror(int(system_error[1])) if system_error else None
 
 
 @contextlib.contextmanager
@@ -119,20 +119,20 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path | str) -> None:
-    """Delete temporary files of `atomic_path` from a killed process. Nobody may be writing to the folder."""
+    """Delete temporary files that killed processes left. No process may be writing to the folder."""
     folder = Path(folder)
     for path in folder.iterdir() if folder.is_dir() and not folder.is_symlink() else ():
-        if _LEFTOVER.fullmatch(path.name) and path.is_file() and not path.is_symlink() and _is_ours(path):
+        if _LEFTOVER.fullmatch(path.name) and path.is_file() and not path.is_symlink() and _is_leftover(path):
             path.unlink(missing_ok=True)
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether a file with a leftover's name is one: other programs give the names that safetensors gives, too."""
+def _is_leftover(path: Path) -> bool:
+    """Whether a file with the name of a leftover is one; other programs use the names of safetensors, too."""
     if path.name.startswith(_WRITING):
         return True
     with path.open("rb") as file:
-        begins = file.read(9)  # the length of the header, and the header
-    return not begins or begins[4:] == b"\0\0\0\0{"
+        start = file.read(9)  # the length of the header, and the header
+    return not start or start[4:] == b"\0\0\0\0{"
 
 
 def write_json(path: Path | str, value: Any) -> None:
@@ -201,12 +201,12 @@ def fingerprint(value: Any) -> str:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Versions of Python, the platform and the packages that could affect numbers; do not change it."""
-    found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
+    """Versions of Python, the platform and the packages that could affect numbers; a cached dict, not to be changed."""
+    result = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
     for name in _TRACKED:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            result[name] = importlib.metadata.version(name)
+    return result
 
 
 @contextlib.contextmanager
@@ -214,13 +214,12 @@ def sole_writer(folder: Path | str, *, wait: Callable[[], None] | None = None) -
     """Lock a folder for the block. A missing folder is created, and removed at the end if empty.
 
     The system releases the lock when the process ends, also after `kill -9`. If another process holds the folder,
-    `wait` is called before waiting for its end; InUse if it is None. BadFile if the folder cannot be made or written
-    to.
+    calls `wait` and then waits for it to end; InUse if `wait` is None. BadFile if the folder cannot be made or written.
     """
     from filelock import FileLock, Timeout
 
     folder = Path(folder).absolute()
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     lock = FileLock(folder / _LOCK)
     try:
         with writing(folder):

@@ -36,15 +36,15 @@ __all__ = [
     "rank_and_world",
     "stopping",
     "use_large_pages",
-    "wait_politely",
+    "limit_spinning",
 ]
 
 # Others wait while one process works alone; defaults are 30 minutes (gloo) and 10 (NCCL). A process that ends is
 # noticed at once by its closed connection.
 _LONG_TIMEOUT = timedelta(days=365)
 
-# Both have no class of error for it, only words: gloo's "Connection closed by peer", "Connection reset by peer", "Read
-# error", "Timed out waiting"; NCCL's "remote process exited or there was a network error", "ncclRemoteError".
+# Both report it by message only: gloo's "Connection closed by peer", "Connection reset by peer", "Read error", "Timed
+# out waiting"; NCCL's "remote process exited or there was a network error", "ncclRemoteError".
 _PEER_LOST = re.compile(
     r"connection (was likely )?(closed|reset|refused|aborted)|broken pipe|(read|write|socket) (error|closed|timeout)"
     r"|timed? ?out|remote ?(process|error)|network error|no route to host",
@@ -54,7 +54,7 @@ _PEER_LOST = re.compile(
 # The numbers of mallopt's parameters, from glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 # The largest int, and the largest value that older releases of glibc take.
-_SIZES = (2**31 - 1, 2**25)
+_LIMITS = (2**31 - 1, 2**25)
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -84,8 +84,8 @@ def device_of_process() -> str:
 
 
 def join() -> int:
-    """Join the other processes on the first call, by NCCL on GPUs and gloo on CPUs, unless there is one alone or
-    PyTorch's process group exists; returns the number of processes.
+    """Join the other processes, by NCCL on GPUs and gloo on CPUs, and return their number. Does nothing for a single
+    process, or if PyTorch's process group exists.
     """
     import torch
     import torch.distributed as dist
@@ -99,14 +99,14 @@ def join() -> int:
             torch.cuda.set_device(device)
         dist.init_process_group("gloo" if device == "cpu" else "nccl")
     if world > 1:
-        _long_timeout_group(dist.group.WORLD)  # made by all at once, so here
+        _long_timeout_group(dist.group.WORLD)  # created here, since all processes must create it together
     return world
 
 
 @functools.cache
 def end_with_launcher() -> None:
     """Make this process end when the `torchrun` that started it dies; it would otherwise run on and hold its folder."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:  # started by other means, whose end need not be that of the work
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # the parent is not torchrun, and may end before the work
         return
     launcher = os.getppid()
 
@@ -128,7 +128,7 @@ def leave() -> None:
 
 
 def barrier() -> None:
-    """Wait for all processes, for days if needed. Here and in all that exchanges: Interrupted if one is gone."""
+    """Wait for all processes, for days if needed. Interrupted if one is gone, here and in every exchange."""
     if join() > 1:
         import torch.distributed as dist
 
@@ -153,10 +153,10 @@ def from_all(value: Any) -> list[Any]:
         return [value]
     import torch.distributed as dist
 
-    found: list[Any] = [None] * world
+    values: list[Any] = [None] * world
     with _translate_peer_loss():
-        dist.all_gather_object(found, value, group=_long_timeout_group(dist.group.WORLD))
-    return found
+        dist.all_gather_object(values, value, group=_long_timeout_group(dist.group.WORLD))
+    return values
 
 
 def add_up(*tensors: Tensor) -> None:
@@ -261,21 +261,21 @@ def keep_freed_memory() -> bool:
         mallopt = libc.mallopt
     except (OSError, AttributeError):  # musl
         return False
-    return any(mallopt(_MMAP_THRESHOLD, size) for size in _SIZES) and bool(mallopt(_TRIM_THRESHOLD, _SIZES[0]))
+    return any(mallopt(_MMAP_THRESHOLD, size) for size in _LIMITS) and bool(mallopt(_TRIM_THRESHOLD, _LIMITS[0]))
 
 
 def use_large_pages() -> None:
-    """Have torch ask for large pages, unless the user chose otherwise. For programs, before their first tensor.
+    """Make torch ask for large pages, unless the user chose otherwise. For programs, before their first tensor.
     Source: THP_MEM_ALLOC_ENABLE in PyTorch (c10/core/impl/alloc_cpu.cpp); madvise(2), MADV_HUGEPAGE.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
-def wait_politely() -> None:
-    """Have the threads of libgomp sleep soon while they wait for each other, unless the user chose otherwise.
+def limit_spinning() -> None:
+    """Make waiting threads of libgomp sleep early, unless the user chose otherwise.
 
-    They spin for 10 ms or so by default; where other programs want the same processors, each product then takes as
-    long. For programs, before torch is imported. Source: GOMP_SPINCOUNT in the manual of GNU libgomp.
+    By default they spin for about 10 ms, which slows every matrix product down when other programs use the same
+    processors. For programs, before torch is imported. Source: GOMP_SPINCOUNT in the manual of GNU libgomp.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -25,9 +25,8 @@ BUNDLED_FOLDER = Path(__file__).parent / "bundled"
 
 
 def user_path(text: Path | str, *, at: str | None = None) -> Path:
-    """A path as typed by the user, which need not exist; `~` is the home folder. ConfigError if no file could have
-    this name: null character, lone surrogate, too long, unknown home folder, or behind a folder that may not be
-    entered.
+    """A path as typed by the user, which need not exist; `~` is the home folder. ConfigError for a path that cannot
+    exist (null character, lone surrogate, too long, unknown home folder) or lies in a folder without access.
 
     Example:
         >>> user_path("saes/control").as_posix()
@@ -118,20 +117,22 @@ def _not_utf8(data: bytes, position: int, at: str) -> BadFile:
     )
 
 
-class _Kind(NamedTuple):
-    """Kind of a path key: allowed names, folder of bundled artifacts, and whether the path may be created later."""
+class _PathKind(NamedTuple):
+    """Kind of a path key: pattern of names that are not paths, folder of bundled artifacts, whether the path may be
+    created later.
+    """
 
     name: re.Pattern[str] | None = None
     bundled: str = ""
-    to_be_made: bool = False
+    may_be_missing: bool = False
 
 
 _HUB_ID = re.compile(r"(?!.*\.gguf$)[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _DATASET = re.compile(r"(?!.*\.(gz|zst|jsonl?|ndjson|txt|csv|tsv|parquet|arrow)$)[A-Za-z0-9][\w.-]*/[\w.-]+|hf:.+")
 _ENCODER = re.compile(r"(?!.*\.(txt|vec|gz|bin|zip|npz|safetensors)$)[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _WORD = re.compile(r"[\w-]+")
-_ON_THE_HUB = ("saelens:", "hf:")  # see saeffect.sae.hub
-_MODEL, _TEXT, _SAE = _Kind(_HUB_ID), _Kind(_DATASET), _Kind(to_be_made=True)
+_HUB_PREFIXES = ("saelens:", "hf:")  # see saeffect.sae.hub
+_MODEL, _TEXT, _SAE = _PathKind(_HUB_ID), _PathKind(_DATASET), _PathKind(may_be_missing=True)
 _KINDS = {
     "model": _MODEL,
     "adapter": _MODEL,
@@ -141,12 +142,12 @@ _KINDS = {
     "sae": _SAE,
     "more_saes": _SAE,
     "init_from": _SAE,
-    "vocabulary": _Kind(_WORD, "vocabularies"),
-    "embeddings": _Kind(_WORD, "embeddings"),
-    "outcome_encoder": _Kind(_ENCODER, "embeddings"),
-    "nulls": _Kind(to_be_made=True),
-    "verdicts": _Kind(),
-    "chat_template": _Kind(),
+    "vocabulary": _PathKind(_WORD, "vocabularies"),
+    "embeddings": _PathKind(_WORD, "embeddings"),
+    "outcome_encoder": _PathKind(_ENCODER, "embeddings"),
+    "nulls": _PathKind(may_be_missing=True),
+    "verdicts": _PathKind(),
+    "chat_template": _PathKind(),
 }
 
 
@@ -157,44 +158,44 @@ def resolve_paths(values: Any, folder: Path, *, at: str) -> Any:
     there; bundled names always win. ConfigError: an impossible path; NotFound: one that exists only relative to the
     current folder.
     """
-    return _resolved(values, folder.resolve(), at, ())
+    return _resolve(values, folder.resolve(), at, ())
 
 
-def _resolved(value: Any, folder: Path, at: str, keys: tuple[str, ...]) -> Any:
+def _resolve(value: Any, folder: Path, at: str, keys: tuple[str, ...]) -> Any:
     if isinstance(value, dict):
-        return {key: _resolved(item, folder, at, (*keys, str(key))) for key, item in value.items()}
+        return {key: _resolve(item, folder, at, (*keys, str(key))) for key, item in value.items()}
     if isinstance(value, list):
-        return [_resolved(item, folder, at, (*keys, str(index))) for index, item in enumerate(value)]
-    kind = _kind(keys)
+        return [_resolve(item, folder, at, (*keys, str(index))) for index, item in enumerate(value)]
+    kind = _kind_of_key(keys)
     if kind is None or not isinstance(value, str) or not value or value.startswith(BUNDLED):
         return value
     if keys[-1] == "chat_template" and ("{" in value or "\n" in value):  # the template itself
         return value
-    if kind is _SAE and value.startswith(_ON_THE_HUB):
+    if kind is _SAE and value.startswith(_HUB_PREFIXES):
         return value
-    return _absolute(value, kind, folder, f"{at}, {'.'.join(keys)}")
+    return _absolute_path(value, kind, folder, f"{at}, {'.'.join(keys)}")
 
 
-def _kind(keys: tuple[str, ...]) -> _Kind | None:
-    named = [key for key in keys if not key.isdigit()]
-    if named[-1:] == ["path"]:
-        return _MODEL if named[-2:-1] == ["model"] else _TEXT
-    return _KINDS.get(named[-1]) if named else None
+def _kind_of_key(keys: tuple[str, ...]) -> _PathKind | None:
+    names = [key for key in keys if not key.isdigit()]
+    if names[-1:] == ["path"]:
+        return _MODEL if names[-2:-1] == ["model"] else _TEXT
+    return _KINDS.get(names[-1]) if names else None
 
 
-def _absolute(value: str, kind: _Kind, folder: Path, at: str) -> str:
+def _absolute_path(value: str, kind: _PathKind, folder: Path, at: str) -> str:
     path = user_path(value, at=at)
     if kind.bundled and any(p.name.partition(".")[0] == value for p in (BUNDLED_FOLDER / kind.bundled).iterdir()):
         return value
-    beside = user_path(folder / path, at=at)
-    place = str(beside.resolve() if beside.name in ("", "..") else beside.parent.resolve() / beside.name)
-    if beside.exists() or kind.to_be_made:
-        return place
+    candidate = user_path(folder / path, at=at)
+    absolute = str(candidate.resolve() if candidate.name in ("", "..") else candidate.parent.resolve() / candidate.name)
+    if candidate.exists() or kind.may_be_missing:
+        return absolute
     if path.exists():
         raise NotFound(
-            f"there is no {value!r} beside the file ({place}). There is one in the current folder, but paths are"
+            f"there is no {value!r} beside the file ({absolute}). There is one in the current folder, but paths are"
             " relative to the file that names them.",
             at=at,
             fix=f"write {str(path.resolve())!r}, or where it lies as seen from the file.",
         )
-    return value if kind.name is not None and kind.name.fullmatch(value) else place
+    return value if kind.name is not None and kind.name.fullmatch(value) else absolute

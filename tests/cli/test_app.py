@@ -43,7 +43,7 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[BaseException | None]
     yield raised
 
 
-def test_ctrl_c_is_told_and_has_its_exit_code(ends: list[BaseException | None], capsys: pytest.CaptureFixture) -> None:
+def test_ctrl_c_is_reported_with_exit_code_130(ends: list[BaseException | None], capsys: pytest.CaptureFixture) -> None:
     ends.append(KeyboardInterrupt())
     with pytest.raises(SystemExit) as stopped:
         command_line.main()
@@ -211,9 +211,7 @@ def test_full_disk_under_the_help_is_an_error(
     assert "standard output cannot be written: No space left on device." in capsys.readouterr().err
 
 
-def test_a_reader_that_is_gone_ends_the_command_in_silence(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_closed_pipe_ends_silently(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "w", encoding="utf-8") as pipe:

@@ -10,7 +10,7 @@ import pytest
 from saeffect.cli import console
 
 
-def test_a_log_gets_a_rate_early_and_few_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_logs_show_a_rate_early_and_stay_short(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     clock = [0.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
     with console.ConsoleProgress() as log:

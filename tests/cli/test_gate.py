@@ -72,7 +72,7 @@ def test_a_wrong_hook_is_named_and_mended(
     assert typed(capsys, "gate", "base", "mended", *texts)[0] == 0
 
 
-def test_of_a_chat_only_what_the_assistant_says_counts(
+def test_only_assistant_tokens_of_chats_count(
     things: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(things)

@@ -85,7 +85,7 @@ def command(folder: Path, *more: str, tuned: str = "tuned", text: str = "general
     return ["guard", str(folder / "base"), str(folder / tuned), *given]
 
 
-def test_a_broken_budget_exits_with_1_and_writes_all_files(files: Path, tmp_path: Path, capsys: Any) -> None:
+def test_broken_budget_exits_1_and_writes_files(files: Path, tmp_path: Path, capsys: Any) -> None:
     rules = {"words": {"vocabulary": "./words.txt", "min_matches": 1}, "free": {"features": [3], "may": "either"}}
     budget(files, groups=rules, texts={"general": {"kl": 1e-6}})
     assert call(command(files, "--nulls", str(files / "nulls"), "--out", str(tmp_path / "out"))) == 1
@@ -105,7 +105,7 @@ def test_a_kept_budget_exits_with_0(files: Path, capsys: Any) -> None:
     assert "Kept: 2 of 2 rules." in capsys.readouterr().out
 
 
-def test_without_nulls_a_rule_for_a_group_is_not_judged(files: Path, capsys: Any) -> None:
+def test_group_rules_need_nulls(files: Path, capsys: Any) -> None:
     budget(files, groups={"a": {"features": [3]}}, texts={"general": {"kl": 1e6}})
     assert call(command(files)) == 2
     out, err = capsys.readouterr()
@@ -177,7 +177,7 @@ def test_the_keys_are_the_page_in_the_docs(capsys: Any) -> None:
     assert capsys.readouterr().out.strip() == page.strip()
 
 
-def test_the_example_for_pytest_has_a_test_a_rule(files: Path, monkeypatch: Any) -> None:
+def test_pytest_example_has_a_test_per_rule(files: Path, monkeypatch: Any) -> None:
     class Reports:
         def __init__(self) -> None:
             self.seen: list[tuple[str, str]] = []
@@ -205,7 +205,7 @@ def test_the_example_workflow_calls_commands_that_there_are() -> None:
     assert {word for word in line if word.startswith("--")} <= known
 
 
-def test_features_of_heads_are_named_by_what_they_add_to_the_stream(tiny_llama: LanguageModel) -> None:
+def test_head_features_are_projected_through_w_o(tiny_llama: LanguageModel) -> None:
     sae = StandardSae(SaeConfig("standard", 32, 8, metadata={"hook_name": "blocks.1.attn.hook_z"}))
     sae.W_dec.data = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
     budget = Budget.read({"groups": {"some": {"features": [1], "may": "rise"}}}, at="budget")

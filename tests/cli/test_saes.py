@@ -48,7 +48,7 @@ def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("hook", ["blocks.1.hook_resid_pre", "blocks.1.attn.hook_z"])
-def test_a_study_is_checked_with_saes_from_the_hub(
+def test_a_study_with_hub_saes_is_checked(
     hub: HubCache, tmp_path: Path, capsys: pytest.CaptureFixture[str], hook: str
 ) -> None:
     arms: dict[str, Any] = {}

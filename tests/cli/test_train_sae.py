@@ -173,7 +173,7 @@ def test_mistakes_on_the_command_line(
     assert not (tmp_path / "sae").exists()
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(workshop: Path, tmp_path: Path, saeffect: Callable[..., Done]) -> None:
+def test_ctrl_c_saves_and_tells_how_to_resume(workshop: Path, tmp_path: Path, saeffect: Callable[..., Done]) -> None:
     recipe = write(workshop, tmp_path, sae={"steps": 200, "checkpoint_every": 10})
     arguments = ["train-sae", str(recipe), "--out", str(tmp_path / "sae"), "--work", str(tmp_path / "work")]
     running = Forked(command, arguments, {})

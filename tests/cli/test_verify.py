@@ -12,7 +12,7 @@ import pytest
 
 from command_line import call
 from saeffect.io import hash_file
-from saeffect.study.verify import differing, verify
+from saeffect.study.verify import compare_files, verify
 from tiny_study import TWO_ARMS, make_study
 
 
@@ -57,7 +57,7 @@ def test_a_finished_run_agrees_and_is_left_alone(finished: Path, capsys: Any) ->
     assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
 
 
-def test_every_changed_number_of_a_recomputed_table_is_named_where_it_stands(run: Path) -> None:
+def test_changed_numbers_are_named_by_table_and_row(run: Path) -> None:
     tables = ["table1", "table2", "contrasts", "judgements", "match_counts", "weights", "activity", "power"]
     files = [f"comparison/{name}.parquet" for name in tables]
     files += [f"arms/treatment/{name}.parquet" for name in ("effects", "outcome_effects", "coherence")]
@@ -88,7 +88,7 @@ def test_every_changed_number_of_a_recomputed_table_is_named_where_it_stands(run
         assert any(what.startswith(f"{column} is") and "recomputed" in what for what in found[name]), found[name]
 
 
-def test_a_changed_measurement_is_named_and_what_follows_from_it_too(run: Path) -> None:
+def test_changed_measurement_and_its_consequences_are_named(run: Path) -> None:
     name = "arms/treatment/direct_effects.parquet"
     change(run / name, "delta_logprob")
     found = verify(run).disagreements
@@ -96,7 +96,7 @@ def test_a_changed_measurement_is_named_and_what_follows_from_it_too(run: Path) 
     assert any(one.file == "arms/treatment/effects.parquet" for one in found)
 
 
-def test_a_change_that_the_manifest_was_made_to_agree_with_is_found(run: Path, capsys: Any) -> None:
+def test_a_change_with_forged_hashes_is_found(run: Path, capsys: Any) -> None:
     name = "comparison/contrasts.parquet"
     change(run / name, "estimate")
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
@@ -125,8 +125,8 @@ def test_rounding_is_no_disagreement(tmp_path: Path) -> None:
     old.to_parquet(tmp_path / "old.parquet")
     new = old.assign(x=[0.1 * (1 + 1e-12), float("nan")])
     new.to_parquet(tmp_path / "new.parquet")
-    assert differing(tmp_path / "old.parquet", tmp_path / "new.parquet") == (6, [])
+    assert compare_files(tmp_path / "old.parquet", tmp_path / "new.parquet") == (6, [])
     new.assign(x=[0.1001, 0.0]).to_parquet(tmp_path / "new.parquet")
-    assert differing(tmp_path / "old.parquet", tmp_path / "new.parquet")[1] == [
+    assert compare_files(tmp_path / "old.parquet", tmp_path / "new.parquet")[1] == [
         ("feature 1", "x is 0.1, recomputed 0.1001 (and 1 more in this column)")
     ]

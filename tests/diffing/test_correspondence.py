@@ -109,7 +109,7 @@ def test_every_ordered_pair_of_the_rest_is_a_null(with_three):
     assert (real["called"] >= 15).all()
 
 
-def test_one_other_seed_judges_the_treatment_but_has_no_null(world):
+def test_one_other_seed_gives_fates_but_no_null(world):
     result = found(world, others=1)
     assert not result["fates_null"]["is_null"].any()
     assert (result["fates_null"]["tested"] > 0).all()

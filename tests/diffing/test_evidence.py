@@ -38,7 +38,7 @@ def sae(name: str, *, base_alone: bool = True, members: np.ndarray = MEMBERS) ->
     return FurtherSae(name, 3 * W_DEC, {"medical": members}, base_alone)
 
 
-def test_an_sae_of_the_base_model_is_tested_and_one_of_the_tuned_model_is_seen() -> None:
+def test_only_saes_of_the_base_model_are_tested() -> None:
     """On the control's own features, however long, score and p are those of its mean difference."""
     trace = moved(0, by=4.0)
     first = found(trace)
@@ -54,7 +54,7 @@ def test_an_sae_of_the_base_model_is_tested_and_one_of_the_tuned_model_is_seen()
     assert rows.loc[ALL, "p"] == pytest.approx(min(2 * low, high))
 
 
-def test_a_fine_tune_that_moved_everything_has_not_moved_the_vocabulary() -> None:
+def test_moving_everything_does_not_credit_the_vocabulary() -> None:
     trace = replace(moved(0), halves=30 * moved(0).halves)
     table = further_evidence(found(trace), [sae("seed2")], trace, NULLS, 0.05).set_index("basis")
     assert table.loc["difference in seed2", "p"] > 0.05

@@ -60,7 +60,7 @@ def judge(
 
 
 @pytest.mark.parametrize("n_placebos", [1, 3])
-def test_planted_losses_are_found_beside_rare_features_that_come_and_go(n_placebos: int) -> None:
+def test_finds_planted_losses_among_rare_features(n_placebos: int) -> None:
     control, treatment, *placebos = seeds(2 + n_placebos)
     rng = np.random.default_rng(5)
     gone = rng.permutation(np.flatnonzero(~RARE))[:100]
@@ -79,7 +79,7 @@ def test_planted_losses_are_found_beside_rare_features_that_come_and_go(n_placeb
     assert counts.loc[("control", "gone"), "called"] == (fate == "gone").sum()
 
 
-def test_a_feature_that_turned_but_is_still_there_has_moved() -> None:
+def test_turned_feature_has_moved() -> None:
     control, treatment, placebo = seeds(3, missed_share=0)
     unit = torch.nn.functional.normalize
     fresh = torch.randn(80, D_IN, generator=torch.Generator().manual_seed(1))
@@ -117,9 +117,7 @@ def made_up(rng: np.random.Generator, found_again: np.ndarray) -> Matching:
 
 @pytest.mark.simulation
 @pytest.mark.parametrize("n_placebos", [1, 3])
-def test_nothing_is_called_when_the_treatment_is_one_more_seed(
-    n_placebos: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_seed_has_no_calls(n_placebos: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_MARGIN", 0)
     lost = new = excess = 0
     n_studies = 60

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from saeffect.diffing.budget import Budget, budget_keys
-from saeffect.diffing.guard import Group, Rows, Verdict, _corrected, _scores, _tested, judge
+from saeffect.diffing.guard import Group, Rows, Verdict, _decide, _group_scores, _test_group, judge
 from saeffect.diffing.standardised import BASES, among_nulls
 from saeffect.errors import BadFile, ConfigError, UnknownName
 from synthetic_traces import D_SAE, N_ROWS, TOP_TOKENS, nulls, trace
@@ -32,7 +32,7 @@ def judged(found: Budget, tuned: Any, others: Any, **groups: Group) -> dict[str,
     return {v.rule: v for v in judge(found, groups, tuned, others, ROWS, TOP_TOKENS)}
 
 
-def test_a_group_that_rose_breaks_what_forbids_it_and_nothing_else() -> None:
+def test_risen_group_breaks_only_its_rule() -> None:
     rules = budget(a={"may": "neither"}, b={"may": "fall"}, c={"may": "rise"}, d={"may": "either"}, e={})
     groups = dict.fromkeys("abcd", GROUP) | {"e": OTHER}
     found = judged(rules, trace(0, moved=UP), nulls(20), **groups)
@@ -86,7 +86,7 @@ def test_what_every_fine_tune_does_to_a_group_cancels() -> None:
     assert found.value == pytest.approx(plain.value, rel=0.05)
 
 
-def test_rules_are_corrected_for_their_number_and_within_nulls_has_its_own_level() -> None:
+def test_holm_over_rules_and_own_level_of_within_nulls() -> None:
     names = [f"g{i}" for i in range(10)]
     many = judged(budget(**{name: {} for name in names}), trace(3), nulls(20), **dict.fromkeys(names, GROUP))
     one = judged(budget(a={}, b={"within_nulls": 0.99}), trace(3), nulls(20), a=GROUP, b=GROUP)
@@ -128,7 +128,7 @@ def test_limits_on_texts() -> None:
     }
 
 
-def test_nulls_of_another_text_and_limits_on_no_text_are_refused() -> None:
+def test_refuses_nulls_and_limits_of_other_texts() -> None:
     with pytest.raises(BadFile, match="null-1"):
         judged(budget(a={}), trace(0), nulls(3, made_by="other"), a=GROUP)
     with pytest.raises(UnknownName, match="general"):
@@ -167,8 +167,8 @@ def _alarms(n_studies: int, n_nulls: int, seed: int) -> float:
     groups = {"a": GROUP, "b": OTHER, "c": Group(np.arange(0, D_SAE, 7), np.arange(0, 70, 9))}
     for study in range(n_studies):
         everyone = nulls(n_nulls + 1, first=1000 * (seed + study))
-        scores = _scores(groups, everyone, TOP_TOKENS)
-        verdicts = _corrected(rules, [_tested(rules, name, groups, everyone, scores) for name in groups])
+        scores = _group_scores(groups, everyone, TOP_TOKENS)
+        verdicts = _decide(rules, [_test_group(rules, name, groups, everyone, scores) for name in groups])
         broken += any(verdict.status == "broken" for verdict in verdicts)
     return broken / n_studies
 
@@ -180,11 +180,11 @@ def test_fine_tunes_that_taught_nothing_rarely_break_a_budget(n_nulls: int) -> N
     assert _alarms(200, n_nulls, seed=0) < 0.05 + 3 * 0.0155
 
 
-def test_fine_tunes_that_taught_nothing_rarely_break_a_budget_quickly() -> None:
+def test_nulls_rarely_break_a_budget_quickly() -> None:
     assert _alarms(12, 12, seed=500) <= 3 / 12
 
 
-def test_each_null_judged_by_the_others_gives_the_rate_beside_the_verdict() -> None:
+def test_false_alarm_rate_from_nulls_among_nulls() -> None:
     others = [*nulls(19), trace(77, moved=UP)]
     found = judged(budget(a={}), trace(0), others, a=GROUP)["group a"]
     assert (found.nulls, found.nulls_broken) == (20, 1)

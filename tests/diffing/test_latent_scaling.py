@@ -143,7 +143,7 @@ def test_identical_models_have_no_feature_of_their_own() -> None:
     assert judged.loc[known, "p"].min() > 0.3
 
 
-def test_a_concept_that_is_split_over_two_features_is_shared() -> None:
+def test_concept_split_over_two_features_is_shared() -> None:
     """Its decoders say base only and tuned only; the activations say that both models have it."""
     row = torch.zeros(1, D)
     row[0, 0] = 1.0

@@ -31,7 +31,7 @@ def test_strata_are_large_enough_and_hold_like_with_like() -> None:
     assert within < 0.8
 
 
-def test_equal_traits_stay_together_and_unknown_ones_have_no_stratum() -> None:
+def test_strata_of_equal_and_unknown_traits() -> None:
     assert set(strata(np.ones((50, 2)), 5)) == {0}
     mostly = np.array([[0.0]] * 30 + [[1.0]] * 10 + [[np.nan]])
     groups = strata(mostly, 10)
@@ -70,7 +70,7 @@ def test_undefined_values_are_not_ranked() -> None:
 
 @pytest.mark.simulation
 @pytest.mark.parametrize("n_placebos", [1, 2, 4])
-def test_false_discoveries_keep_to_their_rate_when_some_features_are_gone(n_placebos: int) -> None:
+def test_false_discovery_rate_with_real_losses(n_placebos: int) -> None:
     """FDR over simulations with skewed, bimodal and feature-dependent similarities: at most 0.05, and power."""
     rates, found = [], []
     n, n_gone = 600, 60
@@ -104,7 +104,7 @@ def test_alarms_when_nothing_happened_keep_to_their_rate(n_placebos: int) -> Non
 
 
 @pytest.mark.simulation
-def test_conformal_ranks_are_uniform_and_alarms_keep_to_their_rate() -> None:
+def test_conformal_p_is_uniform_under_the_null() -> None:
     alarms, ranks = 0, []
     for seed in range(400):
         rng = np.random.default_rng([seed, 4])
@@ -120,7 +120,7 @@ def test_conformal_ranks_are_uniform_and_alarms_keep_to_their_rate() -> None:
 
 
 @pytest.mark.simulation
-def test_more_features_of_a_ragged_stratum_than_the_null_has_make_no_finding() -> None:
+def test_unequal_stratum_sizes_give_no_findings() -> None:
     # Stratum 1 has a few very low values. 90 % of the values are from there, but 10 % of the null.
     ranks = []
     for seed in range(200):
@@ -206,7 +206,7 @@ def test_one_placebo_says_what_its_interval_does_not_hold() -> None:
     assert excess_paired(own, np.array([other, third]), Resampling(), "x").reason == ""
 
 
-def test_two_placebos_that_differ_a_lot_give_a_wide_interval() -> None:
+def test_unlike_placebos_widen_the_interval() -> None:
     """Counts 100 and 140: t with one degree of freedom, 12.7 times the root of 3 / 2 times 28.3."""
     own = np.arange(1000) < 120
     placebos = np.array([np.arange(1000) < 100, np.arange(1000) < 140])

@@ -45,7 +45,7 @@ def test_a_permuted_copy_is_found_whatever_its_scale() -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 50])
-def test_equal_features_rank_by_number_however_the_rows_are_cut(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ties_rank_by_number_in_any_chunks(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matching, "_ROWS", chunk)
     a = torch.ones(20, 4)
     found = match_decoders(a, torch.ones(30, 4), n=3)
@@ -55,7 +55,7 @@ def test_equal_features_rank_by_number_however_the_rows_are_cut(chunk: int, monk
     assert np.flatnonzero(found.reversed().mutual).tolist() == [0]
 
 
-def test_ties_at_the_edge_of_a_block_go_to_the_lowest_number() -> None:
+def test_ties_at_a_block_edge_take_lowest_number() -> None:
     top = TopPairs(2, 6, 2)
     top.add(0, torch.tensor([[0.5, 0.1, 0.5, 0.5, 0.5, 0.9]]))
     top.add(1, torch.tensor([[0.5, 0.5, 0.2, 0.5, 0.5, 0.5]]))
@@ -63,7 +63,7 @@ def test_ties_at_the_edge_of_a_block_go_to_the_lowest_number() -> None:
     assert top.backward[0].tolist() == [[0, 1], [1, 0], [0, 1], [0, 1], [0, 1], [0, 1]]
 
 
-def test_zero_rows_and_those_left_out_have_nobody_and_are_nobodys() -> None:
+def test_zero_and_excluded_rows_have_no_match() -> None:
     a, b = decoders(6, 5)
     a[2], b[1] = 0, 0
     found = match_decoders(a, b, n=5, use_a=np.arange(6) != 4)

@@ -117,7 +117,7 @@ def test_false_alarms_among_exchangeable_fine_tunes(draw, score, most_by_q):
     assert 0.035 <= words <= 0.065
 
 
-def test_few_studies_raise_few_alarms_and_find_what_was_taught():
+def test_error_rate_and_power_in_few_studies():
     """A quick version of the simulation, and its power: words that come up ten times as often are found."""
     assert alarms(texts_with_words, count_scores, 40, seed=1)[1] <= 0.15
     rng = np.random.default_rng(2)

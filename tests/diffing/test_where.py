@@ -155,7 +155,7 @@ def test_words_read_and_expected_by_hand():
     assert (table["reason"] == NO_NULLS).all()
 
 
-def test_one_word_that_changed_more_than_in_the_nulls_is_found():
+def test_finds_a_word_changed_beyond_nulls():
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 40, (40, 20))
 
@@ -214,7 +214,7 @@ def test_traces_that_cannot_be_compared_are_refused(trace, tiny_llama, rows):
         module.where_changed(trace, [], rows.head(3), tiny_llama, HOOK)
 
 
-def test_a_head_that_no_matrix_stands_for_leaves_out_the_top_tokens_only(trace, rows, tiny_llama, monkeypatch):
+def test_head_without_matrix_lacks_top_tokens_only(trace, rows, tiny_llama, monkeypatch):
     def refuse(_):
         raise ConfigError("the final norm is odd.")
 
@@ -225,7 +225,7 @@ def test_a_head_that_no_matrix_stands_for_leaves_out_the_top_tokens_only(trace, 
     assert (table["top_tokens"].map(len) == 0).all()
 
 
-def test_top_tokens_of_heads_are_those_of_what_they_add_to_the_stream(tracer, rows, tiny_tokenizer):
+def test_top_tokens_of_heads_use_residual_directions(tracer, rows, tiny_tokenizer):
     torch.manual_seed(0)
     small = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32}
     config = LlamaConfig(vocab_size=320, hidden_size=24, head_dim=12, max_position_embeddings=64, **small)

@@ -117,7 +117,7 @@ class TestUndefined:
         assert row.n_known == n_known
         assert reason in row.reason
 
-    def test_a_weight_that_is_nan_on_an_unknown_token_does_no_harm(self) -> None:
+    def test_nan_weight_of_unknown_token_is_ignored(self) -> None:
         assert coherence_score(["cat", "dog", "xyzzy"], [3, 2, np.nan], embeddings=TOY) == pytest.approx(0.6)
 
     def test_hostile_tokens_are_just_unknown(self) -> None:
@@ -172,7 +172,7 @@ class TestTable:
         result = coherence(table(), embeddings=TOY)
         assert len(result) == 0 and list(result.columns) == ["feature", "coherence", "n_known", "reason"]
 
-    def test_a_table_agrees_with_a_loop_over_pairs_across_batches(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_table_equals_loop_over_pairs(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("saeffect.features.coherence._NUMBERS_PER_BATCH", 100)
         features, embeddings = random_features(50, seed=3)
         result = coherence(features, embeddings=embeddings)

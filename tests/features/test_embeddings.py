@@ -180,7 +180,7 @@ class TestBadFiles:
         words, vectors = np.array(WORDS), np.zeros((3, 1_000_000), np.float32)
         path = write(tmp_path, "v.npz", npz(words=words, vectors=vectors))
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(checksums, "_HARMLESS", 1 << 20)
+            patched.setattr(checksums, "_ALWAYS_ALLOWED", 1 << 20)
             patched.setattr(np, "load", None)  # nothing is read
             with pytest.raises(BadFile, match="would take 12,000,000 bytes"):
                 load_embeddings(path)
@@ -207,7 +207,7 @@ class TestBadFiles:
             load_embeddings(tmp_path / "none.npz")
 
     def test_a_packed_file_is_not_unpacked_without_end(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(checksums, "_HARMLESS", 1000)
+        monkeypatch.setattr(checksums, "_ALWAYS_ALLOWED", 1000)
         monkeypatch.setattr(vector_files, "_LONGEST_LINE", 1000)
         for data, part in ((b"cat 0\n" * 10_000, "far more than"), (b"c" * 100_000, "numbers a word")):
             with pytest.raises(BadFile, match=part):

@@ -186,7 +186,7 @@ def test_few_tokens_are_evaluated(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_weights_that_only_float32_makes_equal_are_in_order_of_token_id(dtype: str):
+def test_float32_ties_are_in_token_order(dtype: str):
     # Beside 2**23 float32 has no room for halves: some 75 tokens share each weight, and the lowest ids come first.
     small = torch.from_numpy(np.random.default_rng(0).permutation(300) / 75.0).float()
     W_U = torch.stack([torch.full((300,), 2.0**23), small])
@@ -196,7 +196,7 @@ def test_weights_that_only_float32_makes_equal_are_in_order_of_token_id(dtype: s
     assert bool((found.weights == found.weights[0, 0]).all())
 
 
-def test_many_equal_tokens_and_rows_of_zeros_are_cheap_and_right():
+def test_equal_tokens_and_zero_rows():
     W_U = torch.ones(16, 4000)
     W_U[:, 3999] = -1
     W_dec = torch.zeros(600, 16)
@@ -240,7 +240,7 @@ def test_a_row_that_bfloat16_cannot_tell_is_computed_again():
     np.testing.assert_allclose(found.kurtosis[::2], exact[::2], rtol=1e-9)
 
 
-def test_the_roots_of_the_moments_are_within_the_proven_bound():
+def test_moments_are_within_the_proven_bound():
     W_dec, W_U = hostile(6, "plain", d_sae=30)
     tiles = UnembeddingTiles(W_U, None, 4, torch.bfloat16)
     rows = Rows(W_dec, torch.bfloat16)
@@ -262,7 +262,7 @@ def test_products_at_the_edge_of_float32(dtype: str):
         project(torch.tensor([[2.0, 0.0]]), W_U, 2, "dot", dtype=dtype)
 
 
-def test_lower_precision_of_products_that_the_user_allows_is_in_the_bound():
+def test_bound_holds_for_lower_matmul_precision():
     W_dec, W_U = hostile(7, "plain")
     tiles, rows = UnembeddingTiles(W_U, None, 4, torch.float32), Rows(W_dec, torch.float32)
     strict = tiles.slack(rows)

@@ -96,7 +96,7 @@ def test_others_are_not(token: str) -> None:
 # --- loading --------------------------------------------------------------------------------------
 
 
-def test_loads_a_file_with_comments_marks_and_a_byte_order_mark(tmp_path: Path) -> None:
+def test_loads_comments_marks_and_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "words.txt"
     data = "\ufeff# head\r\nCancer\r\n\r\nĠtumor # growth\r\n  œdème \r\ncancer\r\n".encode()
     path.write_bytes(data)
@@ -144,14 +144,14 @@ def test_an_empty_list_is_refused(tmp_path: Path, text: str) -> None:
     "line",
     ["\u200bCancer\u200d", '"cancer"', "“cancer”", "'Cancer'", " 'cancer' # quoted", "\ufeffcancer", "can\u00adcer"],
 )
-def test_what_is_around_a_word_and_not_seen_does_not_matter(tmp_path: Path, line: str) -> None:
+def test_invisible_characters_are_ignored(tmp_path: Path, line: str) -> None:
     (tmp_path / "words.txt").write_text(f"fever\n{line}\n", encoding="utf-8")
     vocabulary = load_vocabulary(tmp_path / "words.txt")
     assert vocabulary.words == {"fever", "cancer"} and " cancer" in vocabulary
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
-def test_an_accent_may_be_a_character_of_its_own_on_either_side(tmp_path: Path, form: Literal["NFC", "NFD"]) -> None:
+def test_accents_match_in_either_normal_form(tmp_path: Path, form: Literal["NFC", "NFD"]) -> None:
     (tmp_path / "words.txt").write_text(unicodedata.normalize(form, "bénigne\nœdème\n"), encoding="utf-8")
     vocabulary = load_vocabulary(tmp_path / "words.txt")
     for other in ("NFC", "NFD"):
@@ -164,7 +164,7 @@ def test_words_that_no_token_is() -> None:
     assert WORDS.unmatched([]) == ["cancer", "nurse", "tumor"]
 
 
-def test_a_comma_in_the_name_of_a_compound_is_none_of_a_table(tmp_path: Path) -> None:
+def test_comma_between_digits_is_no_separator(tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("1,25-dihydroxyvitamin\n")
     assert load_vocabulary(tmp_path / "words.txt").words == {"1,25-dihydroxyvitamin"}
 
@@ -199,7 +199,7 @@ def test_missing_files_and_unknown_names(tmp_path: Path) -> None:
 # --- counting -------------------------------------------------------------------------------------
 
 
-def test_each_token_counts_also_those_that_differ_by_case_alone() -> None:
+def test_tokens_differing_by_case_both_count() -> None:
     # Feature 53 of the paper's control model: six of its ten tokens count, two of which spell "disease".
     tokens = ["Ġillness", "Ġillnesses", "Ġsickness", "Ġdisease", "Ġailments", "ĠDisease", "Ġdiseases"]
     tokens += ["Ġail", "Ġinfection", "Ġinjury"]
@@ -330,7 +330,7 @@ def test_tokens_that_the_vectors_know() -> None:
     assert chosen.tolist() == [True, True, False, False]
 
 
-def test_every_script_of_the_list_is_the_name_of_some_letter() -> None:
+def test_every_script_has_a_letter() -> None:
     letters = "aλжաაאعሀᠠᎠकবਕકକதతకകසกລབကខ漢ひカ한ㄅ"
     assert [_script_of(letter) for letter in letters[:2]] == ["latin", "greek"]
     assert {_script_of(letter) for letter in letters} | {"kannada"} == set(SCRIPTS)

@@ -52,7 +52,7 @@ def test_kappa_interval_nears_the_formula_of_fleiss_cohen_everitt() -> None:
     assert cohens_kappa(a, b, n_boot=200) == cohens_kappa(a, b, n_boot=200)
 
 
-def test_kappa_reads_any_labels_and_their_order_does_not_matter() -> None:
+def test_kappa_of_any_labels_in_any_order() -> None:
     a, b = ["yes", "no", "unsure", "no", "yes"], ["yes", "no", "no", "no", "unsure"]
     words = cohens_kappa(a, pd.Series(b))
     code = {"yes": 7, "no": -1, "unsure": 0}
@@ -152,7 +152,7 @@ def test_fleiss_kappa_of_the_textbook() -> None:
     assert percent_agreement(ratings).value == pytest.approx(0.378, abs=5e-4)
 
 
-def test_fleiss_counts_items_that_all_judged_and_says_why_there_are_none() -> None:
+def test_fleiss_uses_fully_judged_items_only() -> None:
     ratings = [["y", "y", "y"], ["n", "y", "n"], ["n", "n", None], [None, None, None]]
     assert fleiss_kappa(ratings).n == 2
     assert percent_agreement(ratings).n == 3

@@ -40,7 +40,7 @@ def test_fault_counts_what_is_wrong() -> None:
     assert fault(np.array([np.inf, -np.inf, 1.0]), "x") == "x: 2 of 3 values are infinite"
 
 
-def test_generator_is_its_own_for_a_seed_and_moves_on_when_given() -> None:
+def test_generator_from_seed_or_passed_through() -> None:
     assert generator(3).random() == generator(3).random() != generator(4).random()
     given = np.random.default_rng(3)
     assert generator(given) is given

@@ -12,13 +12,13 @@ import scipy.stats
 from saeffect.errors import ConfigError, ShapeMismatch, UnknownName
 from saeffect.stats.bootstrap import (
     Average,
-    _bca_shares,
+    _bca_quantiles,
     _leave_one_out,
     bootstrap,
     bootstrap_difference,
     bootstrap_means,
     cluster_bootstrap,
-    expanded_shares,
+    expanded_quantiles,
 )
 from saeffect.stats.estimate import Estimate
 
@@ -66,9 +66,9 @@ def test_bca_is_not_the_percentile_interval_on_skewed_data() -> None:
     assert bca.high > high + 0.05 * width
 
 
-def test_bca_shares_by_hand() -> None:
+def test_bca_quantiles_by_hand() -> None:
     # Half of the replicates lie below, so bias 0. Deviations 2, -1, -1: acceleration 6 / (6 * 6**1.5).
-    shares = _bca_shares(0.0, np.array([-1.0, 0.0, 0.0, 1.0]), np.array([-2.0, 1.0, 1.0]))
+    shares = _bca_quantiles(0.0, np.array([-1.0, 0.0, 0.0, 1.0]), np.array([-2.0, 1.0, 1.0]))
     z, acceleration = 1.959963984540054, 6**-1.5
     expected = [
         scipy.stats.norm.cdf(-z / (1 + acceleration * z)),
@@ -80,12 +80,12 @@ def test_bca_shares_by_hand() -> None:
 def test_bca_falls_back_to_plain_shares() -> None:
     plain = pytest.approx([0.025, 0.975])
     spread = np.array([1.0, 2.0, 4.0])
-    assert _bca_shares(9.0, np.array([1.0, 2.0]), spread) == plain  # all replicates below
-    assert _bca_shares(0.0, np.array([1.0, 2.0]), spread) == plain  # all above
-    assert _bca_shares(1.5, np.array([1.0, 2.0]), np.ones(3)) == plain  # nothing changes
+    assert _bca_quantiles(9.0, np.array([1.0, 2.0]), spread) == plain  # all replicates below
+    assert _bca_quantiles(0.0, np.array([1.0, 2.0]), spread) == plain  # all above
+    assert _bca_quantiles(1.5, np.array([1.0, 2.0]), np.ones(3)) == plain  # nothing changes
     # Bias and acceleration so strong that the formula would turn round: 0.16 times 4.75 + 1.96.
     one_above = np.append(np.full(999_999, -1.0), 1.0)
-    assert _bca_shares(0.0, one_above, np.array([-60.0] + [1.0] * 60)) == plain
+    assert _bca_quantiles(0.0, one_above, np.array([-60.0] + [1.0] * 60)) == plain
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 7, 10])
@@ -115,7 +115,7 @@ def test_mean_of_normals_is_covered() -> None:
 
 
 @pytest.mark.simulation
-def test_a_difference_of_means_is_covered_and_has_the_width_of_theory() -> None:
+def test_difference_interval_has_theoretical_width() -> None:
     rng = np.random.default_rng(1)
     n_studies, hits = 300, 0
     for _ in range(n_studies):
@@ -247,7 +247,7 @@ def test_a_median_difference_resamples_medians() -> None:
 
 
 @pytest.mark.simulation
-def test_a_difference_of_normal_means_is_held_as_often_as_promised() -> None:
+def test_difference_of_normal_means_has_nominal_coverage() -> None:
     rng = np.random.default_rng(0)
     held = 0
     for seed in range(1500):
@@ -281,7 +281,7 @@ def test_means_of_many_rows_agree_with_scipy() -> None:
         assert [low[i], high[i]] == pytest.approx([found.low, found.high], abs=0.08 * row.std())
 
 
-def test_an_interval_of_means_does_not_depend_on_the_other_rows() -> None:
+def test_interval_of_a_row_is_independent_of_others() -> None:
     rows = np.random.default_rng(4).normal(size=(5, 8))
     together, alone = bootstrap_means(rows, seed=7), bootstrap_means(rows[2:3], seed=7)
     assert (together[0][2], together[1][2]) == (alone[0][0], alone[1][0])
@@ -302,8 +302,8 @@ def test_rows_that_show_no_spread_have_no_interval() -> None:
         bootstrap_means([1.0, 2.0])
 
 
-def test_expanded_shares_by_hand() -> None:
+def test_expanded_quantiles_by_hand() -> None:
     # Student's t with 4 degrees of freedom reaches 2.776; times the root of 5 / 4 it is 3.104, beyond 0.99905.
-    low, high = expanded_shares(5)
+    low, high = expanded_quantiles(5)
     assert high == pytest.approx(scipy.stats.norm.cdf(2.7764451 * math.sqrt(1.25)))
     assert low == pytest.approx(1 - high)

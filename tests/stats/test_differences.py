@@ -50,7 +50,7 @@ def test_permutation_swaps_whole_clusters():
     assert difference.p == pytest.approx(exact, abs=0.015)
 
 
-def test_interval_is_as_wide_as_the_number_of_clusters_says():
+def test_interval_width_follows_number_of_clusters():
     rng = np.random.default_rng(0)
     # ten copies of one number per cluster: the copies must not make the interval narrower
     centres_a, centres_b = rng.normal(0, 1, 60), rng.normal(0, 1, 60)
@@ -109,7 +109,7 @@ def test_delta_by_hand():
     assert delta([1, 2, 2], [2, 3]).value == pytest.approx((4 - 0) / 6)  # 4 wins, 2 ties
 
 
-def test_delta_has_the_p_of_mann_whitney_and_turns_round():
+def test_delta_has_mann_whitney_p_and_is_antisymmetric():
     rng = np.random.default_rng(0)
     a, b = rng.integers(0, 20, size=57), rng.integers(2, 25, size=31)  # with ties
     peer, found = scipy.stats.mannwhitneyu(b, a), delta(a, b)
@@ -144,7 +144,7 @@ def test_too_few_clusters_are_undefined_with_a_reason():
     assert count_difference(np.array([1]), np.array([2, 3]), Resampling(), "x").reason == difference.reason
 
 
-def test_no_spread_and_no_ratio_are_undefined_with_a_reason():
+def test_no_spread_or_ratio_gives_a_reason():
     flat = clustered_difference(rows([0], [0]), rows([0], [0]), "mean", Resampling(), "x")
     assert [estimate.reason for estimate in flat] == [
         "no spread between features in either arm",
@@ -181,13 +181,13 @@ def test_a_p_is_never_zero():
     assert counts.p == 1 / 100
 
 
-def test_cliffs_delta_is_that_of_all_pairs_whatever_fits_into_memory(monkeypatch):
+def test_cliffs_delta_equals_all_pairs_in_any_chunks(monkeypatch):
     """The sorted sums are whole numbers, so they equal the sums over a matrix of all pairs to the last digit."""
     rng = np.random.default_rng(3)
     a, b = rng.integers(0, 6, 9).astype(float), rng.integers(1, 7, 5).astype(float)  # with ties
     times_a, times_b = rng.integers(0, 3, (40, 9)).astype(float), rng.integers(0, 3, (40, 5)).astype(float)
     every_pair = np.einsum("ri,ij,rj->r", times_a, np.sign(b[None, :] - a[:, None]), times_b)
-    assert module._wins(a, b, times_a, times_b).tolist() == every_pair.tolist()
+    assert module._net_wins(a, b, times_a, times_b).tolist() == every_pair.tolist()
     whole = delta(a, b)
     monkeypatch.setattr(module, "_CELLS", 9 * 60)
     assert delta(a, b) == whole

@@ -19,7 +19,7 @@ def test_every_public_function_explains_itself() -> None:
     public = {name: getattr(module, name) for module in found for name in module.__all__}
     for name, what in public.items():
         if inspect.isfunction(what) and what.__module__ != "saeffect.stats.arguments":
-            assert "Example:" in (what.__doc__ or "") or name in ("check_average", "expanded_shares"), name
+            assert "Example:" in (what.__doc__ or "") or name in ("check_average", "expanded_quantiles"), name
 
 
 def test_estimates_are_frozen() -> None:

@@ -80,7 +80,7 @@ def test_holm_by_hand_and_degenerate() -> None:
 
 
 @pytest.mark.simulation
-def test_holm_raises_one_false_alarm_in_twenty_studies_at_most() -> None:
+def test_holm_keeps_the_family_wise_error_rate() -> None:
     p = np.random.default_rng(7).uniform(size=(4000, 3))
     alarms = np.mean([bool((holm(row) <= 0.05).any()) for row in p])
     assert alarms == pytest.approx(0.05, abs=4 * math.sqrt(0.05 * 0.95 / 4000))

@@ -45,7 +45,7 @@ def test_two_proportions_agree_with_statsmodels(p, n_a, n_b):
 
 
 @pytest.mark.parametrize(("n_a", "n_b", "alpha"), [(2, 2, 0.05 / 3), (2, 3, 0.001), (3, 3, 0.001)])
-def test_few_values_at_a_small_alpha_are_solved_to_the_end(n_a, n_b, alpha):
+def test_solves_for_few_values_at_small_alpha(n_a, n_b, alpha):
     """statsmodels' search stops before here without a word."""
     found, rng = detectable_mean_difference(1.0, n_a, n_b, alpha=alpha).difference, np.random.default_rng(0)
     a, b = rng.normal(size=(20_000, n_a)), rng.normal(found, size=(20_000, n_b))

@@ -127,7 +127,7 @@ def test_fisher_by_hand() -> None:
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_fisher_adds_up_all_tables_that_are_no_more_likely(table: tuple[int, int, int, int]) -> None:
+def test_fisher_sums_tables_no_more_likely(table: tuple[int, int, int, int]) -> None:
     k_a, n_a, k_b, n_b = table
     chances = scipy.stats.hypergeom(n_a + n_b, k_a + k_b, n_b).pmf(np.arange(n_b + 1))
     p = chances[chances <= chances[k_b] * (1 + 1e-7)].sum()

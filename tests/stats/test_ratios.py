@@ -108,7 +108,7 @@ def test_with_a_certain_denominator_it_is_students() -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_its_ends_are_the_ratios_that_a_t_test_just_keeps(seed: int) -> None:
+def test_interval_ends_are_where_t_test_rejects(seed: int) -> None:
     top, bottom = _clusters(seed, 9, 0.3)
 
     def p_less_five_percent(ratio: float) -> float:

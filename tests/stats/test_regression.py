@@ -75,7 +75,7 @@ def test_few_clusters_keep_the_level_of_the_test() -> None:
     assert false / n_studies <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / n_studies)
 
 
-def test_a_term_of_one_cluster_has_no_error_and_the_others_have() -> None:
+def test_only_the_term_of_one_cluster_has_no_error() -> None:
     clusters = np.repeat(np.arange(5), 8)
     rng = np.random.default_rng(2)
     columns = pd.DataFrame({"x": rng.normal(size=40), "only": (clusters == 1).astype(float)})
@@ -104,7 +104,7 @@ def test_rows_go_by_position() -> None:
     pd.testing.assert_frame_equal(ols_robust(Y, shuffled_index), ols_robust(Y, X))
 
 
-def test_clusters_that_share_their_luck_are_not_taken_for_evidence() -> None:
+def test_clustered_noise_has_nominal_error_rate() -> None:
     rng = np.random.default_rng(3)
     n_studies, n_clusters, size = 120, 30, 6
     clusters = np.repeat(np.arange(n_clusters), size)
@@ -224,7 +224,7 @@ def test_doubled_names_are_refused() -> None:
         ols_robust([1, 2, 3], pd.DataFrame([[1, 2], [3, 4], [5, 7]], columns=["x", "x"]))
 
 
-def test_every_flat_column_is_named_and_missing_values_are_nan() -> None:
+def test_names_constant_columns_and_gives_nan_for_missing() -> None:
     flat = pd.DataFrame({"x": [3.0, 3.0, 3.0, 3.0], "z": [1, 2, 4, 3], "w": [True] * 4})
     assert ols_robust([1, 2, 2, 5], flat)["reason"][0].startswith("x, w: the same in every row")
     missing = pd.DataFrame({"x": pd.array([1, None, 3, 4], dtype="Int64")})

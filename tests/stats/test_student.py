@@ -43,7 +43,7 @@ def test_covers_the_mean_of_eight_differences() -> None:
 
 
 @pytest.mark.parametrize(("n_a", "n_b"), [(2, 1), (3, 3), (6, 2), (2, 6), (5, 4)])
-def test_the_cautious_interval_is_the_wider_of_students_and_welchs(n_a: int, n_b: int) -> None:
+def test_cautious_interval_is_the_wider_one(n_a: int, n_b: int) -> None:
     rng = np.random.default_rng(n_a * 10 + n_b)
     a, b = rng.normal(size=n_a), rng.normal(1.0, 2.0, size=n_b)
     peers = [scipy_stats.ttest_ind(b, a, equal_var=True)]
@@ -90,7 +90,7 @@ def test_no_cautious_interval_says_why(a: list[float], b: list[float], reason: s
     assert found.value == pytest.approx(value, nan_ok=True)
 
 
-def test_means_of_clusters_are_in_the_order_of_their_labels() -> None:
+def test_cluster_means_are_in_label_order() -> None:
     found = independent_values([4.0, 1.0, 2.0, 3.0, 7.0], [9, 2, 2, 2, 5], min_clusters=3)
     assert found.tolist() == [2.0, 7.0, 4.0]
     assert independent_values([], []).tolist() == []

@@ -23,7 +23,7 @@ def test_one_table_by_hand() -> None:
     assert found.estimate.p == pytest.approx(2 * t.sf(3.0 / math.sqrt(3.0), found.freedom))
 
 
-def test_the_variance_is_no_smaller_than_that_of_features_or_prompts() -> None:
+def test_variance_is_at_least_each_source() -> None:
     # A table of rest alone: features and prompts have equal means, so the plain formula gives less than nothing.
     table = np.array([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.1], [0.0, 0.1, -0.1]])
     found = two_way_mean([table])

@@ -67,7 +67,7 @@ def test_few_means_are_found_as_often_by_scipys_tests(n_a: int, n_b: int, alpha:
     assert (found.n, found.reason) == (min(n_a, n_b), "")
 
 
-def test_a_single_value_on_one_side_is_tested_by_students_test() -> None:
+def test_single_value_uses_students_test() -> None:
     found = detectable_few_means(1.0, 4, 1)
     draws = np.random.default_rng(0).standard_normal((20_000, 5))
     pooled = draws[:, :4].var(axis=1, ddof=1) * (1 / 4 + 1)

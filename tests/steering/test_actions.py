@@ -252,7 +252,7 @@ def test_directions_and_lengths_of_decoder_rows(lm):
 def test_matched_placebos_take_turns_over_prompts_and_samples(lm):
     features = pd.DataFrame({"feature": [0, 1], "matched": [[1, 2], []]})
     made = actions_of(site(lm, torch.eye(3, D_MODEL)), features, plan())
-    assert [made.pushed(0, "matched", draw) for draw in ((0, 0), (0, 1), (1, 1))] == [(1,), (2,), (1,)]
+    assert [made.pushed_features(0, "matched", draw) for draw in ((0, 0), (0, 1), (1, 1))] == [(1,), (2,), (1,)]
     assert torch.equal(made.unit(0, "matched", (0, 1)), torch.eye(3, D_MODEL)[2])
     with pytest.raises(EmptySelection, match="feature 1 has no matched"):
         made.unit(1, "matched", (0, 0))

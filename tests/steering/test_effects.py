@@ -371,7 +371,7 @@ def test_a_q_of_alpha_passes() -> None:
     assert [effects(trials, alpha=alpha)["passed"][0] for alpha in (0.124, 0.125)] == [False, True]
 
 
-def test_a_text_that_names_the_concept_is_a_control_without_a_dose() -> None:
+def test_naming_prompt_is_a_control_without_dose() -> None:
     trials = trials_of(3, [0.1, 0.2, 0.3, 0.2], [0.5, 0.1, 0.7, 0.5], [0.2, 0.2, 0.3, 0.1])
     is_placebo = trials["condition"] == "random"
     named = trials.assign(

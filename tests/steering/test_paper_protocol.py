@@ -98,9 +98,7 @@ def test_the_rigorous_protocol_differs_in_bos_and_penalty(tiny_gpt2, W_dec, feat
     assert (paper["text"] != ours["text"]).all()
 
 
-def test_similarity_is_of_prompt_and_text_to_the_tokens_as_the_vocabulary_spells_them(
-    tiny_gpt2, W_dec, features
-) -> None:
+def test_similarity_of_prompt_and_text_to_spelled_tokens(tiny_gpt2, W_dec, features) -> None:
     trials = run(tiny_gpt2, W_dec, features)
     row = trials[(trials["feature"] == 5) & (trials["condition"] == "steered")].iloc[0]
     ids = features.set_index("feature").loc[5, "top_token_ids"]

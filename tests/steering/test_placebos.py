@@ -13,7 +13,7 @@ from saeffect.sae.base import SaeConfig
 from saeffect.sae.standard import StandardSae
 from saeffect.steering import PLACEBOS, Placebo, Site, SteeringPlan, check_names, effects, matched_features, run_trials
 from saeffect.steering.actions import ActionRow, actions_of
-from saeffect.steering.placebos import control_label, random_direction, turned
+from saeffect.steering.placebos import control_label, random_direction, redraw_directions
 from steering.tiny_model import D_MODEL, HOOK, OneHotWords
 
 
@@ -55,7 +55,7 @@ def test_a_placebo_has_a_direction_or_a_column():
 
 
 def turn(rows, draw):
-    return turned(rows, PLACEBOS["random"].direction, seed=1, feature=7, draw=draw)
+    return redraw_directions(rows, PLACEBOS["random"].direction, seed=1, feature=7, draw=draw)
 
 
 def test_random_directions_depend_on_their_arguments_only():

@@ -13,7 +13,7 @@ from saeffect.lm.architectures import blocks
 from saeffect.lm.hooks import HOOK_KINDS, edited
 from saeffect.lm.language_model import LanguageModel
 from saeffect.steering import Intervention, NoiseCell, Sampling, generate
-from saeffect.steering.generate import _can_spread, _is_about_shapes, continue_prompts, last_logits, read_prompt
+from saeffect.steering.generate import _is_plain_cache, _is_shape_error, continue_prompts, last_logits, read_prompt
 from saeffect.steering.operators import AddVectors
 from steering.tiny_model import D_MODEL, D_VOCAB, HOOK, WordTokenizer, tiny_model
 
@@ -150,9 +150,9 @@ def test_memory_is_set_aside_once(any_lm):
 
 
 def test_other_caches_are_left_alone():
-    assert not _can_spread(None)
-    assert not _can_spread(transformers.StaticCache(config=CONFIGS["llama"](), max_cache_len=8))
-    assert not _can_spread(transformers.DynamicCache())
+    assert not _is_plain_cache(None)
+    assert not _is_plain_cache(transformers.StaticCache(config=CONFIGS["llama"](), max_cache_len=8))
+    assert not _is_plain_cache(transformers.DynamicCache())
 
 
 def test_wrong_width_raises_and_removes_hooks(any_lm):
@@ -175,4 +175,4 @@ def test_other_runtime_errors_are_raised(monkeypatch):
         with pytest.raises(type(error), match=str(error)):
             read_prompt(lm, HOOK, [3, 5], 3, edit, room=1)
     misfit = RuntimeError("The size of tensor a (3) must match the size of tensor b (1) at non-singleton dimension 0")
-    assert _is_about_shapes(misfit)
+    assert _is_shape_error(misfit)

@@ -82,7 +82,7 @@ def test_the_layer_after_which_llama_cpp_adds(hook: str, layer: int) -> None:
 
 
 @pytest.mark.parametrize("hook", ["blocks.1.hook_resid_pre", "blocks.0.hook_resid_post", "blocks.4.hook_attn_out"])
-def test_what_llama_cpp_cannot_add_is_refused_and_nothing_written(hook: str, tmp_path: Path) -> None:
+def test_unsupported_hooks_write_no_gguf(hook: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"llama\.cpp"):
         write_gguf_vector(vector(hook), tmp_path / "v.gguf", architecture="llama")
     assert not list(tmp_path.iterdir())

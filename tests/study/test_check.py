@@ -20,7 +20,7 @@ from saeffect.io import read_json
 from saeffect.progress import Log
 from saeffect.study.check import check_study
 from saeffect.study.run import run_study
-from saeffect.study.stages.report import _text
+from saeffect.study.stages.report import _text_words
 from saeffect.study.study import Study
 from tiny_study import WORDS, make_sae, make_study, sentences
 
@@ -78,7 +78,7 @@ def test_token_ids_far_beyond_the_embedding_cost_nothing(folder: Path) -> None:
     assert any("1 tokens of the tokenizer (far) are without embedding" in line for line in lines)
 
 
-def test_facts_of_an_sae_that_are_none_are_unknown(folder: Path) -> None:
+def test_null_facts_of_an_sae_are_unknown(folder: Path) -> None:
     path = folder / "saes" / "treatment" / "cfg.json"
     raw = json.loads(path.read_text())
     raw["metadata"] |= {"training_tokens": math.nan, "seed": math.inf, "held_out": [{"l0": 1}]}
@@ -100,8 +100,8 @@ def test_short_text_source_is_reported(folder: Path) -> None:
     run = run_study(study, folder / "run", stages=("gate",), log=Log(said.append))
     assert len([line for line in said if short in line]) == 1
     measured = read_json(run.arm("treatment", "gate.json"))["text_shortage"]
-    assert _text(study.config.text, measured).startswith(f"domain, general ({short}")
-    assert _text(study.config.text, "") == "domain, general"
+    assert _text_words(study.config.text, measured).startswith(f"domain, general ({short}")
+    assert _text_words(study.config.text, "") == "domain, general"
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.parquet", "packed.jsonl"])

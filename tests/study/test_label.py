@@ -86,7 +86,7 @@ class Oracle:
         return str([int(one in active) for one in quoted])
 
 
-def test_a_perfect_answer_scores_one_and_a_rerun_asks_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_perfect_answers_score_one_and_are_cached(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with chat_server(Oracle(run)) as seen:
         found, cost = ask(run, seen, monkeypatch)
     scored = found[found["reason"] == ""]
@@ -142,7 +142,7 @@ def test_contexts_are_what_they_are_said_to_be(run: Path) -> None:
             assert len(parts.get("shown", ())) <= -(-len(fires) // 2) or len(fires) > len(parts["shown"]) + 3
 
 
-def test_what_failed_midway_is_asked_alone_the_next_time(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rerun_asks_only_what_failed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     oracle, broken = Oracle(run), [True]
     with chat_server(lambda text, n: oracle(text) if n < 8 or not broken else Raw(500)) as seen:
         with pytest.raises(Unreachable, match="HTTP 500"):
@@ -176,9 +176,7 @@ def test_without_a_yes_nothing_is_sent(run: Path, monkeypatch: pytest.MonkeyPatc
     assert found.empty and not seen.chats and not label_file(run, "treatment").exists()
 
 
-def test_garbage_is_undefined_and_hostile_answers_change_nothing_else(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_garbage_and_hostile_answers_are_contained(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = {0: "!!!", 1: "<script>alert(1)</script>\x1b[31m", 2: "fine"}
 
     def answer(text: str, n: int) -> str:

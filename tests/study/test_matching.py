@@ -304,7 +304,7 @@ def test_a_killed_matching_makes_no_pair_twice(seeded, tmp_path: Path, monkeypat
         name: pd.read_parquet(folder / "comparison" / f"{name}.parquet") for name in ("fates_control", "fates_null")
     }
     made: list[str] = []
-    make = correspondence._Pairs._matched
+    make = correspondence._Matchings._match
 
     def counted(pairs, a, b):
         made.append(f"{pairs.measure} {a.name} {b.name}")
@@ -312,7 +312,7 @@ def test_a_killed_matching_makes_no_pair_twice(seeded, tmp_path: Path, monkeypat
             raise KeyboardInterrupt
         return make(pairs, a, b)
 
-    monkeypatch.setattr(correspondence._Pairs, "_matched", counted)
+    monkeypatch.setattr(correspondence._Matchings, "_match", counted)
     with pytest.raises(KeyboardInterrupt):
         run_study(study, folder, stages=["match"], redo=True)
     kept = sorted(folder.glob("partial/match/*.parquet"))

@@ -23,7 +23,7 @@ from saeffect.study import nulls
 from saeffect.study.check import check_study
 from saeffect.study.nulls import make_nulls, null_recipe
 from saeffect.study.run import run_study
-from saeffect.study.stages.changes import _recipes, read_trace
+from saeffect.study.stages.changes import _recipe_table, read_trace
 from saeffect.study.study import Study
 from tiny_study import make_study
 
@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nulls, "_BATCH", 6)
-    monkeypatch.setattr(nulls, "_LENGTH", 48)
+    monkeypatch.setattr(nulls, "_TEXT_LENGTH", 48)
 
 
 def _recipe(folder: Path, **changes: Any) -> FinetuneConfig:
@@ -70,7 +70,7 @@ def made(folder: Path) -> Path:
     """Two nulls, made in one go."""
     patch = pytest.MonkeyPatch()
     patch.setattr(nulls, "_BATCH", 6)
-    patch.setattr(nulls, "_LENGTH", 48)
+    patch.setattr(nulls, "_TEXT_LENGTH", 48)
     result = make_nulls(_recipe(folder), folder / "nulls", 2, study=Study.open(folder / "study.yaml"))
     patch.undo()
     assert result.measured == (1, 2)
@@ -104,7 +104,7 @@ def test_the_card_says_what_each_null_is(made: Path, folder: Path) -> None:
     assert card["recipe"]["rank"] == 2
 
 
-def test_nulls_differ_from_each_other_and_from_the_base(made: Path) -> None:
+def test_nulls_differ_from_each_other_and_base(made: Path) -> None:
     one, two = read_nulls(made)
     assert one.numbers["kl"] > 0
     assert not np.array_equal(one.read[1], two.read[1])
@@ -144,10 +144,10 @@ def test_a_killed_run_ends_with_the_same_nulls(folder: Path, made: Path, tmp_pat
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_a_run_killed_while_the_base_model_writes_goes_on(
+def test_resumes_after_a_kill_while_writing_texts(
     folder: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
 ) -> None:
-    written = nulls._written
+    written = nulls._write_batch
 
     def second_fails(lm: Any, index: int) -> list[str]:
         if index == 1:
@@ -155,12 +155,12 @@ def test_a_run_killed_while_the_base_model_writes_goes_on(
         return written(lm, index)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(nulls, "_written", second_fails)
+        patch.setattr(nulls, "_write_batch", second_fails)
         make_nulls(_recipe(folder, steps=8), tmp_path / "n", 1)
     if damaged:
         (tmp_path / "n" / "own" / "0.json").write_text('["half')
     asked: list[int] = []
-    monkeypatch.setattr(nulls, "_written", lambda lm, index: asked.append(index) or written(lm, index))
+    monkeypatch.setattr(nulls, "_write_batch", lambda lm, index: asked.append(index) or written(lm, index))
     make_nulls(_recipe(folder, steps=8), tmp_path / "n", 1)
     first = 0 if damaged else 1
     assert len(asked) > 1
@@ -248,7 +248,7 @@ def test_check_refuses_missing_empty_and_damaged_folders(folder: Path, complains
         check_study(_study(folder, nulls="bundled:nobody"))
 
 
-def test_a_study_without_nulls_says_what_they_would_cost(folder: Path, tiny_run: Path, tmp_path: Path) -> None:
+def test_a_study_without_nulls_gives_their_cost(folder: Path, tiny_run: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_run / "before", tmp_path / "run")
     run = run_study(_study(folder), tmp_path / "run", stages=STAGES)
     table = pd.read_parquet(run.path("comparison", "changes.parquet"))
@@ -279,9 +279,9 @@ def test_a_study_with_nulls_judges_every_feature(folder: Path, made: Path, tiny_
     assert recipe["differs"].isna().all()  # a whole model, which does not say how it was trained
 
 
-def test_settings_of_the_nulls_stand_beside_the_fine_tunes(made: Path) -> None:
+def test_recipes_of_nulls_and_fine_tune_are_compared(made: Path) -> None:
     recipe = {"steps": 4, "batch_size": 8, "rank": 2, "learning_rate": 0.01}
-    found = _recipes({"recipe": recipe}, made).set_index("setting")
+    found = _recipe_table({"recipe": recipe}, made).set_index("setting")
     assert found.loc[["steps", "batch_size", "learning_rate"], "differs"].tolist() == [False, True, False]
     assert pd.isna(found.loc["alpha", "differs"])
-    assert _recipes({"recipe": "damaged"}, made)["differs"].isna().all()
+    assert _recipe_table({"recipe": "damaged"}, made)["differs"].isna().all()

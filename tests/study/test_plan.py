@@ -24,9 +24,9 @@ from tiny_study import HOOK, make_study
 def _short() -> Any:
     """Measurements that are only as long as they must be."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rates, "_LEAST", 0.0)
-        patch.setattr(rates, "_REPEATS", 1)
-        patch.setattr(rates, "_FILE", 1 << 20)
+        patch.setattr(rates, "_MIN_SECONDS", 0.0)
+        patch.setattr(rates, "_MIN_REPEATS", 1)
+        patch.setattr(rates, "_FILE_BYTES", 1 << 20)
         yield
 
 
@@ -44,7 +44,7 @@ def of(plan: Plan, stage: str) -> Any:
     return plan.table.set_index("stage").loc[stage]
 
 
-def test_every_stage_of_the_run_is_there_in_its_order(tiny: Study, planned: Plan) -> None:
+def test_stages_are_those_of_the_run(tiny: Study, planned: Plan) -> None:
     assert planned.table["stage"].tolist() == ["start", *stage_keys(tiny)]
     assert (planned.table.drop(columns="stage") >= 0).all().all()
     assert (planned.table["seconds"] > 0).all()
@@ -70,7 +70,7 @@ def test_totals(planned: Plan) -> None:
     assert "steer control" in planned._repr_html_()
 
 
-def test_what_a_pass_costs_besides_its_blocks_is_counted_once(tiny: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pass_overhead_is_counted_once(tiny: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     # With one block and with three; then the unembedding, the softmax, and the draw.
     took = iter([0.012, 0.016, 0.0, 0.0, 0.012, 0.016, 0.5])
     monkeypatch.setattr(rates, "_seconds", lambda work, finish: next(took))
@@ -86,7 +86,7 @@ def test_a_busy_machine_is_told(tiny: Study, monkeypatch: pytest.MonkeyPatch) ->
     assert any("keep this machine busy" in line for line in plan_study(tiny).lines)
 
 
-def test_text_that_does_not_fit_into_memory_is_read_again(tiny: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_beyond_memory_is_read_again(tiny: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("saeffect.lm.residuals.machine_memory", lambda: 8_000)
     assert of(plan_study(tiny), "features placebo")["tokens"] == 1024
 

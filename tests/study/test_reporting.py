@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from saeffect.config import SteeringConfig
-from saeffect.study.stages.report import _tested_against
+from saeffect.study.stages.report import _placebo_words
 
 
 @pytest.mark.parametrize(
@@ -14,6 +14,6 @@ from saeffect.study.stages.report import _tested_against
         ((), "nothing: no placebo"),
     ],
 )
-def test_the_placebo_that_decides_stands_first(placebos: tuple[str, ...], text: str) -> None:
+def test_the_primary_placebo_is_first(placebos: tuple[str, ...], text: str) -> None:
     config = SteeringConfig(prompts=["How are you?"], doses=[0.4], placebos=placebos)
-    assert _tested_against(config) == text
+    assert _placebo_words(config) == text

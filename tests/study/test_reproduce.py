@@ -47,13 +47,13 @@ def test_the_control_s_figures_agree(control: pd.DataFrame, figure: str, paper: 
     assert row["ours"] == pytest.approx(ours, abs=5e-5)
 
 
-def test_the_share_of_medical_features_is_wrong_in_the_paper(control: pd.DataFrame) -> None:
+def test_the_papers_share_of_features_differs(control: pd.DataFrame) -> None:
     row = row_of(control, "medical features, %", "control")
     assert row["verdict"] == DIFFERS
     assert row["ours"] == pytest.approx(100 * 101 / 24_576)
 
 
-def test_differences_take_the_paper_s_own_figures_where_files_are_missing(control: pd.DataFrame) -> None:
+def test_missing_files_fall_back_to_printed_figures(control: pd.DataFrame) -> None:
     row = row_of(control, "normalised mean difference", "both")
     assert (row["verdict"], round(row["ours"], 4)) == (AGREES, 0.3037)
     assert "the paper's own figures" in row["note"]

@@ -18,7 +18,7 @@ from saeffect.study.run import run_study
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.compare import compare_inputs
 from saeffect.study.study import Study
-from saeffect.study.verify import _recomputed
+from saeffect.study.verify import _recomputations
 from tiny_study import TWO_ARMS, make_study
 
 STAGES = ("gate", "features", "coherence", "select")
@@ -55,7 +55,7 @@ def domain(run: Path) -> dict[str, set[int]]:
     return {arm: set(table.loc[table["is_domain"], "feature"]) for arm, table in tables.items()}
 
 
-def test_half_a_review_changes_nothing_and_says_how_much_is_missing(study: tuple[Study, Path]) -> None:
+def test_an_unfinished_review_changes_nothing(study: tuple[Study, Path]) -> None:
     before = domain(study[1])
     candidate = read_queue(study[1]).candidates[0]
     with VerdictStore(study[1] / STORE) as store:
@@ -66,7 +66,7 @@ def test_half_a_review_changes_nothing_and_says_how_much_is_missing(study: tuple
     assert not (study[1] / "comparison" / "verdicts.parquet").exists()
 
 
-def test_a_finished_review_selects_and_one_more_verdict_selects_again(study: tuple[Study, Path]) -> None:
+def test_selection_follows_finished_reviews(study: tuple[Study, Path]) -> None:
     before = domain(study[1])
     assert "skipped" in select(*study)[-1]
     judge(study[1])
@@ -84,17 +84,17 @@ def test_a_finished_review_selects_and_one_more_verdict_selects_again(study: tup
     assert domain(study[1]) == before
 
 
-def test_verify_takes_the_verdicts_that_the_run_was_made_with(study: tuple[Study, Path]) -> None:
+def test_verify_uses_the_runs_own_verdicts(study: tuple[Study, Path]) -> None:
     judge(study[1])
     select(*study)
     before = domain(study[1])
     judge(study[1], "no")
-    work = dict(_recomputed(RunFolder(study[1], study[0]), Log()))["select"]
+    work = dict(_recomputations(RunFolder(study[1], study[0]), Log()))["select"]
     list(work())
     assert domain(study[1]) == before
 
 
-def test_verdicts_on_features_that_are_gone_are_kept_and_not_used(study: tuple[Study, Path]) -> None:
+def test_verdicts_on_removed_features_are_kept_unused(study: tuple[Study, Path]) -> None:
     judge(study[1])
     with VerdictStore(study[1] / STORE) as store:
         store.record("ann", Given("control", 3, "of other tokens", "yes"))

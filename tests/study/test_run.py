@@ -40,7 +40,7 @@ def finished(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory, without_f
     return folder / "study.yaml", folder / "run"
 
 
-def test_every_table_and_its_columns_are_on_the_page_of_files(finished: tuple[Path, Path]) -> None:
+def test_files_page_lists_every_table_and_column(finished: tuple[Path, Path]) -> None:
     page = (DOCS / "files.md").read_text(encoding="utf-8")
     for path in sorted(finished[1].rglob("*.parquet")):
         assert f"`{path.name}`" in page, path

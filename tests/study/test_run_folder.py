@@ -139,7 +139,7 @@ def test_a_hostile_manifest_deletes_nothing_outside(study: Study, tmp_path: Path
 
 
 @pytest.mark.parametrize("place", ["tables", "arms", "arms/control", "partial", "partial/steer-control"])
-def test_a_link_in_the_place_of_a_folder_is_refused(study: Study, tmp_path: Path, place: str) -> None:
+def test_a_linked_folder_is_refused(study: Study, tmp_path: Path, place: str) -> None:
     run = RunFolder(tmp_path / "run", study)
     leave(run, 1)
     (tmp_path / "elsewhere").mkdir()

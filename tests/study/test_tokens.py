@@ -87,7 +87,7 @@ def test_added_token_moves_no_other_unembedding(folder: Path) -> None:
     torch.testing.assert_close(after[:, : before.shape[1]], before, atol=1e-6, rtol=1e-5)
 
 
-def test_all_arms_read_text_as_the_control_cuts_it(folder: Path) -> None:
+def test_all_arms_use_the_controls_tokens(folder: Path) -> None:
     edit_tokenizer(folder / "tuned", lambda raw: raw["pre_tokenizer"].update(add_prefix_space=True))
     study = Study.open(folder / "study.yaml")
     said = "\n".join(check_study(study, folder / "run").lines)

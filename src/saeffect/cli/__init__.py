@@ -1,4 +1,4 @@
-"""The command line: one file a command, thin over a function of the package; `app.py` wires them, `console.py` shows.
+"""The command line: one file a command, a thin layer over a function; `app.py` registers them, `console.py` prints.
 
-What is typed enters; results leave on standard output, progress and errors on standard error.
+Results go to standard output, progress and errors to standard error.
 """

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from saeffect.cli.check import check
-from saeffect.cli.console import show, show_error, still_writable, wait_for_peer_error
+from saeffect.cli.console import show, show_error, wait_for_peer_error, writing_to
 from saeffect.cli.diff import diff
 from saeffect.cli.export import export
 from saeffect.cli.finetune import finetune
@@ -29,11 +29,11 @@ from saeffect.cli.train_sae import harvest, train_sae
 from saeffect.cli.verdicts import verdicts
 from saeffect.cli.verify import verify
 from saeffect.errors import SaeffectError
-from saeffect.parallel import keep_freed_memory, use_large_pages, wait_politely
+from saeffect.parallel import keep_freed_memory, limit_spinning, use_large_pages
 
 __all__ = ["app", "main"]
 
-_STOPPED = 130  # the exit code after Ctrl-C
+_INTERRUPTED = 130  # the exit code after Ctrl-C
 
 app = typer.Typer(
     name="saeffect",
@@ -154,13 +154,13 @@ def main() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     keep_freed_memory()
     use_large_pages()
-    wait_politely()
+    limit_spinning()
     # typer itself prints the help.
     shows_help = "--help" in sys.argv
     try:
-        with still_writable(sys.stdout, "standard output") if shows_help else contextlib.nullcontext():
+        with writing_to(sys.stdout, "standard output") if shows_help else contextlib.nullcontext():
             code = app(standalone_mode=False)
-        if code == _STOPPED:  # what typer makes of Ctrl-C
+        if code == _INTERRUPTED:  # what typer makes of Ctrl-C
             raise KeyboardInterrupt
         if code:
             sys.exit(code)
@@ -174,7 +174,7 @@ def main() -> None:
         # torchrun passes Ctrl-C on to all processes; only the first one reports it.
         if os.environ.get("RANK", "0") == "0":
             show_error("Interrupted: stopped. What is finished is kept; run the same command again to go on.")
-        sys.exit(_STOPPED)
+        sys.exit(_INTERRUPTED)
     except Exception as error:
         wait_for_peer_error(error)
         # Wrong options and arguments; anything else is a bug and keeps its traceback.

@@ -13,15 +13,14 @@ __all__ = ["check", "study_keys"]
 
 _HEAD = """# The keys of a study file
 
-What `saeffect run`, `saeffect check` and the commands of single stages read from a YAML file. Keys that are not here
-are refused, and so is a key that stands twice. What steering does and measures is explained in
-[steering.md](steering.md), how things are tested in [statistics.md](statistics.md). This page is what
-`saeffect check --keys` prints.
+What `saeffect run`, `saeffect check` and the commands of single stages read from a YAML file. Unknown and repeated keys
+are refused. What steering does and measures is explained in [steering.md](steering.md), how things are tested in
+[statistics.md](statistics.md). This page is what `saeffect check --keys` prints.
 
-Paths in the file are relative to the file, wherever one stands; those typed on the command line are relative to the
-current folder. A name such as `gpt2` or `org/name` is a hub id, unless something of that name lies beside the file; of
-the names that come with the package (`medical`, `glove-wiki-gigaword-100`) none is ever taken for a file: write
-`./medical` for yours. Paths in a bundled study are relative to the current folder.
+Paths in the file are relative to the file; those typed on the command line are relative to the current folder. A name
+such as `gpt2` or `org/name` is a hub id, unless a file or folder of that name is beside the study file. Names that come
+with the package (`medical`, `glove-wiki-gigaword-100`) are never taken for files: write `./medical` for yours. Paths in
+a bundled study are relative to the current folder.
 """
 
 

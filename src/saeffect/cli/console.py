@@ -34,32 +34,32 @@ __all__ = [
     "show",
     "show_error",
     "show_table",
-    "still_writable",
+    "writing_to",
     "wait_for_peer_error",
 ]
 
-# Minimum seconds between progress lines without a terminal; also a tenth of the work or half the elapsed time, so that
-# a rate shows early and a day of work does not fill a log.
-_LINE_EVERY, _WORK, _TIME = 10.0, 0.1, 1.5
-_LONGEST_LINE = 2_000  # characters of an error's line
+# Without a terminal, a progress line needs this many seconds since the last one, and a tenth of the work or half the
+# elapsed time: a rate shows early, and a day of work does not fill a log.
+_MIN_SECONDS, _MIN_SHARE, _TIME_FACTOR = 10.0, 0.1, 1.5
+_MAX_CHARACTERS = 2_000  # characters of an error's line
 _BROKEN_PIPE = 141  # 128 and the number of the signal, as shells count
 _PEER_SECONDS = 5.0  # `torchrun` looks after its processes every tenth of a second
 
 
 class _Name(ProgressColumn):
-    """What is done: the column that is cut where the line would be too long."""
+    """The name of the work; this column is cut where the line would be too long."""
 
     def render(self, task: Task) -> Text:
         return Text(f"  {task.description:<20}", no_wrap=True, overflow="ellipsis")
 
 
 class _Pace(ProgressColumn):
-    """How far it is, as in the lines of a log."""
+    """Counts, rate and time left, as in the lines of a log."""
 
     def render(self, task: Task) -> Text:
         counts = f"{task.completed:.0f}/{task.total:.0f} {task.fields['unit']}"
-        left = task.time_remaining
-        return Text(counts if left is None or not task.speed else f"{counts}, {_pace(task.speed, left)}")
+        seconds = task.time_remaining
+        return Text(counts if seconds is None or not task.speed else f"{counts}, {_pace(task.speed, seconds)}")
 
 
 def _pace(rate: float, left: float) -> str:
@@ -75,7 +75,7 @@ class ConsoleProgress(Log):
     """Lines and progress on standard error: a bar on a terminal, occasional lines elsewhere."""
 
     def __init__(self) -> None:
-        super().__init__(self._print, self._move)
+        super().__init__(self._write_line, self._update)
         self.console = Console(stderr=True, highlight=False)
         self._is_terminal = self.console.is_terminal
         self._bar = ProgressBar(
@@ -96,7 +96,7 @@ class ConsoleProgress(Log):
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._is_terminal:  # else it ends with an empty line
+        if self._is_terminal:  # elsewhere stopping prints an empty line
             self._bar.stop()
 
     @contextlib.contextmanager
@@ -109,12 +109,12 @@ class ConsoleProgress(Log):
         finally:
             self.__enter__()
 
-    def _print(self, line: str) -> None:
+    def _write_line(self, line: str) -> None:
         self._finish()
-        with still_writable(self.console.file, "standard error"):
+        with writing_to(self.console.file, "standard error"):
             self.console.print(escape(printable_text(line)), soft_wrap=True)
 
-    def _move(self, progress: Progress) -> None:
+    def _update(self, progress: Progress) -> None:
         name, done, total, unit = printable_text(progress.what), progress.done, progress.total, progress.unit
         now = time.monotonic()
         if name != self._name:
@@ -128,14 +128,14 @@ class ConsoleProgress(Log):
         elif done > self._shown and self._is_due(now, (done - self._shown) / total):
             self._last, self._shown = now, done
             rate = (done - self._first) / (now - self._started)
-            with still_writable(self.console.file, "standard error"):
+            with writing_to(self.console.file, "standard error"):
                 line = f"  {name}: {done}/{total} {unit}, {_pace(rate, (total - done) / rate)}"
                 self.console.print(escape(line), soft_wrap=True)
 
     def _is_due(self, now: float, share: float) -> bool:
         """Whether to print a line, `share` of the work after the last one."""
-        much = share >= _WORK or now - self._started >= _TIME * (self._last - self._started)
-        return much and now - self._last >= _LINE_EVERY
+        enough = share >= _MIN_SHARE or now - self._started >= _TIME_FACTOR * (self._last - self._started)
+        return enough and now - self._last >= _MIN_SECONDS
 
     def _finish(self) -> None:
         if self._task is not None:
@@ -145,13 +145,13 @@ class ConsoleProgress(Log):
 
 def show(line: str = "") -> None:
     """Print a result line to standard output, with control sequences escaped."""
-    with still_writable(sys.stdout, "standard output"):
+    with writing_to(sys.stdout, "standard output"):
         typer.echo(printable_text(line))
 
 
 def show_table(table: Table) -> None:
     """Print a table of results to standard output."""
-    with still_writable(sys.stdout, "standard output"):
+    with writing_to(sys.stdout, "standard output"):
         Console(highlight=False).print(table)
 
 
@@ -169,16 +169,16 @@ def keys_option(text: str, page: str) -> Any:
 def show_error(text: str) -> None:
     """Print an error to standard error, without a traceback or markup."""
     console = Console(file=sys.stderr, stderr=False, highlight=False)
-    lines = [line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}…" for line in text.split("\n")]
+    lines = [line if len(line) <= _MAX_CHARACTERS else f"{line[:_MAX_CHARACTERS]}…" for line in text.split("\n")]
     text = "\n".join(lines)  # a name from a file may be of any length
-    with contextlib.suppress(BadFile), still_writable(sys.stderr, "standard error"):
+    with contextlib.suppress(BadFile), writing_to(sys.stderr, "standard error"):
         console.print(Text(printable_text(text)), style="red" if console.is_terminal else None, soft_wrap=True)
 
 
 @contextlib.contextmanager
-def still_writable(stream: IO[str], name: str) -> Iterator[None]:
-    """Raise one error if a stream cannot be written (a log on a full disk, say), and stop writing to it. Where its
-    reader is gone (`head`), exit in silence, as the signal for that would.
+def writing_to(stream: IO[str], name: str) -> Iterator[None]:
+    """Raise BadFile if a stream cannot be written (a log on a full disk, say), and stop writing to it. Exit silently if
+    its reader is gone (`head`), as SIGPIPE would.
     """
     try:
         yield
@@ -199,7 +199,7 @@ def still_writable(stream: IO[str], name: str) -> Iterator[None]:
 def process_log() -> Iterator[Log]:
     """A log for the block: shown in the first process, silent in the others.
 
-    All processes leave the group together, also after an error, so that those waiting for this one notice.
+    Leaves the process group at the end, also after an error, so that processes that wait for this one notice.
     """
     from saeffect.parallel import is_first, leave, rank_and_world
 
@@ -216,9 +216,9 @@ def process_log() -> Iterator[Log]:
 
 
 def wait_for_peer_error(error: BaseException) -> None:
-    """Wait so that the `torchrun` process with the most informative error shows it first, which ends the others.
+    """Wait, so that the `torchrun` process with the most informative error shows it first, which ends the others.
 
-    Order: an error of all processes (shown by the first one), of one process, of those that find another gone.
+    Order: the first process, the other processes, processes that stop because another one is gone.
     """
     if os.environ.get("RANK", "0") != "0":
         time.sleep(_PEER_SECONDS)

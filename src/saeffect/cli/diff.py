@@ -46,21 +46,21 @@ def diff(
     from saeffect.study.run import STAGES, run_study
     from saeffect.study.stages.report import findings
 
-    folder = out or Path("runs") / _name(tuned)
-    request = DiffRequest(base, tuned, sae, tuple(text or ()), vocabulary, nulls, _name(folder.name))
+    folder = out or Path("runs") / _study_name(tuned)
+    request = DiffRequest(base, tuned, sae, tuple(text or ()), vocabulary, nulls, _study_name(folder.name))
     with ConsoleProgress() as log:
         study = diff_study(request, folder.with_name(folder.name + ".yaml"), log)
         if same_model(study):
             show(f"no difference: {base} and {tuned} are the same files.")
             return
-        first = STAGES[: STAGES.index("changes") + 1]
-        run = run_study(study, folder, stages=first, log=log, ready=lambda: write_study(study))
-        found = findings(run, log)
-        if not found:
+        first_stages = STAGES[: STAGES.index("changes") + 1]
+        run = run_study(study, folder, stages=first_stages, log=log, ready=lambda: write_study(study))
+        lines = findings(run, log)
+        if not lines:
             show("no difference: on this text, both models predict the same to the last digit.")
             return
-        missing = [line for line, given in ((_NO_SAE, sae), (_NO_NULLS, study.config.nulls)) if not given]
-        for line in ("", *found, *missing, ""):
+        missing = [line for line, value in ((_NO_SAE, sae), (_NO_NULLS, study.config.nulls)) if not value]
+        for line in ("", *lines, *missing, ""):
             show(line)
         run_study(study, folder, log=log)
     if run.path("report.html").is_file():
@@ -68,7 +68,7 @@ def diff(
     show(f"to go on: edit {study.source}, then saeffect run {study.source} --out {folder}")
 
 
-def _name(text: str) -> str:
+def _study_name(text: str) -> str:
     """A study's name from what was typed: its last part, in letters that a name may have."""
     last = Path(text.removeprefix("bundled:")).name
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-._")[:60] or "diff"

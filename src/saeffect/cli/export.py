@@ -35,16 +35,16 @@ def export(
     from saeffect.study.run_folder import RunFolder as Folder
     from saeffect.study.study import Study
 
-    kinds = {found.suffix: name for name, found in FORMATS.items()}
-    if out.suffix not in kinds:
-        raise ConfigError(f"the ending {out.suffix!r} is no format.", at="--out", fix=f"use {', '.join(kinds)}.")
+    formats = {item.suffix: item for item in FORMATS.values()}
+    if out.suffix not in formats:
+        raise ConfigError(f"the ending {out.suffix!r} is no format.", at="--out", fix=f"use {', '.join(formats)}.")
     if bool(feature) == bool(group):
         raise ConfigError(
             "give features or a group.", at="--feature", fix="for example --feature 12, or --group domain."
         )
     folder = Folder(run, Study.open(run / "study.yaml"))
     chosen = list(feature or ()) or group_of(folder, arm, str(group))
-    kind = kinds[out.suffix]
-    export_features(folder, arm, chosen, out, kind=kind, dose=dose)
-    n = len(set(chosen))
-    show(f"{out}: {FORMATS[kind].label}, {n} feature{'s' if n > 1 else ''} of {arm}")
+    file_format = formats[out.suffix]
+    export_features(folder, arm, chosen, out, kind=file_format.name, dose=dose)
+    n_features = len(set(chosen))
+    show(f"{out}: {file_format.label}, {n_features} feature{'s' if n_features > 1 else ''} of {arm}")

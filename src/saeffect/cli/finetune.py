@@ -48,20 +48,20 @@ def finetune(
     from saeffect.lm.finetune import FinetuneConfig
     from saeffect.lm.finetune import finetune as train
 
-    config = FinetuneConfig.read(_values(recipe), at=recipe)
+    config = FinetuneConfig.read(_read_recipe(recipe), at=recipe)
     if null is not None:
-        place = out or Path("nulls") / Path(recipe.removeprefix(BUNDLED)).stem
-        _nulls(config, place, null, study, {"text": null_text.value, "keep_adapters": keep_adapters})
+        folder = out or Path("nulls") / Path(recipe.removeprefix(BUNDLED)).stem
+        _make_nulls(config, folder, null, study, {"text": null_text.value, "keep_adapters": keep_adapters})
         return
     if out is None or study is not None or keep_adapters:
-        wrong = "give a folder for the adapter" if out is None else "--study and --keep-adapters go with --null"
-        raise ConfigError(f"{wrong}.", at="--out" if out is None else "--null", fix="see saeffect finetune --help.")
+        problem = "give a folder for the adapter" if out is None else "--study and --keep-adapters go with --null"
+        raise ConfigError(f"{problem}.", at="--out" if out is None else "--null", fix="see saeffect finetune --help.")
     with ConsoleProgress() as log:
         train(config, out, log=log)
     show(f"adapter: {out.resolve()}")
 
 
-def _values(recipe: str) -> Any:
+def _read_recipe(recipe: str) -> Any:
     """The contents of a recipe file; paths in a bundled one are relative to the current folder."""
     if not recipe.startswith(BUNDLED):
         return read_config_file(user_path(recipe), "recipe")
@@ -71,18 +71,18 @@ def _values(recipe: str) -> Any:
     return read_config_file(names[recipe], "recipe", relative_to=Path())
 
 
-def _nulls(config: FinetuneConfig, out: Path, n: int, study: str | None, how: dict[str, Any]) -> None:
+def _make_nulls(config: FinetuneConfig, out: Path, n: int, study: str | None, options: dict[str, Any]) -> None:
     from saeffect.study.nulls import make_nulls
     from saeffect.study.study import Study
 
     opened = None if study is None else Study.open(study)
     with ConsoleProgress() as log:
-        made = make_nulls(config, out, n, study=opened, log=log, **how)
-    if made.elsewhere:
-        show(f"{len(made.elsewhere)} more are in the hands of other processes")
-    if made.trained:
-        show(f"{len(made.trained)} adapters of nulls: {out.resolve()}")
+        result = make_nulls(config, out, n, study=opened, log=log, **options)
+    if result.elsewhere:
+        show(f"{len(result.elsewhere)} more are being made by other processes")
+    if result.trained:
+        show(f"{len(result.trained)} adapters of nulls: {out.resolve()}")
         show("to measure them: the same command with --study STUDY")
-    if made.measured:
-        show(f"{len(made.measured)} nulls: {out.resolve()}")
+    if result.measured:
+        show(f"{len(result.measured)} nulls: {out.resolve()}")
         show("to use them, write into the study: nulls: <this folder>")

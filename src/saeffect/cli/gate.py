@@ -24,7 +24,7 @@ __all__ = ["gate"]
 
 _BOS = ("auto", "always", "never")
 _COLUMNS = {"base": "base", "tuned": "fine-tuned", "trained": "when trained"}
-_ROWS = {  # names of a gate's table, in words, and how they are written
+_ROWS = {  # quantities of the gate's table: label and number format
     "explained_variance": ("explained variance", "{:.3f}"),
     "ce_loss_score": ("CE loss score", "{:.3f}"),
     "ce_clean": ("loss of the model, nats a token", "{:.3f}"),
@@ -82,105 +82,104 @@ def gate(
         return
     if bos not in _BOS:
         raise unknown_name("choice of BOS", bos, _BOS, at="--bos")
-    for option, place in (("--save", save), ("--mend", mend)):
-        if place is not None and place.exists() and (option == "--mend") != place.is_dir():
-            raise ConfigError(f"{str(place)!r} is something else.", at=option, fix="choose another place.")
+    for option, path, expected in (("--save", save, "a file"), ("--mend", mend, "a folder")):
+        if path is not None and path.exists() and path.is_dir() != (expected == "a folder"):
+            raise ConfigError(f"{str(path)!r} is not {expected}.", at=option, fix="choose another place.")
     from saeffect.io import write_json
     from saeffect.study.pair_gate import GateRequest, gate_pair
 
-    how = (field, chat or bool(positions), tuple(positions or ("all",)), hook, bos, tokens)
-    request = GateRequest(study, sae, tuned, tuple(text or ()), *how)  # type: ignore[arg-type]
+    options = (field, chat or bool(positions), tuple(positions or ("all",)), hook, bos, tokens)
+    request = GateRequest(study, sae, tuned, tuple(text or ()), *options)  # type: ignore[arg-type]
     with ConsoleProgress() as log:
-        found = gate_pair(request, log=log)
-    _show(found, study, sae, tuned)
+        result = gate_pair(request, log=log)
+    _show_result(result, study, sae, tuned)
     if save is not None:
-        write_json(save, found.as_dict())
+        write_json(save, result.as_dict())
     if mend is not None:
-        _mend(found, mend)
-    if not found.ok:
+        _save_mended(result, mend)
+    if not result.ok:
         raise typer.Exit(1)
 
 
-def _refuse_any(given: Mapping[str, object]) -> None:
-    """Options that go with an SAE alone."""
-    for option, value in given.items():
+def _refuse_any(options: Mapping[str, object]) -> None:
+    """ConfigError for an option that needs an SAE."""
+    for option, value in options.items():
         if value:
             fix = "write saeffect gate MODEL SAE; with one argument it is a study."
             raise ConfigError("there is no SAE.", at=option, fix=fix)
 
 
-def _mend(found: PairGate, folder: Path) -> None:
+def _save_mended(result: PairGate, folder: Path) -> None:
     from saeffect.sae.formats import save_sae
     from saeffect.sae.mismatch import mended
 
-    if found.mismatch is None:
+    if result.mismatch is None:
         show("nothing to mend in the SAE itself: no folder was written")
         return
-    save_sae(mended(found.mismatch), folder)
+    save_sae(mended(result.mismatch), folder)
     show(f"the SAE with these changes: {folder.resolve()}")
 
 
-def _show(found: PairGate, model: str, sae: str, tuned: str | None) -> None:
-    cfg, rows = found.sae.cfg, found.rows
+def _show_result(result: PairGate, model: str, sae: str, tuned: str | None) -> None:
+    cfg, rows = result.sae.cfg, result.rows
     k = f", k = {cfg.k}" if cfg.k else ""
-    show(f"SAE    {sae}: {found.sae.label}, {cfg.d_in:,} × {cfg.d_sae:,}{k}")
-    show(f"hook   {found.hook}")
+    show(f"SAE    {sae}: {result.sae.label}, {cfg.d_in:,} × {cfg.d_sae:,}{k}")
+    show(f"hook   {result.hook}")
     show(f"model  {model}" + (f"; fine-tuned: {tuned}" if tuned else ""))
-    begins = "with" if found.on_text["base"]["prepend_bos"] else "without"
+    bos_word = "with" if result.on_text["base"]["prepend_bos"] else "without"
     counted = "" if rows.counts is None else f", of which {int(rows.counts.sum()):,} count"
     size = f"{rows.ids.size:,} tokens in rows of {rows.context_size}{counted}"
-    show(f"text   {', '.join(rows.names)}: {size}, {begins} BOS")
+    show(f"text   {', '.join(rows.names)}: {size}, {bos_word} BOS")
     show()
-    _show_table(found)
+    _show_table(result)
     show()
-    _show_positions(found)
+    _show_positions(result)
     show()
-    for line in _verdict(found):
+    for line in _verdict(result):
         show(line)
 
 
-def _show_table(found: PairGate) -> None:
-    values = found.table()
+def _show_table(result: PairGate) -> None:
+    values = result.table()
     columns = [name for name in values if not values[name].isna().all()]
     table = Table("", *(_COLUMNS[name] for name in columns), box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for column in table.columns[1:]:
         column.justify = "right"
-    least = {
-        "explained_variance": found.limits.min_explained_variance,
-        "ce_loss_score": found.limits.min_ce_loss_score,
+    minimum = {
+        "explained_variance": result.limits.min_explained_variance,
+        "ce_loss_score": result.limits.min_ce_loss_score,
     }
-    for name, (words, how) in _ROWS.items():
-        label = f"{words} (at least {least[name]:g})" if name in least else words
+    for name, (label, number_format) in _ROWS.items():
         cells = []
         for column in columns:
             value = float(values.loc[name, column])
-            low = name in least and column in found.fits and not value >= least[name]
-            cells.append(Text("" if math.isnan(value) else how.format(value), style="bold red" if low else ""))
-        table.add_row(label, *cells)
-    for source in found.on_text["base"]["perplexity"]:
-        values_of = (found.on_text.get(name, {}).get("perplexity", {}).get(source) for name in columns)
-        said = Text(printable_text(f"perplexity on {source}"))
-        table.add_row(said, *("" if value is None else f"{value:,.1f}" for value in values_of))
+            style = "bold red" if name in minimum and column in result.fits and not value >= minimum[name] else ""
+            cells.append(Text("" if math.isnan(value) else number_format.format(value), style=style))
+        table.add_row(f"{label} (at least {minimum[name]:g})" if name in minimum else label, *cells)
+    for source in result.on_text["base"]["perplexity"]:
+        perplexities = (result.on_text.get(name, {}).get("perplexity", {}).get(source) for name in columns)
+        label = printable_text(f"perplexity on {source}")
+        table.add_row(Text(label), *("" if value is None else f"{value:,.1f}" for value in perplexities))
     show_table(table)
 
 
-def _show_positions(found: PairGate) -> None:
-    """A column a range of positions; the bars are explained variance from 0 to 1."""
-    table = found.by_position()
-    names = [f"{a:,.0f}" if a == b else f"{a:,.0f}-{b:,.0f}" for a, b in _of(table, "base", "first", "last")]
+def _show_positions(result: PairGate) -> None:
+    """Show a table with a column for each range of positions; bars are explained variance from 0 to 1."""
+    table = result.by_position()
+    names = [f"{a:,.0f}" if a == b else f"{a:,.0f}-{b:,.0f}" for a, b in _rows_of(table, "base", "first", "last")]
     grid = Table("by position", *names, box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for column in grid.columns[1:]:
         column.justify = "right"
-    for label, quantity, how in _BY_POSITION:
+    for label, quantity, formatter in _BY_POSITION:
         if quantity == "sink_share" and not (table[table["first"] > 0][quantity] > 0).any():
             continue
         grid.add_row(label, *[""] * len(names))
-        for model in found.fits:
-            grid.add_row(f"  {_COLUMNS[model]}", *(how(value) for (value,) in _of(table, model, quantity)))
+        for model in result.fits:
+            grid.add_row(f"  {_COLUMNS[model]}", *(formatter(value) for (value,) in _rows_of(table, model, quantity)))
     show_table(grid)
 
 
-def _of(table: Any, model: str, *columns: str) -> list[tuple[float, ...]]:
+def _rows_of(table: Any, model: str, *columns: str) -> list[tuple[float, ...]]:
     part = table[table["model"] == model]
     return [tuple(row) for row in part[list(columns)].to_numpy()]
 
@@ -196,32 +195,32 @@ def _length(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _cell(how: str) -> Callable[[float], str]:
-    return lambda value: "-" if math.isnan(value) else how.format(value)
+def _formatter(number_format: str) -> Callable[[float], str]:
+    return lambda value: "-" if math.isnan(value) else number_format.format(value)
 
 
 _BY_POSITION: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("explained variance", "explained_variance", _bar),
-    ("loss added, nats", "ce_increase", _cell("{:+.2f}")),
+    ("loss added, nats", "ce_increase", _formatter("{:+.2f}")),
     ("length", "mean_norm", _length),
-    ("at sinks", "sink_share", _cell("{:.0%}")),
+    ("at sinks", "sink_share", _formatter("{:.0%}")),
 )
 
 
-def _verdict(found: PairGate) -> list[str]:
-    failed = [_COLUMNS[name] for name in found.fits if found.failed(name)]
-    models = " and ".join(_COLUMNS[name] for name in found.fits)
-    if found.ok:
+def _verdict(result: PairGate) -> list[str]:
+    failed = [_COLUMNS[name] for name in result.fits if result.failed(name)]
+    models = " and ".join(_COLUMNS[name] for name in result.fits)
+    if result.ok:
         return [f"The SAE fits: {models}. No other way to read it is better."]
     lines = [
         f"The SAE does not fit: {' and '.join(failed)}." if failed else "The SAE fits, but something is not right."
     ]
-    for change in found.changes:
+    for change in result.changes:
         lines += [f"  found: {change.found}", f"  fix:   {change.fix}"]
-    if found.mismatch is not None:
-        score = "" if math.isnan(found.score_after) else f", CE loss score {found.score_after:.3f}"
-        lines.append(f"  then:  explained variance {found.mismatch.after:.3f}{score}; --mend FOLDER saves such an SAE")
-    if not found.changes:
+    if result.mismatch is not None:
+        score = "" if math.isnan(result.score_after) else f", CE loss score {result.score_after:.3f}"
+        lines.append(f"  then:  explained variance {result.mismatch.after:.3f}{score}; --mend FOLDER saves such an SAE")
+    if not result.changes:
         lines.append(
             "  No change that was tried mends it: another hook, scale, centring, normalisation, bias, BOS, TopK."
         )

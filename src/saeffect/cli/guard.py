@@ -47,14 +47,14 @@ def guard(
     """Judge a fine-tune by a budget."""
     del keys
     from saeffect.report.verdicts import headline, write_verdicts
-    from saeffect.study.guard import guard as judged
+    from saeffect.study.guard import guard as judge
     from saeffect.study.guard import read_budget
 
     rules = read_budget(budget)
     if out is not None and out.exists() and not out.is_dir():
         raise ConfigError("this is a file, and a folder was expected.", at=f"--out {out}", fix="choose another --out.")
     with ConsoleProgress() as log:
-        verdicts = judged(base, tuned, rules, nulls=nulls, sae=sae, text=text or (), log=log)
+        verdicts = judge(base, tuned, rules, nulls=nulls, sae=sae, text=text or (), log=log)
     _show_table(verdicts)
     show(headline(verdicts))
     if out is not None:

@@ -1,4 +1,4 @@
-"""The help of commands: placeholders instead of types, and a list of commands by what they are for."""
+"""The help of commands: placeholders instead of types, and commands listed by purpose."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Command", "CommandGroup"]
 
 
 class Command(TyperCommand):
-    """A command whose help names arguments once, and calls an option's value by its metavar, N, or its name."""
+    """A command whose help lists each argument once, and shows an option's value as its metavar, N, or the name."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         arguments = [param for param in self.get_params(ctx) if param.param_type_name == "argument"]
@@ -27,14 +27,14 @@ class Command(TyperCommand):
                 param.metavar = _name(param)
             if record := param.get_help_record(ctx):
                 rows["option"].append(record)
-        for title, found in rows.items():
-            if found:
+        for title, entries in rows.items():
+            if entries:
                 with formatter.section(f"{title.capitalize()}s"):
-                    formatter.write_dl(found)
+                    formatter.write_dl(entries)
 
 
 class CommandGroup(TyperGroup):
-    """Commands listed in sections, in the order in which these are first named: `rich_help_panel` of each."""
+    """Commands listed by `rich_help_panel`, in the order in which these are first used."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         del ctx

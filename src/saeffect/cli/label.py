@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["label"]
 
-_SHOWN = 50
+_MAX_LABELS = 50
 
 
 def label(
@@ -49,28 +49,28 @@ def label(
     plan = LabelPlan(contexts=contexts, per_request=per_request, parallel=parallel, thinking=thinking)
 
     with ConsoleProgress() as log:
-        found = label_run(
+        labels = label_run(
             run,
             arm=arm,
             features=chosen,
             limit=limit,
             plan=plan,
-            confirm=lambda cost: _confirmed(cost, price, log, yes=yes),
+            confirm=lambda cost: _confirm(cost, price, log, yes=yes),
             log=log,
         )
-    if found.empty:
+    if labels.empty:
         show("Nothing was sent.")
         return
-    _show_labels(found)
+    _show_labels(labels)
     show(f"In {label_file(run, 'ARM').parent.resolve()}, apart from people's labels; saeffect serve shows both.")
 
 
-def _confirmed(cost: Cost, price: tuple[float, float] | None, log: ConsoleProgress, *, yes: bool) -> bool:
+def _confirm(cost: Cost, price: tuple[float, float] | None, log: ConsoleProgress, *, yes: bool) -> bool:
     with log.paused():
         _show_cost(cost, price)
         try:
             return yes or not cost.requests or typer.confirm("Send?")
-        except typer.Abort:  # nobody is there to answer
+        except typer.Abort:  # no terminal, or Ctrl-C
             raise ConfigError("nothing was sent, as nobody said yes.", at="--yes", fix="add --yes.") from None
 
 
@@ -79,26 +79,27 @@ def _show_cost(cost: Cost, price: tuple[float, float] | None) -> None:
 
     show(f"To {cost.url}, model {cost.model}: top tokens and contexts of {plural(cost.n_features, 'feature')},")
     show(f"and {count(cost.n_contexts)} contexts more to score their labels on. Nothing else of the run is sent.")
-    kept = f"; {count(cost.kept)} were answered before" if cost.kept else ""
-    show(f"At most {plural(cost.requests, 'request')}{kept}.")
+    answered = f"; {count(cost.kept)} were answered before" if cost.kept else ""
+    show(f"At most {plural(cost.requests, 'request')}{answered}.")
     if cost.requests:
-        money = (cost.tokens_in * price[0] + cost.tokens_out * price[1]) / 1e6 if price else 0
-        at_most = f": at most about {money:,.4g} at these prices" if price else ""
+        total = (cost.tokens_in * price[0] + cost.tokens_out * price[1]) / 1e6 if price else 0
+        at_most = f": at most about {total:,.4g} at these prices" if price else ""
         show(f"About {count(cost.tokens_in)} tokens in, at most {count(cost.tokens_out)} out{at_most}.")
 
 
-def _show_labels(found: pd.DataFrame) -> None:
+def _show_labels(labels: pd.DataFrame) -> None:
     from saeffect.report.words.numbers import count, fixed, interval, plural
     from saeffect.stats.student import mean_interval
 
-    for row in found.head(_SHOWN).to_dict("records"):
+    for row in labels.head(_MAX_LABELS).to_dict("records"):
         score = "undefined" if row["reason"] else f"{fixed(row['accuracy'], 2)} {interval(row['low'], row['high'], 2)}"
         show(f"{row['feature']:>7}  {score:<18}  {row['label']}" + (f" ({row['reason']})" if row["reason"] else ""))
-    if len(found) > _SHOWN:
-        show(f"… and {count(len(found) - _SHOWN)} more.")
-    known = found["accuracy"].dropna().to_numpy()
-    mean = mean_interval(known)
-    ends = f" {interval(mean.low, mean.high, 2)}" if mean.defined else ""
-    average = f"{fixed(mean.value, 2)}{ends} on average over {count(len(known))}" if len(known) else "undefined for all"
-    n = int((found["label"] != "").sum())
-    show(f"{plural(n, 'label')}. Detection (balanced accuracy, 0.5 is chance): {average}.")
+    if len(labels) > _MAX_LABELS:
+        show(f"… and {count(len(labels) - _MAX_LABELS)} more.")
+    accuracies = labels["accuracy"].dropna().to_numpy()
+    mean = mean_interval(accuracies)
+    interval_text = f" {interval(mean.low, mean.high, 2)}" if mean.defined else ""
+    n = len(accuracies)
+    average = f"{fixed(mean.value, 2)}{interval_text} on average over {count(n)}" if n else "undefined for all"
+    n_labels = int((labels["label"] != "").sum())
+    show(f"{plural(n_labels, 'label')}. Detection (balanced accuracy, 0.5 is chance): {average}.")

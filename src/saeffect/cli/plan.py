@@ -25,17 +25,17 @@ def plan(
     from saeffect.study.study import Study
 
     with ConsoleProgress() as log:
-        found = plan_study(Study.open(study), gpus=gpus, out=out, log=log)
-    for line in found.lines:
+        result = plan_study(Study.open(study), gpus=gpus, out=out, log=log)
+    for line in result.lines:
         show(line)
     show()
-    for line in _table(found):
+    for line in _table(result):
         show(line)
 
 
-def _table(found: Plan) -> list[str]:
+def _table(result: Plan) -> list[str]:
     lines = [f"{'stage':<20}{'tokens':>10}{'FLOP':>9}{'memory':>10}{'disk':>10}{'time':>10}"]
-    rows = [*found.table.to_dict("records"), {"stage": "all", **found.total.to_dict()}]
+    rows = [*result.table.to_dict("records"), {"stage": "all", **result.total.to_dict()}]
     for row in rows:
         lines.append(
             f"{row['stage']:<20}{_short(row['tokens']):>10}{_short(row['flop']):>9}{_bytes(row['memory']):>10}"

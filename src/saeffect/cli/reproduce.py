@@ -47,7 +47,7 @@ def reproduce(
 
 
 def _ours(value: float, paper: str) -> str:
-    """Our figure at the digits of the paper's.
+    """Our figure, rounded to as many decimals as the paper's.
 
     Example:
         >>> _ours(0.41097, "0.39"), _ours(float("nan"), "100")

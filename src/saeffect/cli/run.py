@@ -41,7 +41,7 @@ def run(study: StudyFile, out: Out = None, redo: _Redo = False) -> None:
 
 
 def stage_command(stage: str) -> Callable[..., None]:
-    """The command of a single stage, named after it."""
+    """The command that runs a single stage."""
 
     def command(study: StudyFile, out: Out = None, redo: _Redo = False) -> None:
         _run(study, out, (stage,), redo)

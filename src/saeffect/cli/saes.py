@@ -32,17 +32,17 @@ def saes(
     """Published SAEs: models; or a model's releases; or a release's SAEs."""
     from saeffect.sae.published import list_source, published_saes
 
-    found = published_saes(model, release=release, layer=layer, readable=not everything)
-    every = published_saes(model, release=release, layer=layer)
+    listed = published_saes(model, release=release, layer=layer, readable=not everything)
+    all_kinds = published_saes(model, release=release, layer=layer)
     if release is not None or (layer is not None and model is not None):
-        _show_saes(found)
+        _show_saes(listed)
     elif model is not None:
-        _show_releases(found)
+        _show_releases(listed)
     else:
-        _show_models(found)
-    left_out = len(every) - len(found)
-    if left_out:
-        show(f"{left_out:,} transcoders and other kinds that are not read are left out; --all shows them.")
+        _show_models(listed)
+    n_hidden = len(all_kinds) - len(listed)
+    if n_hidden:
+        show(f"{n_hidden:,} transcoders and other kinds that are not read are left out; --all shows them.")
     show(f"From {list_source()}.")
 
 
@@ -66,40 +66,40 @@ def convert_sae_command(
 
     if hook is not None:
         parse_hook(hook, at="--hook")
-    named = {"hook_name": hook, "model_name": model}
-    facts = {"k": k, "metadata": {key: value for key, value in named.items() if value}}
+    recorded = {"hook_name": hook, "model_name": model}
+    facts = {"k": k, "metadata": {key: value for key, value in recorded.items() if value}}
     folder = convert_sae(source, out, facts=facts)
     cfg = read_sae_config(folder)
     show(f"SAE: {folder.resolve()}")
-    where = cfg.hook_name or "a hook that its files do not name: add hook: to the study's arm"
-    show(f"{cfg.architecture}, {cfg.d_in:,} wide, {cfg.d_sae:,} features, reads {where}")
+    hook_text = cfg.hook_name or "a hook that its files do not name: add hook: to the study's arm"
+    show(f"{cfg.architecture}, {cfg.d_in:,} wide, {cfg.d_sae:,} features, reads {hook_text}")
 
 
-def _show_models(found: list[PublishedSae]) -> None:
+def _show_models(saes: list[PublishedSae]) -> None:
     from collections import Counter
 
-    if not found:
+    if not saes:
         raise ConfigError("no published SAE reads there.", at="--layer", fix="leave --layer out.")
-    counts = Counter(sae.model for sae in found)
+    counts = Counter(sae.model for sae in saes)
     show("Published SAEs by model:")
     width = max(map(len, counts))
     for name, n in sorted(counts.items(), key=lambda item: item[0].lower()):
-        releases = len({sae.release for sae in found if sae.model == name})
+        releases = len({sae.release for sae in saes if sae.model == name})
         show(f"{name:<{width}}  {n:>6,} in {releases} release{'s' if releases > 1 else ''}")
     show("A model's releases: saeffect saes --model NAME.")
 
 
-def _show_releases(found: list[PublishedSae]) -> None:
+def _show_releases(saes: list[PublishedSae]) -> None:
     by_release: dict[str, list[PublishedSae]] = {}
-    for sae in found:
+    for sae in saes:
         by_release.setdefault(sae.release, []).append(sae)
     width = max(map(len, by_release), default=0)
-    for release, saes_there in by_release.items():
-        reads = sorted({_KINDS.get(kind := sae.hook.partition(".")[2].partition(".")[2], kind) for sae in saes_there})
-        blocks = sorted({int(sae.hook.split(".")[1]) for sae in saes_there if sae.hook})
+    for release, group in by_release.items():
+        reads = sorted({_KINDS.get(kind := sae.hook.partition(".")[2].partition(".")[2], kind) for sae in group})
+        blocks = sorted({int(sae.hook.split(".")[1]) for sae in group if sae.hook})
         show(
-            f"{release:<{width}}  {len(saes_there):>4,}  {', '.join(filter(None, reads)) or '-'}"
-            f"  blocks {_ranges(blocks)}{_l0(saes_there)}"
+            f"{release:<{width}}  {len(group):>4,}  {', '.join(filter(None, reads)) or '-'}"
+            f"  blocks {_ranges(blocks)}{_l0(group)}"
         )
     if by_release:
         first = next(iter(by_release.values()))[0]
@@ -109,25 +109,25 @@ def _show_releases(found: list[PublishedSae]) -> None:
         show("None that are read.")
 
 
-def _show_saes(found: list[PublishedSae]) -> None:
-    width = max((len(sae.name) for sae in found), default=0)
-    for sae in found:
+def _show_saes(saes: list[PublishedSae]) -> None:
+    width = max((len(sae.name) for sae in saes), default=0)
+    for sae in saes:
         l0 = f"  l0 {sae.l0:g}" if sae.l0 else ""
-        why = f"  not read: {sae.not_read}" if sae.not_read else ""
-        show(f"{sae.name:<{width}}  {sae.hook}{l0}{why}".rstrip())
-    if not found:
+        not_read = f"  not read: {sae.not_read}" if sae.not_read else ""
+        show(f"{sae.name:<{width}}  {sae.hook}{l0}{not_read}".rstrip())
+    if not saes:
         show("None that are read.")
 
 
-def _l0(found: list[PublishedSae]) -> str:
-    known = sorted(sae.l0 for sae in found if sae.l0)
-    if not known:
+def _l0(saes: list[PublishedSae]) -> str:
+    values = sorted(sae.l0 for sae in saes if sae.l0)
+    if not values:
         return ""
-    return f"  l0 {known[0]:g}" + (f" to {known[-1]:g}" if known[-1] != known[0] else "")
+    return f"  l0 {values[0]:g}" + (f" to {values[-1]:g}" if values[-1] != values[0] else "")
 
 
 def _ranges(numbers: list[int]) -> str:
-    """Whole numbers, in rising order, as few words.
+    """Rising whole numbers, with consecutive ones as ranges.
 
     Example:
         >>> _ranges([0, 1, 2, 5, 7, 8])

@@ -46,13 +46,13 @@ def serve(
     from saeffect.web.site import Settings
 
     if not run.is_dir():
-        wrong = "this is a file, and a run directory was expected" if run.exists() else "there is no such run directory"
-        raise NotFound(f"{wrong}.", at=str(run), fix="give the folder that saeffect run wrote, such as runs/my-study.")
-    listening = _listen(host, port)
-    names = tuple(other.lower() for other in name or ())
-    settings = Settings(host=host, port=listening.getsockname()[1], names=names)
-    shown = names[0] if names else "localhost" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-    url = f"http://{shown}:{settings.port}/"
+        what = "this is a file, and a run directory was expected" if run.exists() else "there is no such run directory"
+        raise NotFound(f"{what}.", at=str(run), fix="give the folder that saeffect run wrote, such as runs/my-study.")
+    server_socket = _listen(host, port)
+    names = tuple(alias.lower() for alias in name or ())
+    settings = Settings(host=host, port=server_socket.getsockname()[1], names=names)
+    address = names[0] if names else "localhost" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    url = f"http://{address}:{settings.port}/"
     if not settings.is_local:
         settings = replace(settings, requests_per_second=50.0, burst=500)
         _show_tokens(run, rater or (), url)
@@ -60,16 +60,16 @@ def serve(
         raise ConfigError("tokens are for --host; on this machine nobody needs one.", at="--rater", fix="leave it out.")
     show(f"{run}: {url}")
     show("to stop: Ctrl-C")
-    _run(run, settings, listening, None if no_open or not settings.is_local else url)
+    _run(run, settings, server_socket, None if no_open or not settings.is_local else url)
 
 
 def _show_tokens(run: Path, new: Sequence[str], url: str) -> None:
-    """Add raters, and show their tokens for the only time; ConfigError if there would be none at all."""
+    """Add raters and show their tokens, which cannot be shown again; ConfigError if there would be no rater at all."""
     from saeffect.web.access import Raters
 
     raters = Raters(run)
-    known = raters.names()
-    if not known and not new:
+    existing = raters.names()
+    if not existing and not new:
         raise ConfigError(
             "anybody on the network could use the app, and no rater has a token yet.",
             at="--host",
@@ -79,23 +79,23 @@ def _show_tokens(run: Path, new: Sequence[str], url: str) -> None:
         token = raters.add(name)
         show(f"token of {name}, shown only now: {token}")
         show(f"  {url}enter#{token}")
-    if known:
-        show(f"raters with a token: {', '.join(known)}")
+    if existing:
+        show(f"raters with a token: {', '.join(existing)}")
 
 
 def _listen(host: str, port: int | None) -> socket.socket:
     """A socket that listens; InUse if the port is taken, ConfigError if the address is not this machine's."""
-    wanted = [_PORT + i for i in range(_TRIED_PORTS)] if port is None else [port]
-    for i, number in enumerate(wanted):
+    ports = [_PORT + attempt for attempt in range(_TRIED_PORTS)] if port is None else [port]
+    for attempt, number in enumerate(ports):
         try:
             family = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0][0]
-            # Without the protocol's number asyncio leaves Nagle's algorithm on: 40 ms more for each answer.
-            listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listening.bind((host, number))
-            listening.listen(2048)  # a browser that comes before the app is up waits, and is not refused
+            # Without the protocol number asyncio leaves Nagle's algorithm on: 40 ms more for each answer.
+            server_socket = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+            server_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            server_socket.bind((host, number))
+            server_socket.listen(2048)  # a browser that comes before the app is up waits, and is not refused
         except OSError as error:
-            if error.errno == errno.EADDRINUSE and i + 1 < len(wanted):
+            if error.errno == errno.EADDRINUSE and attempt + 1 < len(ports):
                 continue
             if error.errno == errno.EADDRINUSE:
                 fix = "choose another --port, or leave it out to get a free one."
@@ -105,16 +105,16 @@ def _listen(host: str, port: int | None) -> socket.socket:
                 f"cannot listen on {host!r}, port {number}: {reason}.", at="--host", fix="use 127.0.0.1, or --port 0."
             ) from error
         else:
-            return listening
+            return server_socket
     raise AssertionError
 
 
-def _run(run: Path, settings: Settings, listening: socket.socket, to_open: str | None) -> None:
+def _run(run: Path, settings: Settings, server_socket: socket.socket, to_open: str | None) -> None:
     import uvicorn
 
     from saeffect.web.app import create_app
 
-    # A report is put together in a thread while pages are asked for: they must not wait long for their turns.
+    # A report is built in a thread while requests come in; they must not wait long for the interpreter.
     sys.setswitchinterval(0.001)
 
     class Server(uvicorn.Server):
@@ -126,4 +126,4 @@ def _run(run: Path, settings: Settings, listening: socket.socket, to_open: str |
     config = uvicorn.Config(
         create_app(run, settings), log_level="warning", server_header=False, timeout_graceful_shutdown=3
     )
-    Server(config).run([listening])
+    Server(config).run([server_socket])

@@ -43,15 +43,15 @@ def train_sae(
     from saeffect.sae.training.recipe import train_from_recipe
 
     check_logger(logger)
-    config, usual = read_recipe(recipe, arm)
-    folder = out or usual
+    config, default_out = read_recipe(recipe, arm)
+    folder = out or default_out
     if folder is None:
         raise ConfigError("there is no folder for the SAE.", at="--out", fix="add --out FOLDER.")
     with process_log() as log:
         train_from_recipe(config, folder, work=work, logger=logger, log=log)  # type: ignore[arg-type]
         if is_first():
-            for place in config.folders(folder).values():
-                show(f"SAE: {place.resolve()}")
+            for sae_folder in config.folders(folder).values():
+                show(f"SAE: {sae_folder.resolve()}")
 
 
 def read_recipe(recipe: str, arm: str | None) -> tuple[Any, Path | None]:
@@ -82,5 +82,5 @@ def harvest(recipe: Recipe, work: Work = Path("work"), arm: Arm = None, keys: Ke
     with process_log() as log:
         folders = harvest_from_recipe(config, work=work, log=log)
         if is_first():
-            for place in folders:
-                show(f"activations: {place.resolve()}")
+            for folder in folders:
+                show(f"activations: {folder.resolve()}")

@@ -1,4 +1,4 @@
-"""`saeffect verdicts`: what people said about the features of a run, as a CSV file and from one."""
+"""`saeffect verdicts`: export people's verdicts on the features of a run as CSV, or import them."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def export_verdicts(run: RunFolder, file: _File) -> None:
     """Write the verdicts of a run's review to a CSV file."""
     from saeffect.study.review import export_verdicts as write
 
-    written, gone = write(run, file)
-    show(f"{written} verdicts: {file.resolve()}")
-    if gone:
-        show(f"{gone} are on features that the run no longer has; they are not among them, but stay in the history.")
+    n_written, n_gone = write(run, file)
+    show(f"{n_written} verdicts: {file.resolve()}")
+    if n_gone:
+        show(f"{n_gone} are on features that the run no longer has; they are not among them, but stay in the history.")
 
 
 @verdicts.command(
@@ -39,5 +39,5 @@ def import_verdicts(run: RunFolder, file: _File) -> None:
     """Add the verdicts of a CSV file to a run's review."""
     from saeffect.study.review import import_verdicts as add
 
-    added, before = add(run, file)
-    show(f"{added} verdicts imported" + (f", {before} were there before." if before else "."))
+    n_added, n_before = add(run, file)
+    show(f"{n_added} verdicts imported" + (f", {n_before} were there before." if n_before else "."))

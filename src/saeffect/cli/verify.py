@@ -9,7 +9,7 @@ from saeffect.cli.run import RunFolder
 
 __all__ = ["verify"]
 
-_MOST = 30  # lines
+_MAX_LINES = 30  # lines
 
 
 def verify(run: RunFolder) -> None:
@@ -17,13 +17,13 @@ def verify(run: RunFolder) -> None:
     from saeffect.study.verify import verify as check
 
     with ConsoleProgress() as log:
-        found = check(run, log)
-    for line in found.disagreements[:_MOST]:
+        result = check(run, log)
+    for line in result.disagreements[:_MAX_LINES]:
         show(str(line))
-    if len(found.disagreements) > _MOST:
-        show(f"and {len(found.disagreements) - _MOST} more")
-    looked = f"{found.files} files as written, {found.recomputed} recomputed ({found.values:,} values)"
-    if found.disagreements:
-        show(f"{len(found.disagreements)} disagree." + (f" The run was {found.note}." if found.note else ""))
+    if len(result.disagreements) > _MAX_LINES:
+        show(f"and {len(result.disagreements) - _MAX_LINES} more")
+    summary = f"{result.files} files as written, {result.recomputed} recomputed ({result.values:,} values)"
+    if result.disagreements:
+        show(f"{len(result.disagreements)} disagree." + (f" The run was {result.note}." if result.note else ""))
         raise typer.Exit(1)
-    show(f"Everything agrees: {looked}.")
+    show(f"Everything agrees: {summary}.")

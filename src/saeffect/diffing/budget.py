@@ -1,4 +1,4 @@
-"""What a fine-tune may change: the keys of a budget file. Frozen, strict, no input or output."""
+"""The keys of a budget file, which says what a fine-tune may change. Frozen, strict, no I/O."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class GroupRule(StrictModel):
     )
 
     @model_validator(mode="after")
-    def _one_group(self) -> Self:
+    def _check_members(self) -> Self:
         if (self.vocabulary is None) == (not self.features):
             raise ValueError("give either vocabulary or features")
         if len(set(self.features)) < len(self.features):
@@ -69,7 +69,7 @@ class TextLimit(StrictModel):
     )
 
     @model_validator(mode="after")
-    def _some(self) -> Self:
+    def _check_limits(self) -> Self:
         if self.kl is None and self.perplexity_ratio is None:
             raise ValueError("give kl, perplexity_ratio, or both")
         return self
@@ -101,7 +101,7 @@ class Budget(StrictModel):
         return (*(f"group {name}" for name in self.groups), *limits)
 
     @model_validator(mode="after")
-    def _something(self) -> Self:
+    def _check_rules(self) -> Self:
         if not self.groups and not self.texts:
             raise ValueError("the budget is empty, so nothing could break it; give groups, texts, or both")
         return self

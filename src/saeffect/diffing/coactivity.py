@@ -10,9 +10,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from saeffect.diffing.matching import Matching, TopPairs, neighbours_of
+from saeffect.diffing.matching import Matching, TopPairs, make_neighbours
 from saeffect.errors import ShapeMismatch
-from saeffect.features.activity import refuse_not_finite
+from saeffect.features.activity import check_finite
 from saeffect.stats.arguments import FloatArray
 
 __all__ = ["FiringLog", "coactivation", "match_activity"]
@@ -47,7 +47,7 @@ class FiringLog:
         row, feature = (acts > 0).nonzero(as_tuple=True)
         value = acts[row, feature]
         if len(acts):
-            refuse_not_finite(acts.amax(dim=0))  # a NaN anywhere in a column is its maximum
+            check_finite(acts.amax(dim=0))  # a NaN anywhere in a column is its maximum
         self.n_tokens += len(acts)
         self._counts.append(torch.bincount(row.cpu(), minlength=len(acts)).numpy())
         self._features.append(feature.cpu().numpy().astype(np.int32))
@@ -64,11 +64,11 @@ class FiringLog:
 
     def only(self, tokens: npt.NDArray[np.bool_]) -> FiringLog:
         """The log of the tokens that are True in `tokens`, bool [n_tokens]."""
-        kept = self.matrix()[np.flatnonzero(tokens)]
+        rows = self.matrix()[np.flatnonzero(tokens)]
         log = FiringLog(self.d_sae)
-        log.n_tokens = kept.shape[0]
-        log._counts = [np.diff(kept.indptr).astype(np.int64)]
-        log._features, log._values = [kept.indices.astype(np.int32)], [kept.data]
+        log.n_tokens = rows.shape[0]
+        log._counts = [np.diff(rows.indptr).astype(np.int64)]
+        log._features, log._values = [rows.indices.astype(np.int32)], [rows.data]
         return log
 
 
@@ -76,16 +76,16 @@ def match_activity(a: FiringLog, b: FiringLog, *, n: int = 8, min_active: int = 
     """Nearest neighbours by Pearson's correlation of activations over the same tokens, inactive ones as 0.
 
     Only pairs that fire together on `min_coactive` tokens are computed, in float64: all others correlate below 0 and
-    are no neighbours. Correlations are above 0, at most 1; 0 where no feature fires along. A feature that fires on
-    fewer than `min_active` tokens, or always with the same strength, has no neighbours, with the reason.
+    are no neighbours. Correlations are above 0, at most 1; 0 where no feature fires together with it. A feature that
+    fires on fewer than `min_active` tokens, or always equally strongly, has no neighbours, with the reason.
     `ShapeMismatch` if the logs have different numbers of tokens.
 
     Example:
         >>> a, b = FiringLog(1), FiringLog(2)
         >>> a.update(torch.tensor([[0.0], [1.0], [2.0]]))
         >>> b.update(torch.tensor([[5.0, 0.0], [0.0, 3.0], [0.0, 6.0]]))
-        >>> found = match_activity(a, b, n=1, min_active=1, min_coactive=1)
-        >>> found.forward.match.tolist(), found.backward.reason
+        >>> matching = match_activity(a, b, n=1, min_active=1, min_coactive=1)
+        >>> matching.forward.match.tolist(), matching.backward.reason
         ([1], ('no feature of the other SAE fires with it often enough', ''))
     """
     if a.n_tokens != b.n_tokens:
@@ -97,19 +97,19 @@ def match_activity(a: FiringLog, b: FiringLog, *, n: int = 8, min_active: int = 
     top = TopPairs(a.d_sae, b.d_sae, n)
     for first, block in _correlations(acts_a, acts_b, moments_a, moments_b, min_coactive):
         top.add(first, block)
-    none = "no feature of the other SAE fires with it often enough"
+    no_neighbour = "no feature of the other SAE fires with it often enough"
     return Matching(
         "activation correlation",
-        neighbours_of(*top.forward, moments_a.reason, n, none, absent=0.0),
-        neighbours_of(*top.backward, moments_b.reason, n, none, absent=0.0),
+        make_neighbours(*top.forward, moments_a.reason, n, no_neighbour, absent=0.0),
+        make_neighbours(*top.backward, moments_b.reason, n, no_neighbour, absent=0.0),
     )
 
 
 def coactivation(log: FiringLog, *, min_active: int = 10, min_coactive: int = 5) -> Iterator[tuple[int, FloatArray]]:
-    """Which features of one SAE fire on the same tokens: the first feature of a block and correlations [n, d_sae].
+    """Correlations of the features of one SAE, in blocks: the first feature of the block, and float64 [n, d_sae].
 
-    Pearson's over all tokens, inactive ones as 0; 0 where it would be below, for features that fire on fewer than
-    `min_active` tokens, and for pairs that fire together on fewer than `min_coactive`.
+    Pearson's over all tokens, inactive ones as 0. Negative values become 0, as do those of features that fire on fewer
+    than `min_active` tokens and of pairs that fire together on fewer than `min_coactive`.
     """
     acts = log.matrix().tocsc()
     moments = _moments(acts, min_active)
@@ -138,9 +138,9 @@ def _moments(acts: Any, min_active: int) -> _Moments:
         else f"it fires on {count} tokens, and {min_active} are needed"
         if count < min_active
         else "it fires alike on every token"
-        if even
+        if is_flat
         else ""
-        for count, even in zip(np.diff(acts.indptr).tolist(), flat.tolist(), strict=True)
+        for count, is_flat in zip(np.diff(acts.indptr).tolist(), flat.tolist(), strict=True)
     ]
     return _Moments(mean, np.sqrt(np.where(flat, np.nan, spread)), reason)
 
@@ -151,21 +151,21 @@ def _correlations(
     """Blocks of correlations float64 [n_rows, d_sae_b], minus infinity where there is none above 0."""
     n_tokens, d_sae_b = acts_b.shape
     rows = max(1, _BLOCK_CELLS // d_sae_b)
-    values_b, fires_b = acts_b.astype(np.float64), _ones(acts_b)
-    out_a, out_b = (np.array([bool(why) for why in moments.reason]) for moments in (a, b))
+    values_b, fires_b = acts_b.astype(np.float64), _indicator(acts_b)
+    excluded_a, excluded_b = (np.array([bool(reason) for reason in moments.reason]) for moments in (a, b))
     for first in range(0, acts_a.shape[1], rows):
         block = acts_a[:, first : first + rows].T.tocsr()
-        together = (_ones(block) @ fires_b).toarray()
+        n_together = (_indicator(block) @ fires_b).toarray()
         products = (block.astype(np.float64) @ values_b).toarray()
-        mine = slice(first, first + len(products))
+        rows_a = slice(first, first + len(products))
         products /= max(1, n_tokens)
-        products -= np.outer(a.mean[mine], b.mean)
-        products /= np.outer(a.std[mine], b.std)
-        products[(together < min_coactive) | ~(products > 0) | out_a[mine, None] | out_b] = -np.inf
+        products -= np.outer(a.mean[rows_a], b.mean)
+        products /= np.outer(a.std[rows_a], b.std)
+        products[(n_together < min_coactive) | ~(products > 0) | excluded_a[rows_a, None] | excluded_b] = -np.inf
         yield first, torch.from_numpy(np.minimum(products, 1.0))
 
 
-def _ones(acts: Any) -> Any:
+def _indicator(acts: Any) -> Any:
     fires = acts.copy()
     fires.data = np.ones_like(fires.data)
     return fires

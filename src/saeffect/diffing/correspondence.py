@@ -1,6 +1,6 @@
 """Fates by two measures: cosine of decoder rows (what a feature writes), correlation of activations (when it fires).
 
-And absorption: features of the other SAE that together fire where a lost one fired and write what it wrote.
+Also absorption: features of the other SAE that together fire where a lost feature fired, and write what it wrote.
 """
 
 from __future__ import annotations
@@ -46,38 +46,40 @@ def measure(pair: ModelPair) -> dict[str, pd.DataFrame]:
     if len(set(names)) < len(names):
         raise ConfigError(f"every SAE needs a name of its own. Got {', '.join(names)}.", at="name")
     with_logs = pair.control.firing is not None and pair.treatment.firing is not None
-    pieces = [_by_measure(name, pair) for name in (MEASURES if with_logs else MEASURES[:1])]
-    tables = {name: pd.concat([piece[name] for piece in pieces], ignore_index=True) for name in pieces[0]}
-    absorbed = _absorbed(tables["fates_control"], pair)
-    control = _relabelled(tables["fates_control"], absorbed)
-    counts = _recounted(tables["fate_counts"], control)
+    by_measure = [_measure_tables(name, pair) for name in (MEASURES if with_logs else MEASURES[:1])]
+    tables = {name: pd.concat([piece[name] for piece in by_measure], ignore_index=True) for name in by_measure[0]}
+    absorbed = _find_absorbed(tables["fates_control"], pair)
+    control = tables["fates_control"]
+    has_parents = control["feature"].isin(absorbed.loc[absorbed["absorbed"], "feature"])
+    control = control.assign(fate=control["fate"].mask((control["fate"] == "gone") & has_parents, "absorbed"))
+    counts = _count_absorbed(tables["fate_counts"], control)
     return {**tables, "fates_control": control, "fate_counts": counts, "absorption": absorbed}
 
 
-class _Pairs:
-    """Matchings between SAEs by one measure, each made once."""
+class _Matchings:
+    """Matchings between SAEs by one measure, each computed once."""
 
     def __init__(self, name: str, pair: ModelPair, total: int) -> None:
         self.measure = name
-        self._made: dict[tuple[str, str], Matching] = {}
+        self._cache: dict[tuple[str, str], Matching] = {}
         self._total, self._pair = total, pair
 
-    def between(self, a: SaeView, b: SaeView) -> Matching:
-        if (b.name, a.name) in self._made:
-            return self._made[b.name, a.name].reversed()
-        if (a.name, b.name) not in self._made:
-            keep = self._pair.keep
-            found = keep.read(self.measure, a.name, b.name) if keep else None
-            if found is None:
-                found = self._matched(a, b)
-                if keep:
-                    keep.write(self.measure, a.name, b.name, found)
-            self._made[a.name, b.name] = found
-            done = len(self._made)
+    def matching(self, a: SaeView, b: SaeView) -> Matching:
+        if (b.name, a.name) in self._cache:
+            return self._cache[b.name, a.name].reversed()
+        if (a.name, b.name) not in self._cache:
+            store = self._pair.store
+            matching = store.read(self.measure, a.name, b.name) if store else None
+            if matching is None:
+                matching = self._match(a, b)
+                if store:
+                    store.write(self.measure, a.name, b.name, matching)
+            self._cache[a.name, b.name] = matching
+            done = len(self._cache)
             self._pair.log.progress(f"match {self.measure}", done, max(done, self._total), "pairs")
-        return self._made[a.name, b.name]
+        return self._cache[a.name, b.name]
 
-    def _matched(self, a: SaeView, b: SaeView) -> Matching:
+    def _match(self, a: SaeView, b: SaeView) -> Matching:
         if self.measure == MEASURES[0]:
             return match_decoders(a.W_dec, b.W_dec, use_a=a.fires, use_b=b.fires)
         if a.firing is None or b.firing is None:
@@ -85,10 +87,10 @@ class _Pairs:
         return match_activity(a.firing, b.firing)
 
     def fates(self, reference: SaeView, other: SaeView, rest: Sequence[SaeView]) -> Fates:
-        """What became of the features of `reference` in `other`, beside the `rest`."""
+        """Fates of the features of `reference` in `other`, with the `rest` as placebos."""
         return fates(
-            self.between(reference, other),
-            [self.between(reference, view) for view in rest],
+            self.matching(reference, other),
+            [self.matching(reference, view) for view in rest],
             control_features=reference.features,
             treatment_features=other.features,
             placebo_features=[view.features for view in rest],
@@ -97,53 +99,53 @@ class _Pairs:
         )
 
 
-def _by_measure(name: str, pair: ModelPair) -> dict[str, pd.DataFrame]:
+def _measure_tables(name: str, pair: ModelPair) -> dict[str, pd.DataFrame]:
     """The tables of one measure, with mutual neighbours and the best pairing."""
     others, seeds = (
         [view for view in views if name == MEASURES[0] or view.firing is not None]
         for views in (pair.others, pair.treatment_seeds)
     )
-    pairs = _Pairs(name, pair, 1 + len(others) + len(others) * (len(others) + 1) // 2)
-    found = pairs.fates(pair.control, pair.treatment, others)
-    matching = pairs.between(pair.control, pair.treatment)
-    paired = assign(matching)
-    best = np.array([pairs.between(pair.control, view).forward.best for view in seeds])
+    matchings = _Matchings(name, pair, 1 + len(others) + len(others) * (len(others) + 1) // 2)
+    result = matchings.fates(pair.control, pair.treatment, others)
+    matching = matchings.matching(pair.control, pair.treatment)
+    pairing = assign(matching)
+    seed_similarity = np.array([matchings.matching(pair.control, view).forward.best for view in seeds])
     similarity_of_b = np.full(matching.n_b, np.nan)
-    has_partner = paired.a_of_b != NO_MATCH
-    similarity_of_b[has_partner] = paired.similarity[paired.a_of_b[has_partner]]
+    has_partner = pairing.a_of_b != NO_MATCH
+    similarity_of_b[has_partner] = pairing.similarity[pairing.a_of_b[has_partner]]
     tables = {
-        "fates_control": found.control.assign(
+        "fates_control": result.control.assign(
             mutual=matching.mutual,
-            assigned=paired.b_of_a,
-            assigned_similarity=paired.similarity,
-            other_seeds_similarity=best.mean(axis=0) if seeds else np.nan,
+            assigned=pairing.b_of_a,
+            assigned_similarity=pairing.similarity,
+            other_seeds_similarity=seed_similarity.mean(axis=0) if seeds else np.nan,
         ),
-        "fates_treatment": found.treatment.assign(
-            mutual=matching.reversed().mutual, assigned=paired.a_of_b, assigned_similarity=similarity_of_b
+        "fates_treatment": result.treatment.assign(
+            mutual=matching.reversed().mutual, assigned=pairing.a_of_b, assigned_similarity=similarity_of_b
         ),
-        "fate_counts": found.counts.copy(),
+        "fate_counts": result.counts.copy(),
     }
     for table in tables.values():
         table.insert(0, "measure", pd.Series([name] * len(table), dtype="str"))
-    return {**tables, "fates_null": _nulls(pairs, pair, others, found)}
+    return {**tables, "fates_null": _null_calls(matchings, pair, others, result)}
 
 
-def _nulls(pairs: _Pairs, pair: ModelPair, others: Sequence[SaeView], real: Fates) -> pd.DataFrame:
-    """Calls for every ordered pair of SAEs of the control's model, and for the treatment's."""
-    rows = [*_calls(pairs.measure, pair.control, pair.treatment, real, pair.alpha, is_null=False)]
+def _null_calls(matchings: _Matchings, pair: ModelPair, others: Sequence[SaeView], real: Fates) -> pd.DataFrame:
+    """Called features for every ordered pair of SAEs of the control's model, and for the treatment's SAE."""
+    rows = [*_calls(matchings.measure, pair.control, pair.treatment, real, pair.alpha, is_null=False)]
     saes = [pair.control, *others]
     for reference, held_out in permutations(saes, 2):
         rest = [view for view in saes if view is not reference and view is not held_out]
         if rest:
-            found = pairs.fates(reference, held_out, rest)
-            rows += _calls(pairs.measure, reference, held_out, found, pair.alpha, is_null=True)
+            result = matchings.fates(reference, held_out, rest)
+            rows += _calls(matchings.measure, reference, held_out, result, pair.alpha, is_null=True)
     return pd.DataFrame(rows)
 
 
 def _calls(
-    name: str, reference: SaeView, other: SaeView, found: Fates, alpha: float, *, is_null: bool
+    name: str, reference: SaeView, other: SaeView, result: Fates, alpha: float, *, is_null: bool
 ) -> Iterator[dict[str, object]]:
-    for side, table in (("control", found.control), ("treatment", found.treatment)):
+    for side, table in (("control", result.control), ("treatment", result.treatment)):
         tested = table["p"].notna()
         reasons = table.loc[~tested, "reason"]
         yield {
@@ -155,12 +157,12 @@ def _calls(
             "tested": int(tested.sum()),
             "low_p": int((table["p"] <= alpha).sum()),
             "called": int((table["q"] <= alpha).sum()),
-            "drift": found.drift,
+            "drift": result.drift,
             "reason": "" if tested.any() or reasons.empty else str(reasons.mode().iloc[0]),
         }
 
 
-def _absorbed(control_table: pd.DataFrame, pair: ModelPair) -> pd.DataFrame:
+def _find_absorbed(control_table: pd.DataFrame, pair: ModelPair) -> pd.DataFrame:
     gone = control_table[control_table["fate"] == "gone"]
     measures = gone.groupby("feature")["measure"].agg(" and ".join)
     if pair.control.firing is None or pair.treatment.firing is None:
@@ -168,19 +170,14 @@ def _absorbed(control_table: pd.DataFrame, pair: ModelPair) -> pd.DataFrame:
         return pd.DataFrame(columns=columns).astype({"feature": "int64", "absorbed": "bool"})
     if len(measures):
         pair.log(f"  looking for parents of {len(measures)} features without a counterpart")
-    found = absorption(measures.index.to_numpy(dtype=np.int64), pair.control, pair.treatment, seed=pair.resampling.seed)
-    found.insert(1, "measures", pd.Series(measures.to_list(), dtype="str"))
-    return found
+    features = measures.index.to_numpy(dtype=np.int64)
+    absorbed = absorption(features, pair.control, pair.treatment, seed=pair.resampling.seed)
+    absorbed.insert(1, "measures", pd.Series(measures.to_list(), dtype="str"))
+    return absorbed
 
 
-def _relabelled(control_table: pd.DataFrame, absorbed: pd.DataFrame) -> pd.DataFrame:
-    has_parents = set(absorbed.loc[absorbed["absorbed"], "feature"])
-    is_absorbed = (control_table["fate"] == "gone") & control_table["feature"].isin(has_parents)
-    return control_table.assign(fate=control_table["fate"].mask(is_absorbed, "absorbed"))
-
-
-def _recounted(counts: pd.DataFrame, control_table: pd.DataFrame) -> pd.DataFrame:
-    """Adds a row for absorbed features and subtracts them from the gone ones."""
+def _count_absorbed(counts: pd.DataFrame, control_table: pd.DataFrame) -> pd.DataFrame:
+    """Add a row for absorbed features, and subtract them from the gone ones."""
     frames = []
     for name, group in counts.groupby("measure", sort=False):
         rows = group.copy()
@@ -198,16 +195,16 @@ def _recounted(counts: pd.DataFrame, control_table: pd.DataFrame) -> pd.DataFram
     return pd.concat(frames, ignore_index=True)[list(counts.columns)]
 
 
-_PARENTS_TRIED = 16  # features that fire most often where it fired, to build its direction from
-_MAX_PARENTS = 4  # of those, the most that may be needed
-_MIN_ACTIVE = 10  # tokens on which the feature must have fired
+_PARENTS_TRIED = 16  # candidates: features that fire most often where the lost feature fired
+_MAX_PARENTS = 4  # candidates in the sum
+_MIN_ACTIVE = 10  # tokens on which the lost feature must have fired
 _MIN_COACTIVE = 5  # tokens that a candidate must share with it
-_MIN_LIFT = 2.0  # times as often as elsewhere a candidate must fire there: one that fires everywhere explains nothing
-_MIN_RECALL = 0.5  # share of its tokens on which a parent must fire
-_MIN_COSINE = 0.6  # between its decoder row and the best sum (no negative weights) of the parents' rows
-_ALPHA = 0.05  # highest p of that cosine among those of other features' rows and the same candidates
-_NULL_FEATURES = 199  # such other features, drawn at random
-_EMPTY: dict[str, Any] = {
+_MIN_LIFT = 2.0  # rate of a candidate on these tokens over its density: one that fires everywhere explains nothing
+_MIN_RECALL = 0.5  # share of the tokens on which a parent must fire
+_MIN_COSINE = 0.6  # between the lost decoder row and the best non-negative sum of the parents' rows
+_ALPHA = 0.05  # highest p of that cosine, among cosines of other features' rows with the same candidates
+_NULL_FEATURES = 199  # these other features, drawn at random
+_NOT_ABSORBED: dict[str, Any] = {
     "absorbed": False,
     "absorbed_by": [],
     "weights": [],
@@ -229,9 +226,8 @@ def absorption(
     order given: `feature`; `n_active`, tokens on which it fired; `absorbed`; `absorbed_by`, treatment features, the
     largest part first; `weights` of their unit rows in the sum; `recall`, the share of its tokens on which any of them
     fires; `recall_each`; `chance_recall`, if each fired independently at its overall density; `cosine` of the sum with
-    its decoder row; `cosine_p`, rank of that cosine among those of other control features built from the same
-    candidates; `reason`, why it is not called absorbed. Numbers are NaN where it fired too seldom or nothing fires with
-    it.
+    its decoder row; `cosine_p`, rank of that cosine among those of other control features with the same candidates;
+    `reason`, why it is not called absorbed. Numbers are NaN where it fired too seldom or nothing fires with it.
 
     Raises `ShapeMismatch` if the logs are missing or of different text, or the decoders differ in width.
     """
@@ -241,52 +237,56 @@ def absorption(
         raise ShapeMismatch(
             f"the decoders are {control.W_dec.shape[1]} and {treatment.W_dec.shape[1]} wide.", at="treatment"
         )
-    fired_before, fires_now = control.firing.matrix().tocsc(), treatment.firing.matrix().tocsr()
-    density = np.bincount(fires_now.indices, minlength=treatment.firing.d_sae) / max(1, treatment.firing.n_tokens)
-    others = np.random.default_rng(seed).permutation(control.firing.d_sae)[: _NULL_FEATURES + 1]
-    before, now = (unit_rows(view.W_dec.detach().double().cpu().numpy()) for view in (control, treatment))
+    acts_control, acts_treatment = control.firing.matrix().tocsc(), treatment.firing.matrix().tocsr()
+    density = np.bincount(acts_treatment.indices, minlength=treatment.firing.d_sae) / max(1, treatment.firing.n_tokens)
+    null_features = np.random.default_rng(seed).permutation(control.firing.d_sae)[: _NULL_FEATURES + 1]
+    rows_control, rows_treatment = (
+        unit_rows(view.W_dec.detach().double().cpu().numpy()) for view in (control, treatment)
+    )
     rows = []
     for feature in np.asarray(features, dtype=np.int64).tolist():
-        start, end = fired_before.indptr[feature : feature + 2]
-        here = fires_now[np.sort(fired_before.indices[start:end])]
-        row: dict[str, Any] = {"feature": feature, "n_active": int(end - start), **_EMPTY}
+        start, end = acts_control.indptr[feature : feature + 2]
+        coactive = acts_treatment[np.sort(acts_control.indices[start:end])]
+        row: dict[str, Any] = {"feature": feature, "n_active": int(end - start), **_NOT_ABSORBED}
         if end - start < _MIN_ACTIVE:
             row["reason"] = f"it fires on {end - start} tokens, and {_MIN_ACTIVE} are needed"
         else:
-            null = before[others[others != feature][:_NULL_FEATURES]]
-            row |= _parents(before[feature], null, here, now, density)
+            null = rows_control[null_features[null_features != feature][:_NULL_FEATURES]]
+            row |= _find_parents(rows_control[feature], null, coactive, rows_treatment, density)
         rows.append(row)
-    columns = ["feature", "n_active", *_EMPTY]
+    columns = ["feature", "n_active", *_NOT_ABSORBED]
     return pd.DataFrame(rows, columns=columns).astype({"feature": "int64", "n_active": "int64", "absorbed": "bool"})
 
 
-def _parents(row: FloatArray, null: FloatArray, here: Any, now: FloatArray, density: FloatArray) -> dict[str, Any]:
-    """Parents of one feature from what fires `here`, the tokens on which it fired (CSR [n_active, d_sae])."""
-    together = np.bincount(here.indices, minlength=here.shape[1])
-    recall = together / here.shape[0]
-    possible = np.flatnonzero((together >= _MIN_COACTIVE) & (recall >= _MIN_LIFT * density))
-    if not len(possible):
+def _find_parents(
+    row: FloatArray, null: FloatArray, coactive: Any, rows_treatment: FloatArray, density: FloatArray
+) -> dict[str, Any]:
+    """Parents of one feature, from the activations `coactive` [n_active, d_sae] on the tokens on which it fired."""
+    n_coactive = np.bincount(coactive.indices, minlength=coactive.shape[1])
+    recall = n_coactive / coactive.shape[0]
+    eligible = np.flatnonzero((n_coactive >= _MIN_COACTIVE) & (recall >= _MIN_LIFT * density))
+    if not len(eligible):
         return {"reason": "no feature fires with it more often than elsewhere"}
     # Ties by number, so that the choice is reproducible.
-    candidates = possible[np.argsort(-recall[possible], kind="stable")][:_PARENTS_TRIED]
-    weights, cosine, chosen = _build(row, now[candidates])
+    candidates = eligible[np.argsort(-recall[eligible], kind="stable")][:_PARENTS_TRIED]
+    weights, cosine, chosen = _fit_row(row, rows_treatment[candidates])
     if not len(chosen):
         return {"cosine": 0.0, "cosine_p": 1.0, "recall": 0.0, "reason": "those that fire with it point elsewhere"}
-    built_null = np.array([_build(other, now[candidates])[1] for other in null])
-    cosine_p = (1 + int((built_null >= cosine - 1e-12).sum())) / (1 + len(null))
+    null_cosines = np.array([_fit_row(null_row, rows_treatment[candidates])[1] for null_row in null])
+    cosine_p = (1 + int((null_cosines >= cosine - 1e-12).sum())) / (1 + len(null))
     parents = candidates[chosen]
-    union = float((np.diff(here[:, parents].indptr) > 0).mean())
+    joint_recall = float((np.diff(coactive[:, parents].indptr) > 0).mean())
     reasons = [
-        (union >= _MIN_RECALL, f"they fire on {100 * union:.0f} % of its tokens only"),
+        (joint_recall >= _MIN_RECALL, f"they fire on {100 * joint_recall:.0f} % of its tokens only"),
         (cosine >= _MIN_COSINE, f"their sum has a cosine of only {cosine:.2f} with it"),
         (cosine_p <= _ALPHA, "their sum fits other features as well"),
     ]
-    reason = next((text for holds, text in reasons if not holds), "")
+    reason = next((message for holds, message in reasons if not holds), "")
     return {
         "absorbed": not reason,
         "absorbed_by": parents.tolist(),
         "weights": weights.tolist(),
-        "recall": union,
+        "recall": joint_recall,
         "recall_each": recall[parents].tolist(),
         "chance_recall": float(1 - np.prod(1 - density[parents])),
         "cosine": cosine,
@@ -295,8 +295,8 @@ def _parents(row: FloatArray, null: FloatArray, here: Any, now: FloatArray, dens
     }
 
 
-def _build(row: FloatArray, parts: FloatArray) -> tuple[FloatArray, float, IntArray]:
-    """The best sum of at most `_MAX_PARENTS` parts: weights, its cosine with the unit `row`, and which parts."""
+def _fit_row(row: FloatArray, parts: FloatArray) -> tuple[FloatArray, float, IntArray]:
+    """The non-negative sum of at most `_MAX_PARENTS` parts nearest to the unit `row`: weights, cosine, chosen parts."""
     from scipy.optimize import nnls
 
     weights = nnls(parts.T, row)[0]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # reports read the finished table without torch
 
 __all__ = ["ActivityChanges", "CrossActivity", "activity_changes", "change_scores", "measure", "most_changed"]
 
-_FEATURES = 2048  # features tested at once: bounds the memory of float64 copies
+_CHUNK = 2048  # features tested at once: bounds the memory of float64 copies
 
 
 def measure(pair: ModelPair) -> dict[str, pd.DataFrame]:
@@ -78,8 +78,8 @@ class CrossActivity:
             raise ShapeMismatch(f"mask must be bool {list(control.shape[:2])}.", at="mask")
         rows = []
         for row in range(len(control)):
-            counts = slice(None) if mask is None else mask[row]
-            pair = [acts[row].detach()[counts].float().clamp(min=0) for acts in (control, treatment)]
+            counted = slice(None) if mask is None else mask[row]
+            pair = [acts[row].detach()[counted].float().clamp(min=0) for acts in (control, treatment)]
             if len(pair[0]) == 0:
                 continue
             sums = [acts.double().sum(dim=0).cpu().numpy() for acts in pair]
@@ -90,8 +90,8 @@ class CrossActivity:
             self._tokens.append(n_tokens)
             self._sums += sums
             self._fired += fired
-            for kept, numbers in zip(self._differences, (sums, fired), strict=True):
-                kept.append((numbers[1] - numbers[0]).astype(np.float32))
+            for stored, values in zip(self._differences, (sums, fired), strict=True):
+                stored.append((values[1] - values[0]).astype(np.float32))
 
     def result(self, *, n_permutations: int = 10_000, seed: int = 0) -> pd.DataFrame:
         """One row a feature; `n_permutations` random sign patterns are drawn from `seed` above 14 rows.
@@ -105,22 +105,22 @@ class CrossActivity:
         n_tokens = np.array(self._tokens, dtype=np.float64)
         total = n_tokens.sum() if self.n_rows else np.nan
         silent = self._fired.sum(axis=0) == 0
-        rows = [np.stack(kept) if kept else np.empty((0, self.d_sae), dtype=np.float32) for kept in self._differences]
+        rows = [np.stack(by_row) if by_row else np.empty((0, self.d_sae), np.float32) for by_row in self._differences]
         table = pd.DataFrame({"feature": np.arange(self.d_sae)})
         without_interval = np.zeros(self.d_sae, dtype=bool)
-        for name, pair, prefix, differences in (
+        for name, values, prefix, differences in (
             ("mean", self._sums / total, "", rows[0]),
             ("density", self._fired / total, "density_", rows[1]),
         ):
-            tested = _tested(differences, n_tokens, silent, n_permutations, seed)
+            tested = _test_differences(differences, n_tokens, silent, n_permutations, seed)
             without_interval |= np.isnan(tested["low"])
             columns = {
-                f"{name}_control": pair[0],
-                f"{name}_treatment": pair[1],
-                f"{prefix}difference": pair[1] - pair[0],
+                f"{name}_control": values[0],
+                f"{name}_treatment": values[1],
+                f"{prefix}difference": values[1] - values[0],
             }
-            table = table.assign(**columns, **{f"{prefix}{column}": values for column, values in tested.items()})
-        reasons = [self._reason(*both) for both in zip(silent.tolist(), without_interval.tolist(), strict=True)]
+            table = table.assign(**columns, **{prefix + column: array for column, array in tested.items()})
+        reasons = [self._reason(*flags) for flags in zip(silent.tolist(), without_interval.tolist(), strict=True)]
         return table.assign(n_rows=(rows[0] != 0).sum(axis=0), reason=pd.Series(reasons, dtype="str"))
 
     def _reason(self, silent: bool, without_interval: bool) -> str:
@@ -133,7 +133,7 @@ class CrossActivity:
         return "every row of text differs alike, so there is no interval" if without_interval else ""
 
 
-def _tested(
+def _test_differences(
     differences: npt.NDArray[np.float32],
     n_tokens: FloatArray,
     silent: npt.NDArray[np.bool_],
@@ -142,15 +142,15 @@ def _tested(
 ) -> dict[str, FloatArray]:
     """Interval, p and q of each feature from differences of row sums [n_rows, d_sae]."""
     n_rows, d_sae = differences.shape
-    found = {name: np.full(d_sae, np.nan) for name in ("low", "high", "p")}
+    low, high, p = np.full((3, d_sae), np.nan)
     if n_rows >= 2:
         features = np.flatnonzero(~silent)
-        for start in range(0, len(features), _FEATURES):
-            part = features[start : start + _FEATURES]
-            sums = differences[:, part].astype(np.float64)
-            found["low"][part], found["high"][part] = _interval(sums, n_tokens)
-            found["p"][part] = sign_flip_many(sums.T, alternative="two-sided", n_permutations=n_permutations, seed=seed)
-    return {**found, "q": benjamini_hochberg(found["p"])}
+        for start in range(0, len(features), _CHUNK):
+            chunk = features[start : start + _CHUNK]
+            sums = differences[:, chunk].astype(np.float64)
+            low[chunk], high[chunk] = _interval(sums, n_tokens)
+            p[chunk] = sign_flip_many(sums.T, alternative="two-sided", n_permutations=n_permutations, seed=seed)
+    return {"low": low, "high": high, "p": p, "q": benjamini_hochberg(p)}
 
 
 def _interval(sums: FloatArray, n_tokens: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -160,9 +160,9 @@ def _interval(sums: FloatArray, n_tokens: FloatArray) -> tuple[FloatArray, Float
     # The mean per token is a ratio when rows differ in length: its error is that of the residuals.
     residual = sums - n_tokens[:, None] * mean
     error = np.sqrt(n_rows / (n_rows - 1) * (residual**2).sum(axis=0)) / total
-    half = float(stdtrit(n_rows - 1, (1 + LEVEL) / 2)) * error
+    half_width = float(stdtrit(n_rows - 1, (1 + LEVEL) / 2)) * error
     flat = np.ptp(sums / n_tokens[:, None], axis=0) == 0
-    return np.where(flat, np.nan, mean - half), np.where(flat, np.nan, mean + half)
+    return np.where(flat, np.nan, mean - half_width), np.where(flat, np.nan, mean + half_width)
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,17 +177,17 @@ class ActivityChanges:
 def activity_changes(cross: pd.DataFrame, *, alpha: float) -> ActivityChanges:
     """Features that fire more, less, and are of the domain, from a non-empty table of `CrossActivity.result`."""
     tested = cross[cross["q"].notna()]
-    found = tested["q"] <= alpha
+    significant = tested["q"] <= alpha
     no_domain = pd.Series(False, index=tested.index)
     domain = tested["is_domain"].astype(bool) if "is_domain" in tested else no_domain
-    return ActivityChanges(found & (tested["difference"] > 0), found & (tested["difference"] < 0), domain)
+    return ActivityChanges(significant & (tested["difference"] > 0), significant & (tested["difference"] < 0), domain)
 
 
 def change_scores(cross: pd.DataFrame) -> FloatArray:
     """How much each feature changed, float64 [n]; NaN where it fires in neither model.
 
-    The change of the mean activation, divided by the square root of the mean over both models (the scale on which sums
-    of rare events vary): neither features that are always on nor those that fired once lead.
+    The change of the mean activation, divided by the square root of the mean over both models (the scale of the noise
+    of rare events), so that neither features that are always on nor those that fired once rank first.
 
     Example:
         >>> table = pd.DataFrame({"mean_control": [1.0, 0.0], "mean_treatment": [7.0, 0.0], "difference": [6.0, 0.0]})

@@ -1,12 +1,12 @@
-"""How much of each feature of a crosscoder there is in either model, and which features belong to one alone.
+"""How strongly each feature of a crosscoder is present in either model, and which features belong to one model only.
 
-A crosscoder's decoder lengths alone mislead: a penalty can shrink one of them to nothing, or split a shared concept
-over two features. Latent scaling asks the activations instead: by which factor β must the feature's direction d be
-scaled to explain best what it should explain in a model, on the tokens where it fires,
+Decoder norms alone mislead: a penalty can shrink one of them to nothing, or split a shared concept into two features.
+Latent scaling uses the activations instead: the factor β by which the feature's direction d must be scaled to best
+explain its target y in a model, on the tokens where it fires,
 
     β = d · Σ f y / (‖d‖² Σ f²),
 
-with y the activation without what the other features rebuild ("error"), what the other features rebuild along it
+with y the activation minus the reconstruction by the other features ("error"), that reconstruction
 ("reconstruction"), or both together ("presence"). ν = β of the base model / β of the tuned one. Source: Minder et al.
 (2025), Overcoming Sparsity Artifacts in Crosscoders; in closed form, in one pass, with intervals over rows of text.
 """
@@ -35,11 +35,11 @@ from saeffect.stats.student import fieller
 __all__ = ["KINDS", "Cuts", "LatentScaling", "against_nulls", "directions", "null_cuts"]
 
 KINDS = ("shared", "more in tuned", "more in base", "tuned only", "base only")
-"""What a feature can be, in the column `kind`."""
+"""Values of the column `kind`."""
 
 _MIN_STRATUM = 200  # features of like density that are pooled over nulls
-# What is summed by row of text: f times the direction's product with error and reconstruction, in each model, with
-# another feature's direction, and f².
+# Sums by row of text, each in base and tuned: f · (d · error), f · (d · reconstruction), f · (activation · another
+# feature's direction); and f².
 _ERROR, _REBUILT, _OTHER, _SQUARE = (0, 1), (2, 3), (4, 5), 6
 _N_SUMS = 7
 
@@ -54,13 +54,13 @@ def directions(sae: SparseAutoencoder) -> Tensor:
             f"latent scaling needs a crosscoder, and this is a {sae.label} SAE.",
             fix="train one: architecture: crosscoder, with both models in the recipe.",
         )
-    base, tuned = (side(sae.W_dec.detach(), which) for which in (BASE, TUNED))
+    base, tuned = (side(sae.W_dec.detach(), model) for model in (BASE, TUNED))
     longer = tuned.norm(dim=1) >= base.norm(dim=1)
     return torch.where(longer[:, None], tuned, base)
 
 
 class LatentScaling:
-    """Adds up batches of text; memory does not grow with them."""
+    """Sums over batches of text, in constant memory."""
 
     def __init__(self, sae: SparseAutoencoder) -> None:
         self._sae, self._directions = sae, directions(sae)
@@ -81,9 +81,9 @@ class LatentScaling:
                 f"activations are {tuple(base.shape)} and {tuple(tuned.shape)}; expected the same"
                 f" [n_rows, n_tokens, {self._sae.cfg.d_in // 2}]."
             )
-        kept = torch.ones(base.shape[:2], dtype=torch.bool) if mask is None else mask
-        x = torch.cat([base[kept], tuned[kept]], dim=1).float()
-        row = kept.nonzero()[:, 0]
+        counted = torch.ones(base.shape[:2], dtype=torch.bool) if mask is None else mask
+        x = torch.cat([base[counted], tuned[counted]], dim=1).float()
+        row = counted.nonzero()[:, 0]
         acts = self._sae.encode(x)
         token, feature = acts.nonzero(as_tuple=True)
         entries = SparseEntries(token, feature, acts[token, feature], (len(x), self._sae.cfg.d_sae))
@@ -98,21 +98,21 @@ class LatentScaling:
     def _sums(self, entries: SparseEntries, x: Tensor, rebuilt: Tensor, row: Tensor, n_rows: int) -> Tensor:
         """By row of text, float64 `[n_rows, _N_SUMS, d_sae]`."""
         d, f = self._directions, entries.values
-        other = d.roll(1, dims=0)  # a direction that has nothing to do with the feature, as long as itself
-        other = other * (d.norm(dim=1) / other.norm(dim=1).clamp_min(1e-12))[:, None]
-        found = torch.zeros(n_rows * self._sae.cfg.d_sae, _N_SUMS, dtype=torch.float64)
-        place = row[entries.token] * self._sae.cfg.d_sae + entries.feature
+        unrelated = d.roll(1, dims=0)  # another feature's direction, scaled to the length of d
+        unrelated = unrelated * (d.norm(dim=1) / unrelated.norm(dim=1).clamp_min(1e-12))[:, None]
+        sums = torch.zeros(n_rows * self._sae.cfg.d_sae, _N_SUMS, dtype=torch.float64)
+        cell = row[entries.token] * self._sae.cfg.d_sae + entries.feature
         columns = [torch.zeros_like(f)] * _N_SUMS
         columns[_SQUARE] = f * f
-        for which in (BASE, TUNED):
-            bias = side(self._sae.b_dec.detach(), which)
-            whole, parts = side(x, which) - bias, side(rebuilt, which) - bias
-            own = f * entries.per_feature((d * side(self._sae.W_dec.detach(), which)).sum(dim=1))
-            columns[_ERROR[which]] = f * (entries.inner(whole - parts, d) + own)
-            columns[_REBUILT[which]] = f * (entries.inner(parts, d) - own)
-            columns[_OTHER[which]] = f * entries.inner(whole, other)
-        found.index_add_(0, place, torch.stack(columns, dim=1).double())
-        return found.view(n_rows, self._sae.cfg.d_sae, _N_SUMS).transpose(1, 2)
+        for model in (BASE, TUNED):
+            bias = side(self._sae.b_dec.detach(), model)
+            x_model, rebuilt_model = side(x, model) - bias, side(rebuilt, model) - bias
+            own_part = f * entries.per_feature((d * side(self._sae.W_dec.detach(), model)).sum(dim=1))
+            columns[_ERROR[model]] = f * (entries.inner(x_model - rebuilt_model, d) + own_part)
+            columns[_REBUILT[model]] = f * (entries.inner(rebuilt_model, d) - own_part)
+            columns[_OTHER[model]] = f * entries.inner(x_model, unrelated)
+        sums.index_add_(0, cell, torch.stack(columns, dim=1).double())
+        return sums.view(n_rows, self._sae.cfg.d_sae, _N_SUMS).transpose(1, 2)
 
     def result(self) -> pd.DataFrame:
         """One row a feature.
@@ -127,7 +127,7 @@ class LatentScaling:
         """
         if not self._n_tokens:
             raise EmptySelection("no token counts, so there is nothing to scale.", at="text")
-        base, tuned = (side(self._sae.W_dec.detach(), which).norm(dim=1).double().numpy() for which in (BASE, TUNED))
+        base, tuned = (side(self._sae.W_dec.detach(), model).norm(dim=1).double().numpy() for model in (BASE, TUNED))
         length = self._directions.norm(dim=1).double().numpy()
         with np.errstate(divide="ignore", invalid="ignore"):
             table: dict[str, FloatArray] = {
@@ -136,11 +136,12 @@ class LatentScaling:
                 "norm_tuned": tuned,
                 "norm_share": tuned / (base + tuned),
             }
-            for name, of in (("error", (_ERROR,)), ("reconstruction", (_REBUILT,)), ("presence", (_ERROR, _REBUILT))):
-                sides = [_weights(*(pair[which] for pair in of)) for which in (BASE, TUNED)]
-                for which, weights in zip(("base", "tuned"), sides, strict=True):
-                    table[f"{name}_{which}"] = self._ratio(weights, _weights(_SQUARE))[0] / length**2
-                nu, low, high = self._ratio(*sides)
+            targets = {"error": (_ERROR,), "reconstruction": (_REBUILT,), "presence": (_ERROR, _REBUILT)}
+            for name, terms in targets.items():
+                weights_by_model = [_select(*(pair[model] for pair in terms)) for model in (BASE, TUNED)]
+                for model, weights in zip(("base", "tuned"), weights_by_model, strict=True):
+                    table[f"{name}_{model}"] = self._ratio(weights, _select(_SQUARE))[0] / length**2
+                nu, low, high = self._ratio(*weights_by_model)
                 table |= {f"{name}_nu": nu, f"{name}_low": low, f"{name}_high": high}
             table |= self._lean(table)
             table |= self._contribution(length)
@@ -158,65 +159,62 @@ class LatentScaling:
         return sums[0] / sums[1], low, high
 
     def _lean(self, table: dict[str, FloatArray]) -> dict[str, FloatArray]:
-        """From the ratio of the model with less to that with more, which is at most 1 in size, whichever that is."""
-        presence = [_weights(_ERROR[which], _REBUILT[which]) for which in (BASE, TUNED)]
+        """The columns lean, low, high and chance, from the ratio of the smaller presence to the larger one."""
+        presence = [_select(_ERROR[model], _REBUILT[model]) for model in (BASE, TUNED)]
         less = table["presence_base"] < table["presence_tuned"]
-        ends = [self._ratio(presence[which], presence[1 - which]) for which in (BASE, TUNED)]
-        ratio, low, high = (np.where(less, a, b) for a, b in zip(ends[0], ends[1], strict=True))
-        most = np.maximum(table["presence_base"], table["presence_tuned"])
-        known = most > 0
-        lean = [np.where(known, _lean_of(values), np.nan) * np.where(less, 1, -1) for values in (ratio, high, low)]
-        other = [self._ratio(_weights(_OTHER[which]), presence[1 - which])[0] for which in (BASE, TUNED)]
+        ratios = [self._ratio(presence[model], presence[1 - model]) for model in (BASE, TUNED)]
+        ratio, low, high = (np.where(less, a, b) for a, b in zip(ratios[0], ratios[1], strict=True))
+        larger = np.maximum(table["presence_base"], table["presence_tuned"])
+        present = larger > 0
+        sign = np.where(less, 1, -1)
+        # 1 for a ratio of 0 or less
+        lean = [np.where(present, (1 - r) / (1 + np.abs(r)), np.nan) * sign for r in (ratio, high, low)]
+        unrelated = [self._ratio(_select(_OTHER[model]), presence[1 - model])[0] for model in (BASE, TUNED)]
         return {
             "lean": lean[0],
             "low": np.where(less, lean[1], lean[2]),
             "high": np.where(less, lean[2], lean[1]),
-            "chance": np.where(known, np.abs(np.where(less, other[0], other[1])), np.nan),
+            "chance": np.where(present, np.abs(np.where(less, unrelated[0], unrelated[1])), np.nan),
         }
 
     def _contribution(self, length: FloatArray) -> dict[str, FloatArray]:
         per_token = self._acts.numpy() / self._n_tokens / length
-        found: dict[str, FloatArray] = {}
-        sides = [_weights(_ERROR[which], _REBUILT[which]) for which in (BASE, TUNED)]
-        for name, weights in zip(("mean_base", "mean_tuned"), sides, strict=True):
-            found[name] = self._ratio(weights, _weights(_SQUARE))[0] * per_token
-        ends = self._ratio(sides[TUNED] - sides[BASE], _weights(_SQUARE))
+        columns: dict[str, FloatArray] = {}
+        presence = [_select(_ERROR[model], _REBUILT[model]) for model in (BASE, TUNED)]
+        for name, weights in zip(("mean_base", "mean_tuned"), presence, strict=True):
+            columns[name] = self._ratio(weights, _select(_SQUARE))[0] * per_token
+        values = self._ratio(presence[TUNED] - presence[BASE], _select(_SQUARE))
         names = ("difference", "difference_low", "difference_high")
-        return found | {name: end * per_token for name, end in zip(names, ends, strict=True)}
+        return columns | {name: value * per_token for name, value in zip(names, values, strict=True)}
 
     @staticmethod
     def _reasons(table: pd.DataFrame) -> list[str]:
-        found = []
+        reasons = []
         for n_rows, lean, low in table[["n_rows", "lean", "low"]].itertuples(index=False):
             if n_rows == 0:
-                found.append("it does not fire on this text")
+                reasons.append("it does not fire on this text")
             elif math.isnan(lean):
-                found.append("neither model's activations point along it when it fires")
+                reasons.append("neither model's activations point along it when it fires")
             elif n_rows == 1:
-                found.append("one row of text shows no spread")
+                reasons.append("one row of text shows no spread")
             else:
-                found.append("too uncertain for an interval" if math.isnan(low) else "")
-        return found
+                reasons.append("too uncertain for an interval" if math.isnan(low) else "")
+        return reasons
 
 
-def _weights(*which: int) -> FloatArray:
-    found = np.zeros(_N_SUMS)
-    found[list(which)] = 1.0
-    return found
-
-
-def _lean_of(ratio: FloatArray) -> FloatArray:
-    """(1 - ratio) / (1 + |ratio|): 1 for a ratio of 0 or less."""
-    return np.asarray((1 - ratio) / (1 + np.abs(ratio)), dtype=np.float64)
+def _select(*sums: int) -> FloatArray:
+    weights = np.zeros(_N_SUMS)
+    weights[list(sums)] = 1.0
+    return weights
 
 
 @dataclass(frozen=True)
 class Cuts:
-    """Where shared features end, as null pairs show it.
+    """Thresholds of shared features, from null pairs.
 
     Attributes:
         base, tuned: A feature with `lean` below `base` or above `tuned` is called changed.
-        absent: The largest share that counts as nothing: what directions of other features show.
+        absent: The largest share that counts as absent, from directions of other features.
         rate: Share of the nulls' features that may be called changed, at both ends together.
         realised: That share in each null with cuts taken from the other nulls; NaN for a single null.
     """
@@ -248,27 +246,27 @@ def null_cuts(nulls: Sequence[pd.DataFrame], *, rate: float = 0.05) -> Cuts:
             "there are no nulls to take cuts from.",
             fix="train crosscoders on the base model and fine-tunes that teach nothing new.",
         )
-    leans = [_known(null["lean"]) for null in nulls]
-    low, high = _ends(np.concatenate(leans), rate)
+    leans = [_not_nan(null["lean"]) for null in nulls]
+    low, high = _cut_ends(np.concatenate(leans), rate)
     realised = []
-    for index, own in enumerate(leans):
+    for index, null_leans in enumerate(leans):
         others = [lean for number, lean in enumerate(leans) if number != index]
-        ends = _ends(np.concatenate(others), rate) if others else (math.nan, math.nan)
-        outside = (own < ends[0]) | (own > ends[1])
-        realised.append(float(outside.mean()) if others and len(own) else math.nan)
-    chance = np.sort(np.concatenate([_known(null["chance"]) for null in nulls]))
+        cuts = _cut_ends(np.concatenate(others), rate) if others else (math.nan, math.nan)
+        outside = (null_leans < cuts[0]) | (null_leans > cuts[1])
+        realised.append(float(outside.mean()) if others and len(null_leans) else math.nan)
+    chance = np.sort(np.concatenate([_not_nan(null["chance"]) for null in nulls]))
     rank = math.ceil((1 - rate) * (len(chance) + 1))
     absent = float(chance[rank - 1]) if 0 < rank <= len(chance) else 0.0
     return Cuts(low, high, absent, rate, tuple(realised))
 
 
-def _ends(values: FloatArray, rate: float) -> tuple[float, float]:
+def _cut_ends(values: FloatArray, rate: float) -> tuple[float, float]:
     ordered = np.sort(values)
     outside = math.floor(rate / 2 * (len(ordered) + 1))
     return (float(ordered[outside - 1]), float(ordered[-outside])) if outside else (-1.0, 1.0)
 
 
-def _known(values: pd.Series[Any]) -> FloatArray:
+def _not_nan(values: pd.Series[Any]) -> FloatArray:
     numbers = np.asarray(values, dtype=np.float64)
     return numbers[~np.isnan(numbers)]
 
@@ -276,31 +274,32 @@ def _known(values: pd.Series[Any]) -> FloatArray:
 def against_nulls(table: pd.DataFrame, nulls: Sequence[pd.DataFrame], *, rate: float = 0.05) -> pd.DataFrame:
     """`LatentScaling.result` with `change` (the lean), `p`, `q` and `kind`, one of `KINDS`.
 
-    `p` is two-sided: how far out the lean is among the nulls' leans of features of like density, all nulls together. A
-    feature is of one model only if it is outside the cuts, and in the other model there is no more of it than chance.
+    `p` is two-sided: the rank of the lean among the leans of features of like density in all nulls. A feature is called
+    of one model only if it is outside the cuts, and its share in the other model is at most `Cuts.absent`.
     Without nulls, p and q are NaN, `kind` is empty, and the reason says so.
     """
-    found = table.assign(change=table["lean"])
+    result = table.assign(change=table["lean"])
     if not nulls:
-        why = np.where(found["reason"] == "", "there are no null fine-tunes to judge by", found["reason"])
-        return found.assign(p=np.nan, q=np.nan, kind="", reason=pd.Series(why, dtype="str"))
+        reason = np.where(result["reason"] == "", "there are no null fine-tunes to judge by", result["reason"])
+        return result.assign(p=np.nan, q=np.nan, kind="", reason=pd.Series(reason, dtype="str"))
     null = pd.concat(list(nulls), ignore_index=True)
-    density = np.concatenate([found["density"].to_numpy(), null["density"].to_numpy()])
+    density = np.concatenate([result["density"].to_numpy(), null["density"].to_numpy()])
     groups = strata(density[:, None], _MIN_STRATUM * (1 + len(nulls)))
-    own, theirs = groups[: len(found)], groups[len(found) :]
+    own_groups, null_groups = groups[: len(result)], groups[len(result) :]
     tails = [
-        conformal_p(sign * found["lean"].to_numpy(), own, sign * null["lean"].to_numpy(), theirs) for sign in (1, -1)
+        conformal_p(sign * result["lean"].to_numpy(), own_groups, sign * null["lean"].to_numpy(), null_groups)
+        for sign in (1, -1)
     ]
     p = np.minimum(1.0, 2 * np.minimum(tails[0], tails[1]))
-    return found.assign(p=p, q=benjamini_hochberg(p), kind=_kinds(found, null_cuts(nulls, rate=rate)))
+    return result.assign(p=p, q=benjamini_hochberg(p), kind=_kinds(result, null_cuts(nulls, rate=rate)))
 
 
 def _kinds(table: pd.DataFrame, cuts: Cuts) -> pd.Series[Any]:
     nu, lean = (np.asarray(table[name], dtype=np.float64) for name in ("presence_nu", "lean"))
     with np.errstate(divide="ignore", invalid="ignore"):
         absent = np.where(lean > 0, nu, 1 / nu) <= cuts.absent
-    found = np.full(lean.shape, KINDS[0], dtype=object)
-    for outside, some, alone in ((lean > cuts.tuned, KINDS[1], KINDS[3]), (lean < cuts.base, KINDS[2], KINDS[4])):
-        found[outside], found[outside & absent] = some, alone
-    found[np.isnan(lean)] = ""
-    return pd.Series(found, index=table.index, dtype="str")
+    kinds = np.full(lean.shape, KINDS[0], dtype=object)
+    for outside, more, only in ((lean > cuts.tuned, KINDS[1], KINDS[3]), (lean < cuts.base, KINDS[2], KINDS[4])):
+        kinds[outside], kinds[outside & absent] = more, only
+    kinds[np.isnan(lean)] = ""
+    return pd.Series(kinds, index=table.index, dtype="str")

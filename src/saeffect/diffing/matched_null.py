@@ -1,4 +1,6 @@
-"""Tests of what fine-tuning changed, with two seeds of the same model as the null, among features of similar traits."""
+"""Tests of changes by fine-tuning, with other SAE seeds of the same model as the null, among features of like
+traits.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ MIN_STRATUM = 200
 """Fewest features among which ranks and quantiles are taken."""
 NO_STRATUM = -1
 ONE_PLACEBO = "one placebo: the interval does not hold the noise of SAE training"
-"""The reason beside an interval that another seed could leave."""
+"""The reason beside an interval without the noise of SAE seeds."""
 
 # Numbers equal on paper differ in the last digits when computed in another order; they must count as ties.
 _TIE = 1e-12
@@ -51,26 +53,26 @@ def strata(traits: npt.ArrayLike, min_size: int) -> IntArray:
     """
     values = np.asarray(traits, dtype=np.float64)
     result = np.full(len(values), NO_STRATUM)
-    known = np.flatnonzero(~np.isnan(values).any(axis=1))
-    waiting, number = ([(known, 0)] if len(known) else []), 0
-    while waiting:
-        members, depth = waiting.pop()
+    usable = np.flatnonzero(~np.isnan(values).any(axis=1))
+    pending, number = ([(usable, 0)] if len(usable) else []), 0
+    while pending:
+        members, depth = pending.pop()
         halves = _halves(values, members, depth, min_size)
         if halves is None:
             result[members] = number
             number += 1
         else:
-            waiting += [(halves[1], depth + 1), (halves[0], depth + 1)]
+            pending += [(halves[1], depth + 1), (halves[0], depth + 1)]
     return result
 
 
 def _halves(values: FloatArray, members: IntArray, depth: int, min_size: int) -> tuple[IntArray, IntArray] | None:
     """The members below and above the median of a trait, trying each trait once; None if no cut leaves enough."""
-    for turn in range(values.shape[1]):
-        trait = values[members, (depth + turn) % values.shape[1]]
+    for offset in range(values.shape[1]):
+        trait = values[members, (depth + offset) % values.shape[1]]
         # Equal values stay together, above or below the cut, whichever splits more evenly.
-        middle = np.median(trait)
-        cuts = (trait < middle, trait <= middle)
+        median = np.median(trait)
+        cuts = (trait < median, trait <= median)
         below = max(cuts, key=lambda cut: min(cut.sum(), len(cut) - cut.sum()))
         if min(below.sum(), len(below) - below.sum()) >= min_size:
             return members[below], members[~below]
@@ -78,7 +80,7 @@ def _halves(values: FloatArray, members: IntArray, depth: int, min_size: int) ->
 
 
 def exchangeable_p(values: npt.ArrayLike, groups: IntArray, *, margin: float = 0.0) -> tuple[FloatArray, FloatArray]:
-    """Is the first SAE's number lower than the others' for the same feature, by more than chance?
+    """p that the first SAE's number is lower than the others' for the same feature only by chance.
 
     Under the null each feature's numbers are exchangeable between SAEs. A feature's score for an SAE is that SAE's
     number minus the mean of the others', divided by the mean deviation in the feature's stratum. The first SAE's scores
@@ -101,25 +103,25 @@ def exchangeable_p(values: npt.ArrayLike, groups: IntArray, *, margin: float = 0
         )
     scores = table - (table.sum(axis=0) - table) / (len(table) - 1)
     drop = 0.0 - scores[0]
-    known = ~np.isnan(scores[0]) & (groups != NO_STRATUM)
+    usable = ~np.isnan(scores[0]) & (groups != NO_STRATUM)
     scale = np.full(table.shape[1], np.nan)
     deviation = np.abs(table - table.mean(axis=0)).mean(axis=0)
-    for group in np.unique(groups[known]):
-        members = known & (groups == group)
+    for group in np.unique(groups[usable]):
+        members = usable & (groups == group)
         scale[members] = deviation[members].mean()
     # A stratum without any deviation has scores of 0, whatever they are divided by.
     scale = np.where(scale > 0, scale, 1.0)
-    null = np.sort((scores[1:, known] / scale[known]).ravel())
-    own = (scores[0, known] + margin) / scale[known]
+    null = np.sort((scores[1:, usable] / scale[usable]).ravel())
+    own_scores = (scores[0, usable] + margin) / scale[usable]
     p = np.full(table.shape[1], np.nan)
-    p[known] = (1 + np.searchsorted(null, own + _TIE, side="right")) / (1 + len(null))
+    p[usable] = (1 + np.searchsorted(null, own_scores + _TIE, side="right")) / (1 + len(null))
     return p, drop
 
 
 def conformal_p(
     values: npt.ArrayLike, groups: IntArray, null: npt.ArrayLike, null_groups: IntArray, *, margin: float = 0.0
 ) -> FloatArray:
-    """How low is each value among null values of similar features? p [n], at least about 1 / n_null.
+    """p [n] of low values: the rank of each among null values of similar features; at least about 1 / n_null.
 
     Within a stratum, values [n] (plus `margin`, a difference that does not count) and null values [n_null] are centred
     on their joint median and divided by their mean deviation. The scores are ranked among the null scores of all
@@ -134,14 +136,15 @@ def conformal_p(
     data, reference = np.array(values, dtype=np.float64), np.array(null, dtype=np.float64)
     weight, null_weight = np.full(len(data), np.nan), np.zeros(len(reference))
     for group in np.unique(groups[groups != NO_STRATUM]):
-        mine, theirs = (groups == group) & ~np.isnan(data), (null_groups == group) & ~np.isnan(reference)
-        if not mine.any() or not theirs.any():
+        rows, null_rows = (groups == group) & ~np.isnan(data), (null_groups == group) & ~np.isnan(reference)
+        if not rows.any() or not null_rows.any():
             continue
-        both = np.concatenate([data[mine], reference[theirs]])
-        middle = np.median(both)
-        scale = np.abs(both - middle).mean() or 1.0
-        data[mine], reference[theirs] = (data[mine] + margin - middle) / scale, (reference[theirs] - middle) / scale
-        weight[mine] = null_weight[theirs] = mine.sum() / theirs.sum()
+        pooled = np.concatenate([data[rows], reference[null_rows]])
+        median = np.median(pooled)
+        scale = np.abs(pooled - median).mean() or 1.0
+        data[rows] = (data[rows] + margin - median) / scale
+        reference[null_rows] = (reference[null_rows] - median) / scale
+        weight[rows] = null_weight[null_rows] = rows.sum() / null_rows.sum()
     used = null_weight > 0
     order = np.argsort(reference[used], kind="stable")
     ranked = reference[used][order]
@@ -149,32 +152,32 @@ def conformal_p(
     return np.asarray((weight + below[np.searchsorted(ranked, data + _TIE, side="right")]) / (weight + below[-1]))
 
 
-def quantile_per_stratum(values: npt.ArrayLike, groups: IntArray, q: float, asked: IntArray) -> FloatArray:
-    """The q-quantile of `values` [n] in each stratum of `groups` [n], for features of strata `asked`; else NaN."""
+def quantile_per_stratum(values: npt.ArrayLike, groups: IntArray, q: float, wanted: IntArray) -> FloatArray:
+    """The q-quantile of `values` [n] in each stratum of `groups` [n], for features of strata `wanted`; else NaN."""
     data = np.asarray(values, dtype=np.float64)
-    result = np.full(len(asked), np.nan)
+    result = np.full(len(wanted), np.nan)
     usable = ~np.isnan(data) & (groups != NO_STRATUM)
     for group in np.unique(groups[usable]):
-        result[asked == group] = np.quantile(data[usable & (groups == group)], q)
+        result[wanted == group] = np.quantile(data[usable & (groups == group)], q)
     return result
 
 
-def excess_paired(own: BoolArray, placebos: BoolArray, resampling: Resampling, name: str) -> Estimate:
+def excess_paired(treatment: BoolArray, placebos: BoolArray, resampling: Resampling, name: str) -> Estimate:
     """Count of features in the treatment minus the mean count in the placebos, same features, with a 95 % interval.
 
     Features are resampled together in all SAEs. With several placebos the scatter of their counts is added (Student's
-    t); with one, `reason` says that the interval lacks it. `own` is bool [n], `placebos` bool [n_placebos, n].
+    t); with one, `reason` says that the interval lacks it. `treatment` is bool [n], `placebos` bool [n_placebos, n].
 
     Example:
         >>> excess_paired(np.array([True, True, False]), np.array([[True, False, False]]), Resampling(), "gone").value
         1.0
     """
-    n = len(own)
-    value = float(own.sum() - placebos.sum(axis=1).mean()) if n else math.nan
+    n = len(treatment)
+    value = float(treatment.sum() - placebos.sum(axis=1).mean()) if n else math.nan
     if n < 2:
         return undefined(f"{n} features are too few for an interval", n, value)
-    # Features differ only by which SAEs show it: few patterns, so a resample is one multinomial draw.
-    patterns, counts = np.unique(np.vstack([own, placebos]), axis=1, return_counts=True)
+    # Features differ only by the SAEs in which they count: few patterns, so a resample is one multinomial draw.
+    patterns, counts = np.unique(np.vstack([treatment, placebos]), axis=1, return_counts=True)
     if patterns.shape[1] == 1:
         return undefined("every feature shows the same in every SAE, so there is no spread", n, value)
     rng = np.random.default_rng(resampling.seed_for("fates", name))
@@ -182,24 +185,24 @@ def excess_paired(own: BoolArray, placebos: BoolArray, resampling: Resampling, n
     return _excess(value, drawn[:, 0] - drawn[:, 1:].mean(axis=1), placebos.sum(axis=1).astype(np.float64), n)
 
 
-def excess_unpaired(own: BoolArray, placebos: Sequence[BoolArray], resampling: Resampling, name: str) -> Estimate:
-    """`excess_paired` where each SAE, resampled on its own, has its own features; counts are scaled to the n of `own`.
+def excess_unpaired(treatment: BoolArray, placebos: Sequence[BoolArray], resampling: Resampling, name: str) -> Estimate:
+    """`excess_paired` where each SAE has its own features, resampled alone; counts are scaled to the treatment's n.
 
     Example:
         >>> excess_unpaired(np.array([True, True]), [np.array([True, False, False, False])], Resampling(), "new").value
         1.5
     """
-    n, sizes = len(own), np.array([len(holds) for holds in placebos])
+    n, sizes = len(treatment), np.array([len(placebo) for placebo in placebos])
     if n < 2 or sizes.min() < 2:
         return undefined(f"{min(n, int(sizes.min()))} features are too few for an interval", n)
-    shares = np.array([holds.mean() for holds in placebos])
-    value = float(own.sum() - n * shares.mean())
-    if own.mean() in (0.0, 1.0) and bool(np.isin(shares, (0.0, 1.0)).all()):
+    shares = np.array([placebo.mean() for placebo in placebos])
+    value = float(treatment.sum() - n * shares.mean())
+    if treatment.mean() in (0.0, 1.0) and bool(np.isin(shares, (0.0, 1.0)).all()):
         return undefined("all features of an SAE are alike, so there is no spread", n, value)
     rng = np.random.default_rng(resampling.seed_for("fates", name))
-    mine = rng.binomial(n, own.mean(), size=resampling.n_boot).astype(np.float64)
-    theirs = n * rng.binomial(sizes, shares, size=(resampling.n_boot, len(sizes))) / sizes
-    return _excess(value, mine - theirs.mean(axis=1), n * shares, n)
+    drawn = rng.binomial(n, treatment.mean(), size=resampling.n_boot).astype(np.float64)
+    drawn_placebos = n * rng.binomial(sizes, shares, size=(resampling.n_boot, len(sizes))) / sizes
+    return _excess(value, drawn - drawn_placebos.mean(axis=1), n * shares, n)
 
 
 def _excess(value: float, replicates: FloatArray, placebos: FloatArray, n: int) -> Estimate:
@@ -208,11 +211,11 @@ def _excess(value: float, replicates: FloatArray, placebos: FloatArray, n: int) 
     if n_placebos == 1:
         low, high = np.quantile(replicates, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         return Estimate(value, float(low), float(high), n, ONE_PLACEBO)
-    of_features = float(replicates.var())
-    of_seeds = float(placebos.var(ddof=1)) * (1 + 1 / n_placebos)
+    feature_variance = float(replicates.var())
+    seed_variance = float(placebos.var(ddof=1)) * (1 + 1 / n_placebos)
     # Two independent sources of error, each with its own quantile: the features are many, the seeds few.
-    reach = math.hypot(
-        float(ndtri((1 + LEVEL) / 2)) * math.sqrt(of_features),
-        float(stdtrit(n_placebos - 1, (1 + LEVEL) / 2)) * math.sqrt(of_seeds),
+    half_width = math.hypot(
+        float(ndtri((1 + LEVEL) / 2)) * math.sqrt(feature_variance),
+        float(stdtrit(n_placebos - 1, (1 + LEVEL) / 2)) * math.sqrt(seed_variance),
     )
-    return Estimate(value, value - reach, value + reach, n)
+    return Estimate(value, value - half_width, value + half_width, n)

@@ -17,11 +17,11 @@ __all__ = ["METHODS", "Method", "measure_all", "table_names"]
 
 @dataclass(frozen=True)
 class Method:
-    """A way to say which features differ between two models.
+    """A way to find the features that differ between two models.
 
     Attributes:
-        measure: From a pair of models its tables by name, written to `comparison/<name>.parquet`. A table that cannot
-            be made is left out, or has no columns.
+        measure: Maps a pair of models to tables by name, which are written to `comparison/<name>.parquet`. A table that
+            cannot be made is left out, or has no columns.
         tables: Names of all tables. The first has rows by feature (and measure): `feature`, how much it changed, `p`,
             `q`, and the `reason` where one of these is NaN.
         change, interval: Its columns of the change (treatment minus control, or minus the null) and of the interval's
@@ -36,15 +36,15 @@ class Method:
     def changes(self, table: pd.DataFrame) -> pd.DataFrame:
         """The first table as feature, change, low, high, p, q, reason; `BadFile` if a column is missing."""
         low, high = self.interval or (None, None)
-        wanted = {"feature": "feature", "change": self.change, "low": low, "high": high}
-        wanted |= {name: name for name in ("p", "q", "reason")}
-        missing = [name for name in wanted.values() if name is not None and name not in table.columns]
+        columns = {"feature": "feature", "change": self.change, "low": low, "high": high}
+        columns |= {name: name for name in ("p", "q", "reason")}
+        missing = [name for name in columns.values() if name is not None and name not in table.columns]
         if missing:
             raise BadFile(
                 f"the table {self.tables[0]!r} has no column {', '.join(map(repr, missing))}.",
                 fix="a diffing method gives every feature a change, p, q and a reason, as `Method` says.",
             )
-        return pd.DataFrame({name: np.nan if own is None else table[own] for name, own in wanted.items()})
+        return pd.DataFrame({name: np.nan if column is None else table[column] for name, column in columns.items()})
 
 
 METHODS: dict[str, Method] = {
@@ -71,10 +71,10 @@ def measure_all(pair: ModelPair) -> dict[str, pd.DataFrame]:
     """The tables of every method that could be made, by name; `BadFile` for an undeclared one or a missing column."""
     tables: dict[str, pd.DataFrame] = {}
     for name, method in METHODS.items():
-        found = {key: table for key, table in method.measure(pair).items() if len(table.columns)}
-        if not set(found) <= set(method.tables):
-            raise BadFile(f"the diffing method {name!r} gave a table that it does not name: {', '.join(found)}.")
-        if method.tables[0] in found:
-            method.changes(found[method.tables[0]])
-        tables |= found
+        result = {key: table for key, table in method.measure(pair).items() if len(table.columns)}
+        if not set(result) <= set(method.tables):
+            raise BadFile(f"the diffing method {name!r} gave a table that it does not name: {', '.join(result)}.")
+        if method.tables[0] in result:
+            method.changes(result[method.tables[0]])
+        tables |= result
     return tables

@@ -1,16 +1,16 @@
-"""What changed, by name: groups of features that changed more than in null fine-tunes; none where none did.
+"""What changed, by name: groups of features that changed more than in null fine-tunes, if there are any.
 
 Each trace gives every feature a change on four bases: how much it fires on the same text (`read`), on what each model
-writes (`written`), how much more its top tokens are expected (`expected`), and how far the mean activation difference
-points its way (`difference`). A change is measured in units of what it does in null fine-tunes of the same recipe.
-Groups of features were fixed beforehand, by the decoder and by what fires together in the base model; the p of each
-group counts the search over all of them. Bases are combined by summing. The sum is compared with the same sum in the
+writes (`written`), how much more its top tokens are expected (`expected`), and the mean activation difference along its
+direction (`difference`). A change is measured in units of its spread over null fine-tunes of the same recipe. Groups of
+features are fixed beforehand, by the decoder and by coactivation in the base model; the p of each group counts the
+search over all of them. Bases are combined by summing. The sum is compared with the same sum in the
 nulls, so p holds however bases depend on each other (nonparametric combination, Pesarin & Salmaso 2010).
 
-Do other SAEs of a study agree? Nulls keep the mean activation difference, so it can be laid along the features of any
-SAE at the same hook. An SAE that saw the base model alone is one more test against the nulls. One that was trained with
-the fine-tuned model is not: its features were made to follow this fine-tune, and nulls have no such SAE. What it shows
-is reported without a p.
+Do other SAEs of a study agree? Nulls keep the mean activation difference, so it can be projected on the features of any
+SAE at the same hook. An SAE trained on the base model alone gives one more test against the nulls. One trained with the
+fine-tuned model does not: its features were fitted to this fine-tune, and nulls have no such SAE. Its result is
+reported without a p.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from saeffect.diffing.standardised import (
     SIZES,
     Basis,
     GroupTests,
-    along,
     among_nulls,
+    difference_along,
     differences_among_nulls,
     group_tests,
 )
@@ -46,11 +46,10 @@ __all__ = ["ALL", "SEEN", "FurtherSae", "further_evidence", "name_changes"]
 
 
 ALL = "all"
-"""The basis of the row that holds all others together."""
+"""The basis of the row that combines all others."""
 SEEN = "seen, not tested: trained with the fine-tuned model, and nulls have no SAE of their own"
-_BOTH = ("base", "tuned")
-_SHOWN = 40  # groups in the table
-_RARE = f"fires on fewer than {FEWEST_TOKENS} tokens in every model"
+_N_GROUPS = 40  # groups in the table
+_TOO_RARE = f"fires on fewer than {FEWEST_TOKENS} tokens in every model"
 
 
 def name_changes(
@@ -80,17 +79,17 @@ def name_changes(
         change_numbers: A row a number of `Trace.numbers`: name ("kl", or "perplexity" and the source of text), base,
             tuned (NaN for kl), change (of the logarithm), null_low, null_high, p (two-sided), reason.
     """
-    changes = _changes(trace, basis)
+    changes = _changes_by_basis(trace, basis)
     declared = declared or {}
     if len(nulls) < FEWEST_NULLS:
-        why = f"{len(nulls)} null fine-tunes; {FEWEST_NULLS} or more are needed to say what is usual"
+        reason = f"{len(nulls)} null fine-tunes; {FEWEST_NULLS} or more are needed to say what is usual"
         return {
-            "changes": changes.assign(z=np.nan, reason=why),
-            "change_groups": _empty(_GROUP_COLUMNS),
-            "declared_changes": _declared(declared, {}, [], why),
-            "evidence": _empty(_EVIDENCE_COLUMNS),
-            "null_groups": _empty(_NULL_COLUMNS),
-            "change_numbers": _numbers(trace, [], why),
+            "changes": changes.assign(z=np.nan, reason=reason),
+            "change_groups": _empty_table(_GROUP_COLUMNS),
+            "declared_changes": _declared_table(declared, {}, [], reason),
+            "evidence": _empty_table(_EVIDENCE_COLUMNS),
+            "null_groups": _empty_table(_NULL_COLUMNS),
+            "change_numbers": _number_changes(trace, [], reason),
         }
     z, *others = measured if measured is not None else among_nulls([trace, *nulls], basis.top_tokens, basis.directions)
     changes["z"] = np.concatenate([z[name] for name in (*BASES, "combined")])
@@ -99,97 +98,99 @@ def name_changes(
         for name in ("combined", *BASES)
     }
     tests = by_basis["combined"]
-    groups, taught = _groups(trace, tests, z["combined"], basis, alpha), _declared(declared, z, others, "")
+    groups = _top_groups(trace, tests, z["combined"], basis, alpha)
+    declared_changes = _declared_table(declared, z, others, "")
     null_rows = {"null": [n.name for n in nulls], "highest": tests.highest, "kl": [n.numbers["kl"] for n in nulls]}
     return {
-        "changes": changes.assign(reason=np.where(changes["z"].isna(), _RARE, "")),
+        "changes": changes.assign(reason=np.where(changes["z"].isna(), _TOO_RARE, "")),
         "change_groups": groups,
-        "declared_changes": taught,
-        "evidence": _evidence(groups, by_basis, taught, basis, alpha),
+        "declared_changes": declared_changes,
+        "evidence": _evidence_table(groups, by_basis, declared_changes, basis, alpha),
         "null_groups": pd.DataFrame(null_rows),
-        "change_numbers": _numbers(trace, nulls, ""),
+        "change_numbers": _number_changes(trace, nulls, ""),
     }
 
 
-def _declared(
+def _declared_table(
     declared: Mapping[str, npt.NDArray[np.bool_]],
-    own: Mapping[str, FloatArray],
-    others: Sequence[Mapping[str, FloatArray]],
-    why: str,
+    z: Mapping[str, FloatArray],
+    null_z: Sequence[Mapping[str, FloatArray]],
+    reason_for_all: str,
 ) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for name, members in declared.items():
         for basis in ("combined", *BASES):
             row: dict[str, Any] = {"name": name, "basis": basis, "n_features": int(members.sum())}
-            reason = why or ("" if members.any() else "no feature is of this group")
-            judged = np.zeros_like(members) if reason else members & np.isfinite(own[basis])
-            reason = reason or ("" if judged.any() else f"every feature {_RARE}")
-            row["z"] = math.nan if reason else float(own[basis][judged].mean())
-            rows.append(
-                row | _beside_nulls(row["z"], [float(o[basis][judged].mean()) for o in others if not reason], reason)
-            )
+            reason = reason_for_all or ("" if members.any() else "no feature is of this group")
+            judged = np.zeros_like(members) if reason else members & np.isfinite(z[basis])
+            reason = reason or ("" if judged.any() else f"every feature {_TOO_RARE}")
+            row["z"] = math.nan if reason else float(z[basis][judged].mean())
+            null_means = [float(null[basis][judged].mean()) for null in null_z if not reason]
+            rows.append(row | _compare_with_nulls(row["z"], null_means, reason))
     return pd.DataFrame(rows, columns=list(_DECLARED_COLUMNS))
 
 
-def _numbers(trace: Trace, nulls: Sequence[Trace], why: str) -> pd.DataFrame:
-    def change(one: Trace, source: str | None) -> float:
+def _number_changes(trace: Trace, nulls: Sequence[Trace], reason: str) -> pd.DataFrame:
+    def change(numbers: Mapping[str, float], source: str | None) -> float:
         if source is None:
-            return math.log(max(one.numbers["kl"], 1e-12))
-        return one.numbers[f"loss_tuned{source}"] - one.numbers[f"loss_base{source}"]
+            return math.log(max(numbers["kl"], 1e-12))
+        return numbers[f"loss_tuned{source}"] - numbers[f"loss_base{source}"]
 
     rows = []
     for source in (None, *(key.removeprefix("loss_base") for key in trace.numbers if key.startswith("loss_base"))):
-        ends = (math.exp(trace.numbers[f"loss_{which}{source}"]) if source is not None else math.nan for which in _BOTH)
         row: dict[str, Any] = {"name": "kl" if source is None else f"perplexity{source.replace('_', ' ')}"}
-        row |= dict(zip(_BOTH, ends, strict=True)) | {"change": change(trace, source)}
-        rows.append(row | _beside_nulls(row["change"], [change(one, source) for one in nulls], why))
+        for model in ("base", "tuned"):
+            row[model] = math.nan if source is None else math.exp(trace.numbers[f"loss_{model}{source}"])
+        row |= {"change": change(trace.numbers, source)}
+        null_changes = [change(null.numbers, source) for null in nulls]
+        rows.append(row | _compare_with_nulls(row["change"], null_changes, reason))
     return pd.DataFrame(rows)
 
 
-def _beside_nulls(own: float, nulls: Sequence[float], why: str = "") -> dict[str, Any]:
+def _compare_with_nulls(value: float, nulls: Sequence[float], reason: str = "") -> dict[str, Any]:
     """null_low, null_high, p, reason: the range of the nulls' numbers, and the two-sided p of one more null, by
-    Student's t; NaN if there is a reason `why`.
+    Student's t; NaN if there is a `reason`.
     """
     low = high = p = math.nan
-    if not why:
+    if not reason:
         null = np.array(nulls)
         low, high = float(null.min()), float(null.max())
-        t = (own - float(null.mean())) / max(float(null.std(ddof=1)) * math.sqrt(1 + 1 / len(null)), 1e-12)
+        t = (value - float(null.mean())) / max(float(null.std(ddof=1)) * math.sqrt(1 + 1 / len(null)), 1e-12)
         p = 2 * float(stdtr(len(null) - 1, -abs(t)))
-    return {"null_low": low, "null_high": high, "p": p, "reason": why}
+    return {"null_low": low, "null_high": high, "p": p, "reason": reason}
 
 
-def _changes(trace: Trace, basis: Basis) -> pd.DataFrame:
+def _changes_by_basis(trace: Trace, basis: Basis) -> pd.DataFrame:
     expected = trace.expected.astype(np.float64)[:, basis.top_tokens].mean(axis=2)
     means = {"read": trace.read[:2], "written": trace.written[:2], "expected": expected}
     n = len(basis.W_dec)
-    nothing = np.full((2, n), np.nan)
+    undefined = np.full((2, n), np.nan)
     parts = []
     for name in (*BASES, "combined"):
-        base, tuned = means.get(name, nothing)
+        base, tuned = means.get(name, undefined)
         parts.append(pd.DataFrame({"feature": np.arange(n), "basis": name, "base": base, "tuned": tuned}))
     table = pd.concat(parts, ignore_index=True)
     table["change"] = table["tuned"] - table["base"]
-    table.loc[table["basis"] == "difference", "change"] = along(trace, basis.directions)
+    table.loc[table["basis"] == "difference", "change"] = difference_along(trace, basis.directions)
     return table
 
 
-def _evidence(
+def _evidence_table(
     groups: pd.DataFrame, tests: Mapping[str, GroupTests], declared: pd.DataFrame, basis: Basis, alpha: float
 ) -> pd.DataFrame:
     sizes = [min(size, basis.neighbours.shape[1]) for size in SIZES]
     rows = []
     for group in groups.to_dict("records"):
-        place = sizes.index(group["n_features"]), group["features"][0]
-        for name, found in tests.items():
-            score = float(found.scores[place])
-            same = np.sign(score) == np.sign(group["score"])
-            rows.append(_evidence_row("group", group["name"], name, score, found.p(abs(score)), same, alpha))
+        cell = sizes.index(group["n_features"]), group["features"][0]
+        for name, group_test in tests.items():
+            score = float(group_test.scores[cell])
+            same_sign = np.sign(score) == np.sign(group["score"])
+            rows.append(_evidence_row("group", group["name"], name, score, group_test.p(abs(score)), same_sign, alpha))
             rows[-1]["group"] = group["group"]
-    together = {row["name"]: row["z"] for row in declared.to_dict("records") if row["basis"] == "combined"}
+    combined_z = {row["name"]: row["z"] for row in declared.to_dict("records") if row["basis"] == "combined"}
     for row in declared.to_dict("records"):
-        same = np.sign(row["z"]) == np.sign(together[row["name"]])
-        rows.append(_evidence_row("vocabulary", row["name"], row["basis"], row["z"], row["p"], same, alpha))
+        same_sign = np.sign(row["z"]) == np.sign(combined_z[row["name"]])
+        rows.append(_evidence_row("vocabulary", row["name"], row["basis"], row["z"], row["p"], same_sign, alpha))
         rows[-1]["reason"] = row["reason"]
     return pd.DataFrame(rows, columns=list(_EVIDENCE_COLUMNS)).astype({"group": "Int64"})
 
@@ -205,18 +206,18 @@ def _evidence_row(
     return row | {"agrees": bool(same and p <= alpha), "reason": ""}
 
 
-def _groups(trace: Trace, tests: GroupTests, z: FloatArray, basis: Basis, alpha: float) -> pd.DataFrame:
-    moved = np.abs(trace.read[1].astype(np.float64) - trace.read[0])
-    taken = np.zeros(len(z), dtype=bool)
+def _top_groups(trace: Trace, tests: GroupTests, z: FloatArray, basis: Basis, alpha: float) -> pd.DataFrame:
+    abs_change = np.abs(trace.read[1].astype(np.float64) - trace.read[0])
+    listed = np.zeros(len(z), dtype=bool)
     rows: list[dict[str, Any]] = []
     for flat in np.argsort(-np.abs(tests.scores), axis=None, kind="stable"):
         size, first = divmod(int(flat), tests.scores.shape[1])
         members = basis.neighbours[first, : SIZES[size]]
-        if taken[members].any():  # its score would count a change that is listed already
+        if listed[members].any():  # its score would count a listed change again
             continue
-        taken[members] = True
+        listed[members] = True
         score = float(tests.scores[size, first])
-        tokens = _name(members, z * np.sign(score), basis)
+        tokens = _group_tokens(members, z * np.sign(score), basis)
         p = tests.p(abs(score))
         rows.append(
             {
@@ -228,26 +229,26 @@ def _groups(trace: Trace, tests: GroupTests, z: FloatArray, basis: Basis, alpha:
                 "direction": "more" if score > 0 else "less",
                 "score": score,
                 "p": p,
-                "share": float(moved[members].sum() / moved.sum()) if moved.sum() > 0 else math.nan,
+                "share": float(abs_change[members].sum() / abs_change.sum()) if abs_change.sum() > 0 else math.nan,
                 "claimed": p <= alpha,
                 "reason": "" if p <= alpha else "null fine-tunes reach as much",
             }
         )
-        if len(rows) == _SHOWN:
+        if len(rows) == _N_GROUPS:
             break
     table = pd.DataFrame(rows)
     table.insert(list(table).index("p") + 1, "q", benjamini_hochberg(table["p"].to_numpy()))
     return table
 
 
-def _name(members: IntArray, z: FloatArray, basis: Basis) -> list[str]:
-    """Ten words for a group: the top tokens of its members, foremost of the most changed ones (votes grow as z²)."""
+def _group_tokens(members: IntArray, z: FloatArray, basis: Basis) -> list[str]:
+    """Ten words for a group: its members' top tokens, weighted by z² of the member and by rank."""
     weight = np.clip(z[members], 0.0, None) ** 2
     votes: dict[str, float] = {}
-    for feature, its_weight in zip(members, weight, strict=True):
+    for feature, feature_weight in zip(members, weight, strict=True):
         for rank, token in enumerate(basis.top_tokens[feature]):
             word = basis.strings[token].strip().lower()
-            votes[word] = votes.get(word, 0.0) + float(its_weight) / (rank + 1)
+            votes[word] = votes.get(word, 0.0) + float(feature_weight) / (rank + 1)
     return sorted((word for word in votes if word), key=lambda word: -votes[word])[:10]
 
 
@@ -266,37 +267,41 @@ class FurtherSae:
 
 
 def further_evidence(
-    found: pd.DataFrame, saes: Sequence[FurtherSae], trace: Trace, nulls: Sequence[Trace], alpha: float
+    evidence: pd.DataFrame, saes: Sequence[FurtherSae], trace: Trace, nulls: Sequence[Trace], alpha: float
 ) -> pd.DataFrame:
-    """`found`, the table `evidence` of `name_changes`, with rows of kind "vocabulary" for further SAEs and for `ALL`.
+    """The table `evidence` of `name_changes`, with rows of kind "vocabulary" added for further SAEs and for `ALL`.
 
     For an SAE the basis is "difference in <name>": score and p are as those of "difference", on its own features. `ALL`
     combines the p of "combined" and of all tested further SAEs by `simes`; its score is NaN.
     """
     rows = []
-    of_words = found[(found["kind"] == "vocabulary") & (found["basis"] == "combined")]
-    for own in of_words.to_dict("records"):
-        name, p = own["name"], [own["p"]]
+    combined_rows = evidence[(evidence["kind"] == "vocabulary") & (evidence["basis"] == "combined")]
+    for combined in combined_rows.to_dict("records"):
+        name, p = combined["name"], [combined["p"]]
         for sae in saes:
-            score, mine, reason = _further_tested(sae, name, [trace, *nulls])
-            same = np.sign(score) == np.sign(own["score"])
-            row = _evidence_row("vocabulary", name, f"difference in {sae.name}", score, mine, same, alpha)
+            score, sae_p, reason = _test_further_sae(sae, name, [trace, *nulls])
+            same_sign = np.sign(score) == np.sign(combined["score"])
+            row = _evidence_row("vocabulary", name, f"difference in {sae.name}", score, sae_p, same_sign, alpha)
             rows.append(row | {"reason": reason})
-            p.append(mine if same or math.isnan(mine) else 1.0)
+            p.append(sae_p if same_sign or math.isnan(sae_p) else 1.0)
         rows.append(_evidence_row("vocabulary", name, ALL, math.nan, simes(p), True, alpha))
-    return found if not rows else pd.concat([found, pd.DataFrame(rows).astype({"group": "Int64"})], ignore_index=True)
+    if not rows:
+        return evidence
+    return pd.concat([evidence, pd.DataFrame(rows).astype({"group": "Int64"})], ignore_index=True)
 
 
-def _further_tested(sae: FurtherSae, vocabulary: str, traces: Sequence[Trace]) -> tuple[float, float, str]:
+def _test_further_sae(sae: FurtherSae, vocabulary: str, traces: Sequence[Trace]) -> tuple[float, float, str]:
     """Score, p and reason."""
     members = sae.members[vocabulary]
     if not members.any():
         return math.nan, math.nan, "no feature is of this group"
     z = differences_among_nulls(traces, unit_rows(sae.W_dec.astype(np.float64)))
-    own, *others = z[:, members].mean(axis=1)
+    score, *null_scores = z[:, members].mean(axis=1)
     if not np.any(z):
         return math.nan, math.nan, "the mean activation does not differ"
-    return (float(own), _beside_nulls(own, others)["p"], "") if sae.base_alone else (float(own), math.nan, SEEN)
+    if not sae.base_alone:
+        return float(score), math.nan, SEEN
+    return float(score), _compare_with_nulls(score, null_scores)["p"], ""
 
 
 _GROUP_COLUMNS: Mapping[str, Any] = {
@@ -311,5 +316,5 @@ _EVIDENCE_COLUMNS: Mapping[str, Any] = {
 _NULL_COLUMNS: Mapping[str, Any] = {"null": "str", "highest": float, "kl": float}
 
 
-def _empty(columns: Mapping[str, Any]) -> pd.DataFrame:
+def _empty_table(columns: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in columns.items()})

@@ -1,8 +1,8 @@
-"""How one fine-tune ranks among null fine-tunes of the same recipe: for one number, and for many at once.
+"""The rank of a fine-tune among null fine-tunes of the same recipe: for one number, and for many at once.
 
-If a fine-tune changed nothing beyond what its recipe always does, it and its K nulls are exchangeable: any of the 1 + K
-is as likely as another to have the largest number. All p rest on that alone. Scores of all fine-tunes are made by one
-rule that treats them alike; ties count against a finding.
+If a fine-tune changed nothing beyond what its recipe always does, it and its K nulls are exchangeable: each of the 1 +
+K is equally likely to have the largest number. This is the only assumption of all p. Scores are computed in the same
+way for all fine-tunes; ties count against a finding.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _TIE = 1e-9
 
 
 def null_reason(n_nulls: int, alpha: float) -> str:
-    """Why nothing can be found at `alpha` with so few nulls; "" if something can.
+    """Why no p can reach `alpha` with so few nulls; "" if one can.
 
     Example:
         >>> null_reason(9, 0.05), null_reason(19, 0.05)
@@ -59,23 +59,22 @@ def null_range(values: npt.ArrayLike) -> dict[str, FloatArray]:
         warnings.simplefilter("ignore", RuntimeWarning)  # without nulls all are NaN
         if not len(table):
             table = np.full((1, *table.shape[1:]), np.nan)
-        middle, low, high = np.median(table, axis=0), table.min(axis=0), table.max(axis=0)
-    return {"null_median": middle, "null_low": low, "null_high": high}
+        median, low, high = np.median(table, axis=0), table.min(axis=0), table.max(axis=0)
+    return {"null_median": median, "null_low": low, "null_high": high}
 
 
 def rank_p(values: npt.ArrayLike) -> FloatArray:
-    """How high is the fine-tune's own number among its nulls', each number by itself?
+    """p of the rank of each of the fine-tune's numbers among the nulls'; high numbers are extreme.
 
-    `values` are [1 + n_nulls, ...], first the fine-tune's. p [...], at least 1 / (1 + n_nulls); NaN for an unknown
-    value.
+    `values` are [1 + n_nulls, ...], first the fine-tune's. p [...], at least 1 / (1 + n_nulls); NaN where a value is.
 
     Example:
         >>> rank_p([[3.0, 1.0], [2.0, 1.0], [1.0, 2.0]])
         array([0.33333333, 1.        ])
     """
     table = np.asarray(values, dtype=np.float64)
-    known = ~np.isnan(table).any(axis=0) & (len(table) > 1)
-    return np.where(known, (1 + (table[1:] >= _below(table[0])).sum(axis=0)) / len(table), np.nan)
+    defined = ~np.isnan(table).any(axis=0) & (len(table) > 1)
+    return np.where(defined, (1 + (table[1:] >= _tie_threshold(table[0])).sum(axis=0)) / len(table), np.nan)
 
 
 def rise_scores(values: npt.ArrayLike, groups: IntArray) -> FloatArray:
@@ -102,11 +101,11 @@ def rise_scores(values: npt.ArrayLike, groups: IntArray) -> FloatArray:
 
 
 def count_scores(counts: npt.ArrayLike) -> FloatArray:
-    """How surprising is each fine-tune's count, given the sum over all of them: -log10 of a binomial tail.
+    """-log10 of the binomial tail of each fine-tune's count, given the sum over all fine-tunes.
 
     `counts` are [1 + n_nulls, n]. If a word is as likely in each fine-tune's texts, its count is binomial given the
-    sum, so rare and common words compare; that counts vary more than this is what the nulls' own scores show. NaN
-    without nulls.
+    sum, so scores of rare and common words are comparable. Counts vary more than this; so do the nulls' scores, with
+    which they are compared. NaN without nulls.
 
     Example:
         >>> count_scores([[2, 1], [0, 1]]).round(3).tolist()
@@ -120,11 +119,11 @@ def count_scores(counts: npt.ArrayLike) -> FloatArray:
 
 
 def pooled_rank_p(scores: npt.ArrayLike) -> FloatArray:
-    """How high is each of the fine-tune's scores among the scores of all nulls, all items together?
+    """p of the rank of each of the fine-tune's scores among the scores of all nulls, all items pooled.
 
     `scores` are [1 + n_nulls, n]. p [n], at least 1 / (1 + n_nulls · n): the share of null scores as high. For a single
-    item chosen beforehand that is right on average over items, not for each. Items of one fine-tune go together, so a
-    false discovery rate from these p may be exceeded: `search_p` cannot be.
+    item chosen beforehand it is valid on average over items, not for each. Items of one fine-tune are dependent, so a
+    false discovery rate from these p may be exceeded; the error rate of `search_p` may not.
 
     Example:
         >>> pooled_rank_p([[4.0, 0.0], [1.0, 2.0]]).round(3).tolist()
@@ -132,13 +131,12 @@ def pooled_rank_p(scores: npt.ArrayLike) -> FloatArray:
     """
     table = np.asarray(scores, dtype=np.float64)
     null = np.sort(table[1:][~np.isnan(table[1:])])
-    as_high = len(null) - np.searchsorted(null, _below(table[0]), side="left")
+    as_high = len(null) - np.searchsorted(null, _tie_threshold(table[0]), side="left")
     return np.where(np.isnan(table[0]) | (len(null) == 0), np.nan, (1 + as_high) / (1 + len(null)))
 
 
 def search_p(scores: npt.ArrayLike) -> FloatArray:
-    """How many fine-tunes have any score as high as this one? It counts the search over all items, scores [1 + n_nulls,
-    n].
+    """p that counts the search over all items: the share of fine-tunes with any score as high; scores [1 + n_nulls, n].
 
     p [n], at least 1 / (1 + n_nulls). If all fine-tunes are exchangeable, the chance that any item of the first has p ≤
     α is at most α, however items depend on each other (Westfall & Young 1993).
@@ -148,12 +146,12 @@ def search_p(scores: npt.ArrayLike) -> FloatArray:
         [0.333, 1.0]
     """
     table = np.asarray(scores, dtype=np.float64)
-    known = ~np.isnan(table[0])
+    defined = ~np.isnan(table[0])
     highest = np.where(np.isnan(table[1:]), -np.inf, table[1:]).max(axis=1, initial=-np.inf)
-    as_high = (highest[:, None] >= _below(table[0])).sum(axis=0)
-    return np.where(known & (len(table) > 1), (1 + as_high) / len(table), np.nan)
+    as_high = (highest[:, None] >= _tie_threshold(table[0])).sum(axis=0)
+    return np.where(defined & (len(table) > 1), (1 + as_high) / len(table), np.nan)
 
 
-def _below(values: FloatArray) -> FloatArray:
-    """From where on a number counts as a tie."""
+def _tie_threshold(values: FloatArray) -> FloatArray:
+    """The smallest number that counts as a tie."""
     return np.asarray(values - _TIE * np.maximum(1.0, np.abs(values)), dtype=np.float64)

@@ -1,4 +1,4 @@
-"""Is a change larger than what fine-tuning on text that teaches nothing changes? Fine-tunes as the unit of chance."""
+"""Null fine-tunes: p of a change against theirs, with the fine-tune as the unit of chance; their folder and files."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from saeffect.errors import ConfigError, EmptySelection, NotFound, ShapeMismatch
 from saeffect.io import read_json
 from saeffect.stats.arguments import FloatArray
 
-__all__ = ["CARD", "NAME", "another_measurement", "null_card", "null_files", "pooled_p", "read_nulls", "smallest_p"]
+__all__ = ["CARD", "NAME", "mismatch_error", "null_card", "null_files", "pooled_p", "read_nulls", "smallest_p"]
 
 
 CARD = "nulls.json"
 """In a folder of nulls: which recipe, which texts, and what they were measured on."""
 NAME = "null-{}.safetensors"
-# Degrees of freedom with which a feature's spread is drawn towards that of features of like density: with few nulls a
-# spread of its own is little known. As in limma (Smyth 2004), but fixed.
-_PRIOR = 4.0
+# Prior degrees of freedom with which a feature's variance is shrunk towards that of features of like density, since few
+# nulls estimate it poorly. As in limma (Smyth 2004), but fixed.
+_PRIOR_FREEDOM = 4.0
 
 
 def pooled_p(change: npt.ArrayLike, nulls: npt.ArrayLike, density: npt.ArrayLike) -> FloatArray:
     """Two-sided p of each feature's change against the changes in K null fine-tunes; features of like density pooled.
 
-    Were the fine-tune one more null, the K + 1 changes of a feature would be exchangeable. Each gets a score: its
-    distance from the mean of the others, divided by the spread of all K + 1, which is drawn towards the spread of the
+    If the fine-tune were one more null, the K + 1 changes of a feature would be exchangeable. The score of a change is
+    its distance from the mean of the others, divided by the spread of all K + 1, which is shrunk towards the spread of
     features of like density (`strata`). The fine-tune's score is ranked among those of the nulls for all features of
-    the stratum, so p can be as low as `smallest_p`. This holds for a feature picked at random among those of its
-    density; features of one fine-tune depend on each other, so small p come many at once, which a false discovery rate
-    over features does not see: judge groups by `smallest_p` without pooling.
+    the stratum, so p can be as low as `smallest_p`. It is valid for a feature picked at random among those of its
+    density. Features of one fine-tune are dependent, so many small p come at once, which a false discovery rate over
+    features does not account for: judge groups by `smallest_p` without pooling.
 
     Args:
         change: [n], such as tuned minus base; NaN where undefined.
@@ -44,8 +44,7 @@ def pooled_p(change: npt.ArrayLike, nulls: npt.ArrayLike, density: npt.ArrayLike
         density: [n], how often a feature fires in the base model.
 
     Returns:
-        p [n]; NaN where change, a null's change or density is undefined. With one null, which cannot tell the two
-        apart, at least 0.5.
+        p [n]; NaN where change, a null's change or density is undefined. At least 0.5 with one null.
 
     Raises `ShapeMismatch`: no nulls, or shapes that do not fit.
 
@@ -53,35 +52,35 @@ def pooled_p(change: npt.ArrayLike, nulls: npt.ArrayLike, density: npt.ArrayLike
         >>> pooled_p([5.0, 0.0], [[0.0, 0.1], [0.1, -0.1], [-0.1, 0.0]], [0.1, 0.1]).round(3).tolist()
         [0.143, 1.0]
     """
-    own, others = np.asarray(change, dtype=np.float64), np.asarray(nulls, dtype=np.float64)
-    traits = np.asarray(density, dtype=np.float64)
-    if others.ndim != 2 or len(others) == 0 or own.shape != others.shape[1:] or traits.shape != own.shape:
+    changes, null_changes = np.asarray(change, dtype=np.float64), np.asarray(nulls, dtype=np.float64)
+    traits, shape = np.asarray(density, dtype=np.float64), changes.shape
+    if null_changes.ndim != 2 or len(null_changes) == 0 or null_changes.shape[1:] != shape or traits.shape != shape:
         raise ShapeMismatch(
-            f"changes of {list(own.shape)} features with nulls {list(others.shape)} and density {list(traits.shape)};"
+            f"changes of {list(shape)} features with nulls {list(null_changes.shape)} and density {list(traits.shape)};"
             " expected [n], [at least 1, n] and [n].",
             at="nulls",
         )
-    table = np.vstack([own, others])
-    known = ~np.isnan(table).any(axis=0) & ~np.isnan(traits)
-    groups = np.full(len(own), NO_STRATUM)
-    groups[known] = strata(traits[known, None], MIN_STRATUM)
-    p = np.full(len(own), math.nan)
-    for group in np.unique(groups[known]):
+    table = np.vstack([changes, null_changes])
+    usable = ~np.isnan(table).any(axis=0) & ~np.isnan(traits)
+    groups = np.full(len(changes), NO_STRATUM)
+    groups[usable] = strata(traits[usable, None], MIN_STRATUM)
+    p = np.full(len(changes), math.nan)
+    for group in np.unique(groups[usable]):
         members = groups == group
-        p[members] = pooled_rank_p(_scores(table[:, members]))
-    return np.maximum(p, 0.5) if len(others) == 1 else p
+        p[members] = pooled_rank_p(_standardised_distances(table[:, members]))
+    return np.maximum(p, 0.5) if len(null_changes) == 1 else p
 
 
-def _scores(table: FloatArray) -> FloatArray:
+def _standardised_distances(table: FloatArray) -> FloatArray:
     """[K + 1, n] of one stratum: |distance from the mean of the others|, in units of the spread of all."""
     n_tunes = len(table)
     distance = (table - table.mean(axis=0)) * n_tunes / (n_tunes - 1)
     variance = table.var(axis=0, ddof=1)
-    usual = float(variance.mean())
-    if usual == 0:
+    typical = float(variance.mean())
+    if typical == 0:
         return np.zeros_like(table)
     df = n_tunes - 1
-    return np.abs(distance) / np.sqrt((_PRIOR * usual + df * variance) / (_PRIOR + df))
+    return np.abs(distance) / np.sqrt((_PRIOR_FREEDOM * typical + df * variance) / (_PRIOR_FREEDOM + df))
 
 
 def smallest_p(n_nulls: int, n_pooled: int = 1) -> float:
@@ -95,7 +94,7 @@ def smallest_p(n_nulls: int, n_pooled: int = 1) -> float:
 
 
 def null_card(folder: Path) -> dict[str, Any]:
-    """What `CARD` in a folder of nulls says; {} without one, or if it is none."""
+    """The content of `CARD` in a folder of nulls; {} if there is none, or if it is no mapping."""
     path = folder / CARD
     card = read_json(path) if path.is_file() else {}
     return card if isinstance(card, dict) else {}
@@ -103,12 +102,12 @@ def null_card(folder: Path) -> dict[str, Any]:
 
 def null_files(folder: Path) -> dict[int, Path]:
     """The traces of nulls in a folder, by number."""
-    found = {}
+    files = {}
     for path in folder.glob(NAME.format("*")):
         number = path.stem.removeprefix("null-")
         if number.isdecimal():
-            found[int(number)] = path
-    return dict(sorted(found.items()))
+            files[int(number)] = path
+    return dict(sorted(files.items()))
 
 
 def read_nulls(
@@ -137,18 +136,20 @@ def read_nulls(
     for path in files.values():
         null = Trace.load(path)
         if made_by is not None and null.made_by != made_by:
-            raise another_measurement(folder, path.name, measured, at=at)
+            raise mismatch_error(folder, path.name, measured, at=at)
         nulls.append(null)
     return nulls
 
 
-def another_measurement(folder: Path, name: str, wanted: Mapping[str, str] | None, *, at: str | None) -> ConfigError:
-    """The error for a null that was measured on something else than `wanted`."""
-    noted = null_card(folder).get("measured_on")
-    differs = [what for what in wanted or {} if isinstance(noted, dict) and noted.get(what) != (wanted or {})[what]]
-    what = f"another {' and '.join(differs)}" if differs else "another base model, SAE, hook or text"
+def mismatch_error(folder: Path, name: str, wanted: Mapping[str, str] | None, *, at: str | None) -> ConfigError:
+    """The error for a null that was not measured on `wanted`."""
+    measured_on = null_card(folder).get("measured_on")
+    differing: list[str] = []
+    if isinstance(measured_on, dict):
+        differing = [key for key, value in (wanted or {}).items() if measured_on.get(key) != value]
+    basis = f"another {' and '.join(differing)}" if differing else "another base model, SAE, hook or text"
     return ConfigError(
-        f"{name} was measured on {what} than this study has, so it cannot be compared.",
+        f"{name} was measured on {basis} than this study has, so it cannot be compared.",
         at=at or str(folder),
         fix="measure the nulls again: saeffect finetune RECIPE --null K --study STUDY, into a new folder, or into this"
         " one without its null-*.safetensors (its adapters, where kept, are not trained again).",

@@ -13,14 +13,14 @@ import pandas as pd
 from saeffect.progress import SILENT, Log
 from saeffect.stats.arguments import Resampling
 
-if TYPE_CHECKING:  # torch takes a second to import, and who reads finished tables does without it
+if TYPE_CHECKING:  # torch takes a second to import, and readers of finished tables do not need it
     from torch import Tensor
 
     from saeffect.diffing.coactivity import FiringLog
     from saeffect.diffing.matching import Matching
     from saeffect.sae.base import SparseAutoencoder
 
-__all__ = ["ActsOfBoth", "Keep", "ModelPair", "ResidualBatch", "SaeView"]
+__all__ = ["ActsOfBoth", "MatchingStore", "ModelPair", "ResidualBatch", "SaeView"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,7 @@ class SaeView:
         W_dec: [d_sae, d_in].
         features: One row a feature in order, with `density` and `decoder_norm`.
         firing: Its activations, on the same tokens for every SAE; None, as `sae`, where only the decoder is known.
-        warm_started: Training went on from the control's SAE, so feature i is still feature i.
+        warm_started: It was trained from the control's SAE, so features have the same numbers.
     """
 
     name: str
@@ -63,8 +63,8 @@ class ActsOfBoth(NamedTuple):
     mask: Tensor
 
 
-class Keep(Protocol):
-    """Stores matchings, so that a stopped comparison need not make them again."""
+class MatchingStore(Protocol):
+    """Stores matchings, so that a resumed comparison need not compute them again."""
 
     def read(self, measure: str, a: str, b: str) -> Matching | None:
         """The matching stored for these SAEs, by name; None for none."""
@@ -75,14 +75,14 @@ class Keep(Protocol):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ModelPair:
-    """Control and treatment of a study, as every diffing method gets them.
+    """Control and treatment of a study: the input of every diffing method.
 
     Attributes:
         others: Further SAEs of the control's model, trained from other seeds: the null of most methods.
         is_domain: Bool [d_sae], the control's domain features.
         acts_of_both: Runs the control's SAE on both models, over the whole text in batches.
         residuals: Gives the activations at the hook of a named arm, over the whole text in batches; loads its model.
-        keep: Store for matchings; None for no store.
+        store: Of matchings; None for no store.
     """
 
     control: SaeView
@@ -95,4 +95,4 @@ class ModelPair:
     alpha: float = 0.05
     resampling: Resampling = field(default_factory=Resampling)
     log: Log = SILENT
-    keep: Keep | None = None
+    store: MatchingStore | None = None

@@ -1,4 +1,4 @@
-"""Changes of features and of groups of them between two models, in units of what null fine-tunes do to them.
+"""Changes of features and groups of features between two models, in units of their spread over null fine-tunes.
 
 A feature changes on up to four bases, see `raw_changes`. Groups are features that resemble each other, see `Basis`.
 """
@@ -29,7 +29,7 @@ __all__ = [
     "SIZES",
     "Basis",
     "GroupTests",
-    "along",
+    "difference_along",
     "among_nulls",
     "differences_among_nulls",
     "group_tests",
@@ -40,11 +40,11 @@ __all__ = [
 
 
 FEWEST_NULLS = 5
-"""With fewer null fine-tunes nothing is claimed: a scale from four numbers is no scale."""
+"""With fewer null fine-tunes nothing is claimed, since four numbers do not give a scale."""
 SIZES = (1, 3, 8)
 """Features a group: one feature and those nearest to it."""
 BASES = ("read", "written", "expected", "difference")
-"""Where a feature's change is looked for. Their evidence is added with equal weights, fixed before any result."""
+"""The measures of a feature's change. Their evidence is added with equal weights, fixed before any result."""
 FEWEST_TOKENS = 10
 """A feature that fires on fewer tokens than this in every model is not judged on that text."""
 _STRATUM = 200  # fewest features (or tokens) of like density that share a scale
@@ -65,48 +65,46 @@ def raw_changes(
     ratio[~np.isfinite(ratio)] = 0.0  # padding rows of the unembedding are never expected
     roots = {name: np.sqrt(getattr(trace, name).astype(np.float64)[:2]) for name in ("read", "written")}
     changes = {name: root[1] - root[0] for name, root in roots.items()} | {"expected": ratio[top_tokens].mean(axis=1)}
-    return changes if directions is None else changes | {"difference": along(trace, directions)}
+    return changes if directions is None else changes | {"difference": difference_along(trace, directions)}
 
 
-def along(trace: Trace, directions: npt.NDArray[np.floating[Any]]) -> FloatArray:
+def difference_along(trace: Trace, directions: npt.NDArray[np.floating[Any]]) -> FloatArray:
     """The mean over the text of tuned minus base at the hook, along unit rows [n, d_in]: float64 [n]."""
     return np.asarray(directions @ trace.halves.mean(axis=0), dtype=np.float64)
 
 
-def _fires(traces: Sequence[Trace]) -> dict[str, npt.NDArray[np.bool_]]:
-    """Features that fire on `FEWEST_TOKENS` or more tokens in some model, whichever: bool [d_sae], on "read" and
-    "written".
-    """
-    most = {name: np.zeros(traces[0].read.shape[1]) for name in ("read", "written")}
+def _fires_enough(traces: Sequence[Trace]) -> dict[str, npt.NDArray[np.bool_]]:
+    """Features that fire on `FEWEST_TOKENS` or more tokens in any model: bool [d_sae], on "read" and "written"."""
+    max_tokens = {name: np.zeros(traces[0].read.shape[1]) for name in ("read", "written")}
     for trace in traces:
         for name, n_tokens in (("read", trace.numbers["n_tokens"]), ("written", trace.texts.size)):
             densities = getattr(trace, name)[2:].astype(np.float64)
-            most[name] = np.maximum(most[name], densities.max(axis=0, initial=0.0) * n_tokens)
-    return {name: tokens >= FEWEST_TOKENS - 0.5 for name, tokens in most.items()}  # densities are rounded
+            max_tokens[name] = np.maximum(max_tokens[name], densities.max(axis=0, initial=0.0) * n_tokens)
+    return {name: tokens >= FEWEST_TOKENS - 0.5 for name, tokens in max_tokens.items()}  # densities are rounded
 
 
 def among_nulls(
     traces: Sequence[Trace], top_tokens: IntArray, directions: npt.NDArray[np.floating[Any]] | None = None
 ) -> list[dict[str, FloatArray]]:
-    """Changes of all features in units of what nulls show, by basis and "combined", float64 [d_sae] each: of the first
-    trace, the fine-tune's, among the nulls, then of each null among the other nulls.
+    """z of the changes of all features, by basis and "combined", float64 [d_sae] each: of the first trace, the
+    fine-tune's, among the nulls, then of each null among the other nulls.
 
     z = (change - mean of the nulls') / scale. The scale is the root mean of two variances with equal weight: the
     feature's own over the nulls, and that of features that fire as often, of all features on the basis "difference"
-    (Smyth 2004). If the z of one fine-tune spread wider than the nulls' as a whole, they are divided by how much wider
-    (the empirical null of Efron 2004). "combined" is the sum over bases divided by the square root of their number.
+    (Smyth 2004). If the z of one fine-tune have a spread above 1, they are divided by it (the empirical null of Efron
+    2004). "combined" is the sum over bases divided by the square root of their number.
 
-    NaN on a basis where a feature hardly fires (see `FEWEST_TOKENS`), which adds nothing to "combined". Other arguments
-    are as in `raw_changes`. `ShapeMismatch` if one has fewer than two nulls to be among; `BadFile` for a trace that was
-    measured otherwise.
+    NaN on a basis where a feature fires too rarely (see `FEWEST_TOKENS`); it adds nothing to "combined". Other
+    arguments are as in `raw_changes`. `ShapeMismatch` if a trace has fewer than two others that are nulls; `BadFile`
+    for a trace that was measured otherwise.
     """
-    fires = _fires(_comparable(traces))
-    changes = [raw_changes(one, top_tokens, directions) for one in traces]
-    found = []
+    fires = _fires_enough(_check_comparable(traces))
+    changes = [raw_changes(trace, top_tokens, directions) for trace in traces]
+    result = []
     for i, trace in enumerate(traces):
         others = [change for j, change in enumerate(changes) if j not in (0, i)]
-        found.append(_scored(trace, [changes[i], *others], fires))
-    return found
+        result.append(_standardise(trace, [changes[i], *others], fires))
+    return result
 
 
 def differences_among_nulls(traces: Sequence[Trace], directions: npt.NDArray[np.floating[Any]]) -> FloatArray:
@@ -114,13 +112,13 @@ def differences_among_nulls(traces: Sequence[Trace], directions: npt.NDArray[np.
 
     As on the basis "difference", with one scale for all: the fine-tune among the nulls, each null among the others.
     """
-    changes = np.stack([along(trace, directions) for trace in traces])
+    changes = np.stack([difference_along(trace, directions) for trace in traces])
     groups = np.zeros(changes.shape[1], dtype=np.int64)
     rows = range(len(changes))
-    return np.stack([_z(changes[i], changes[[j for j in rows if j not in (0, i)]], groups) for i in rows])
+    return np.stack([_z_scores(changes[i], changes[[j for j in rows if j not in (0, i)]], groups) for i in rows])
 
 
-def _scored(
+def _standardise(
     trace: Trace, changes: Sequence[Mapping[str, FloatArray]], fires: Mapping[str, npt.NDArray[np.bool_]]
 ) -> dict[str, FloatArray]:
     """The z of the first of `changes` among the others, by basis and "combined"."""
@@ -129,30 +127,30 @@ def _scored(
     density = trace.read[2].astype(np.float64)
     groups = strata(np.where(density > 0, density, np.nan)[:, None], _STRATUM)
     groups[groups == NO_STRATUM] = groups.max(initial=0) + 1  # features that never fire share a scale
-    found = {}
-    for name, own in changes[0].items():
-        # How far the mean difference points somewhere has nothing to do with how often a feature fires.
-        alike = np.zeros_like(groups) if name == "difference" else groups
-        found[name] = _z(own, np.stack([change[name] for change in changes[1:]]), alike)
+    z = {}
+    for name, change in changes[0].items():
+        # The mean difference along a direction does not depend on how often the feature fires.
+        scale_groups = np.zeros_like(groups) if name == "difference" else groups
+        z[name] = _z_scores(change, np.stack([null[name] for null in changes[1:]]), scale_groups)
     for name, enough in fires.items():
-        found[name] = np.where(enough, found[name], np.nan)
-    return found | {"combined": np.nansum(list(found.values()), axis=0) / math.sqrt(len(found))}
+        z[name] = np.where(enough, z[name], np.nan)
+    return z | {"combined": np.nansum(list(z.values()), axis=0) / math.sqrt(len(z))}
 
 
-def _z(own: FloatArray, nulls: FloatArray, groups: IntArray) -> FloatArray:
-    """z [n] of changes `own` [n] among those of nulls [K, n]."""
+def _z_scores(change: FloatArray, nulls: FloatArray, groups: IntArray) -> FloatArray:
+    """z [n] of changes [n] among those of nulls [K, n]."""
     mean = nulls.mean(axis=0)
     variance = ((nulls - mean) ** 2).sum(axis=0) / (len(nulls) - 1)
     pooled = np.empty_like(variance)
     for group in np.unique(groups):
         pooled[groups == group] = variance[groups == group].mean()
     scale = np.sqrt((variance + pooled) / 2 * (1 + 1 / len(nulls)))
-    z = np.divide(own - mean, scale, out=np.zeros_like(own), where=scale > 0)
+    z = np.divide(change - mean, scale, out=np.zeros_like(change), where=scale > 0)
     spread = float(np.median(np.abs(z - np.median(z)))) * 1.4826
     return np.asarray(z / max(1.0, spread))
 
 
-def _comparable(traces: Sequence[Trace]) -> Sequence[Trace]:
+def _check_comparable(traces: Sequence[Trace]) -> Sequence[Trace]:
     for trace in traces[1:]:
         if trace.made_by != traces[0].made_by:
             raise BadFile(
@@ -165,9 +163,15 @@ def _comparable(traces: Sequence[Trace]) -> Sequence[Trace]:
 
 @dataclass(frozen=True, eq=False)
 class Basis:
-    """The features that both models share: what they add to the stream float [d_sae, d_model], the unembedding that
-    named them float [d_model, d_vocab], ids of the tokens that each promotes most int [d_sae, k], every token as text,
-    by id; what fires in the base model, token by token, if known; and the decoder's rows where they differ from W_dec.
+    """The features that both models share.
+
+    Attributes:
+        W_dec: What each adds to the residual stream, float [d_sae, d_model].
+        W_U: The unembedding that gave the top tokens, float [d_model, d_vocab].
+        top_tokens: Ids of the tokens that each promotes most, int [d_sae, k].
+        strings: Every token as text, by id.
+        firing: Activations in the base model, if known.
+        at_hook: Decoder rows at the hook, where they differ from W_dec.
     """
 
     W_dec: npt.NDArray[np.float32]
@@ -187,23 +191,23 @@ class Basis:
         """Each feature, then those most similar to it, int64 [d_sae, max(SIZES)] (fewer columns for fewer features).
 
         Similarity is the mean of three cosines: of decoder rows, of what they do to the logits, and of activations in
-        the base model (their correlation over tokens, see `coactivation`). No fine-tune has a part in it.
+        the base model (their correlation over tokens, see `coactivation`). It does not depend on any fine-tune.
         """
-        logits = self.W_dec.astype(np.float32) @ _root(self.W_U.astype(np.float32))
-        both = np.concatenate([unit_rows(self.W_dec.astype(np.float32)), unit_rows(logits)], axis=1)
-        n = min(max(SIZES), len(both))
-        found = np.empty((len(both), n), dtype=np.int64)
-        for start, together in self._together():
-            stop = start + len(together)
-            similar = both[start:stop] @ both.T + together
+        logits = self.W_dec.astype(np.float32) @ _gram_root(self.W_U.astype(np.float32))
+        rows = np.concatenate([unit_rows(self.W_dec.astype(np.float32)), unit_rows(logits)], axis=1)
+        n = min(max(SIZES), len(rows))
+        neighbours = np.empty((len(rows), n), dtype=np.int64)
+        for start, correlations in self._correlation_blocks():
+            stop = start + len(correlations)
+            similar = rows[start:stop] @ rows.T + correlations
             similar[np.arange(len(similar)), np.arange(start, stop)] = np.inf  # itself first
-            part = np.argpartition(-similar, n - 1, axis=1)[:, :n]
-            order = np.argsort(-np.take_along_axis(similar, part, axis=1), axis=1, kind="stable")
-            found[start:stop] = np.take_along_axis(part, order, axis=1)
-        return found
+            nearest = np.argpartition(-similar, n - 1, axis=1)[:, :n]
+            order = np.argsort(-np.take_along_axis(similar, nearest, axis=1), axis=1, kind="stable")
+            neighbours[start:stop] = np.take_along_axis(nearest, order, axis=1)
+        return neighbours
 
-    def _together(self) -> Iterator[tuple[int, FloatArray]]:
-        """Blocks of correlations, of no width where nothing is known of the firing."""
+    def _correlation_blocks(self) -> Iterator[tuple[int, FloatArray]]:
+        """Blocks of correlations; zeros of one column where activations are unknown."""
         if self.firing is not None:
             yield from coactivation(self.firing)
         else:
@@ -211,7 +215,7 @@ class Basis:
                 yield start, np.zeros((min(1024, len(self.W_dec) - start), 1))
 
 
-def _root(W_U: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def _gram_root(W_U: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """R [d_in, d_in] such that lengths and angles of x @ R are those of x @ W_U."""
     values, vectors = np.linalg.eigh((W_U @ W_U.T).astype(np.float64))
     return (vectors * np.sqrt(np.clip(values, 0, None))).astype(np.float32)
@@ -219,23 +223,23 @@ def _root(W_U: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 @dataclass(frozen=True, eq=False)
 class GroupTests:
-    """Scores of all groups of a trace, float64 [len(SIZES), d_sae], by size and first feature; and the largest score,
-    of either sign, in each null, float64 [K]: what the search finds in nothing.
+    """Scores of all groups of a trace, float64 [len(SIZES), d_sae], by size and first feature; and the largest absolute
+    score in each null, float64 [K].
     """
 
     scores: FloatArray
     highest: FloatArray
 
     def p(self, score: float) -> float:
-        """How likely is a score this large somewhere in a null fine-tune? See `prediction_p`."""
+        """The probability that a null fine-tune has a score this large anywhere; see `prediction_p`."""
         return prediction_p(score, self.highest)
 
 
 def prediction_p(score: float, nulls: FloatArray) -> float:
-    """How likely is a number this large, above 0, in one more null fine-tune?
+    """The probability of a number this large, above 0, in one more null fine-tune.
 
-    Above all nulls [K]: the upper tail of Student's t for one more logarithm, which takes the nulls' logarithms as
-    normal. Where nulls reach it, (1 + how many) / (K + 1) if that is larger.
+    The upper tail of Student's t for one more logarithm, which assumes that the nulls' logarithms are normal. Where
+    m of the nulls [K] reach the number, (1 + m) / (K + 1) if that is larger.
 
     Example:
         >>> nulls = np.array([1.0, 2.0, 4.0])
@@ -260,15 +264,15 @@ def _logarithms(nulls: FloatArray) -> tuple[float, float]:
     return float(logs.mean()), float(logs.std(ddof=1)) * math.sqrt(1 + 1 / len(nulls))
 
 
-def group_tests(own: FloatArray, others: FloatArray, basis: Basis) -> GroupTests:
+def group_tests(own_z: FloatArray, null_z: FloatArray, basis: Basis) -> GroupTests:
     """Scores of every group, from combined z [d_sae] of the fine-tune and [K, d_sae] of each null among the others."""
-    sums = np.stack([_sums(z, basis.neighbours) for z in (own, *others)])  # [1 + K, sizes, d_sae]
+    sums = np.stack([_group_means(z, basis.neighbours) for z in (own_z, *null_z)])  # [1 + K, sizes, d_sae]
     scale = np.sqrt((sums[1:] ** 2).mean(axis=(0, 2)))[:, None]
     scale[scale == 0] = 1.0  # nothing changes on this basis
     return GroupTests(sums[0] / scale, np.abs(sums[1:] / scale).max(axis=(1, 2)))
 
 
-def _sums(z: FloatArray, neighbours: IntArray) -> FloatArray:
+def _group_means(z: FloatArray, neighbours: IntArray) -> FloatArray:
     """Mean z of groups of each size [sizes, d_sae]."""
     running = np.cumsum(z[neighbours], axis=1)
     return np.stack([running[:, min(size, running.shape[1]) - 1] / size for size in SIZES])

@@ -1,8 +1,7 @@
 """Where fine-tuning changed a model: at which layers and positions, on which words of a text, and how it now writes.
 
-In: the trace of a fine-tune and those of null fine-tunes of the same recipe. Out: tables whose p say how the fine-tune
-ranks among its nulls (`null_ranks`); without nulls these are NaN with the reason, and the numbers are there all the
-same.
+In: the trace of a fine-tune and those of null fine-tunes of the same recipe. Out: tables whose p rank the fine-tune
+among its nulls (`null_ranks`). Without nulls, p is NaN with the reason; the other numbers are given.
 """
 
 from __future__ import annotations
@@ -38,13 +37,13 @@ __all__ = [
 ]
 
 LEAST_SEEN = 5
-"""A word is looked at if the text has it this often, or if the mean of its expected number is at least 1."""
+"""A word is tested if it is in the text this often, or if the mean of its expected number is at least 1."""
 
 _ALL = "all"
 _TOP = 10  # tokens of a direction
 _STRATUM = 100  # fewest words of like frequency whose deviations are averaged
 _LEAST_KL = 1e-4  # nats; smaller divergences count as this
-_PASSAGES, _AROUND = 20, 12  # passages of the text, and tokens shown on each side
+_N_PASSAGES, _CONTEXT = 20, 12  # passages of the text, and tokens shown on each side
 
 
 def where_changed(
@@ -62,17 +61,17 @@ def where_changed(
         )
     tokens, plain = np.array(tuned.token_strings(), dtype=object), tuned.plain_tokens().numpy()
     try:
-        promoted, no_tokens = _top_tokens(unembedding(tuned), tokens, plain), ""
+        top_of, no_tokens_reason = _top_tokens(unembedding(tuned), tokens, plain), ""
 
         def top_tokens(vector: FloatArray, /) -> list[str]:
             row = torch.from_numpy(vector.astype(np.float32))[None]
-            return promoted(heads_to_residual(tuned, hook, row)[0].cpu().numpy())
+            return top_of(heads_to_residual(tuned, hook, row)[0].cpu().numpy())
 
-    except ConfigError as error:  # a final norm or head that no matrix stands for
-        top_tokens, no_tokens = _no_tokens, f"no top tokens: {error.message}"
+    except ConfigError as error:  # the final norm or head is no matrix
+        top_tokens, no_tokens_reason = _no_tokens, f"no top tokens: {error.message}"
     difference = activation_difference(trace, nulls, top_tokens=top_tokens, alpha=alpha)
-    if no_tokens:
-        difference["reason"] = no_tokens
+    if no_tokens_reason:
+        difference["reason"] = no_tokens_reason
     return {
         "change_overall": change_overall(trace, nulls, alpha=alpha),
         "change_by_layer": change_by_layer(trace, nulls, alpha=alpha),
@@ -85,7 +84,7 @@ def where_changed(
 
 
 def change_overall(trace: Trace, nulls: Sequence[Trace], *, alpha: float = 0.05) -> pd.DataFrame:
-    """How much changed in all: is it more than what a fine-tune of this recipe always changes?
+    """How much changed overall, beside what a fine-tune of this recipe always changes.
 
     One row a `quantity`: mean KL after a token of the text, and at the first token after the openings (nats); mean over
     layers of the relative change; norm of the mean change at the hook, over the mean residual norm. `change`, its
@@ -117,7 +116,7 @@ def change_by_layer(trace: Trace, nulls: Sequence[Trace], *, alpha: float = 0.05
 
 
 TopTokens = Callable[[FloatArray], list[str]]
-"""The tokens that a direction `[d_in]` promotes most through the tuned model's final norm and head, first first."""
+"""Maps a direction `[d_in]` to the tokens that it promotes most through the tuned model's final norm and head."""
 
 
 def _no_tokens(vector: FloatArray) -> list[str]:
@@ -133,8 +132,8 @@ def activation_difference(
     One row a position, first "all" of them: `position`; `size`, the norm of the mean difference over the base model's
     mean residual norm; `reliability`, the cosine of the means over two halves of the text; `likeness`, the cosine with
     the mean of the nulls' differences: near 1, it is what the recipe always does. Of each the nulls' median,
-    `null_<name>`, and `p_<name>`, the rank among the nulls (low likenesses are the rare ones). `top_tokens`;
-    `beyond_nulls`, the same after the direction of the nulls' mean is taken away; `reason`.
+    `null_<name>`, and `p_<name>`, the rank among the nulls (low likenesses are extreme). `top_tokens`; `beyond_nulls`,
+    the same after the direction of the nulls' mean is projected out; `reason`.
     """
     traces = (trace, *nulls)
     records = []
@@ -142,19 +141,19 @@ def activation_difference(
         halves = np.array([t.halves if number == 0 else t.early[:, number - 1] for t in traces], dtype=np.float64)
         vectors = halves.mean(axis=1)
         sizes = np.linalg.norm(vectors, axis=1) / [t.numbers["norm"] for t in traces]
-        reliabilities = np.array([_cosine(*both) for both in halves])
-        rest = (vectors.sum(axis=0) - vectors) / max(len(nulls), 1)  # mean of the other fine-tunes
-        likenesses = np.array([_cosine(*both) for both in zip(vectors, rest, strict=True)])
+        reliabilities = np.array([_cosine(*pair) for pair in halves])
+        others_mean = (vectors.sum(axis=0) - vectors) / max(len(nulls), 1)  # mean of the other fine-tunes
+        likenesses = np.array([_cosine(*pair) for pair in zip(vectors, others_mean, strict=True)])
         common = vectors[1:].mean(axis=0) if nulls else np.zeros_like(vectors[0])
         record: dict[str, Any] = {"position": str(number) if number else _ALL}
         for name, values in (("size", sizes), ("reliability", reliabilities), ("likeness", likenesses)):
             record |= {name: values[0], f"null_{name}": float(np.median(values[1:])) if nulls else np.nan}
             record[f"p_{name}"] = float(rank_p(-values if name == "likeness" else values))
-        moved = sizes[0] > 0
+        changed = sizes[0] > 0
         beyond = vectors[0] - common * (common @ vectors[0]) / max(float(common @ common), 1e-30)
-        record["top_tokens"] = top_tokens(vectors[0]) if moved else []
-        record["beyond_nulls"] = top_tokens(beyond) if moved and nulls else []
-        record["reason"] = null_reason(len(nulls), alpha) if moved else "nothing changed here"
+        record["top_tokens"] = top_tokens(vectors[0]) if changed else []
+        record["beyond_nulls"] = top_tokens(beyond) if changed and nulls else []
+        record["reason"] = null_reason(len(nulls), alpha) if changed else "nothing changed here"
         records.append(record)
     return pd.DataFrame(records)
 
@@ -181,12 +180,12 @@ def change_by_word(
     "read", the KL over the mean KL of all words, its `search_p`; why nothing can be found.
     """
     traces = (trace, *nulls)
-    read = _read(traces, ids)
-    expected = _expected(traces, plain)
+    read = _kl_by_token(traces, ids)
+    expected = _expected_by_token(traces, plain)
     frames = []
-    for role, unit, found in (("read", "nats", read), ("expected", "log ratio", expected)):
-        values, n = found["values"], found["n"]
-        stratum = strata(found["by"][:, None], _STRATUM) if len(n) else np.zeros(0, dtype=np.int64)
+    for role, unit, words in (("read", "nats", read), ("expected", "log ratio", expected)):
+        values, n = words["values"], words["n"]
+        stratum = strata(words["by"][:, None], _STRATUM) if len(n) else np.zeros(0, dtype=np.int64)
         scores = rise_scores(values, stratum)
         if role == "expected":
             scores = np.abs(scores)
@@ -195,11 +194,11 @@ def change_by_word(
         frame = pd.DataFrame(
             {
                 "role": role,
-                "token_id": found["ids"],
-                "token": tokens[found["ids"]],
+                "token_id": words["ids"],
+                "token": tokens[words["ids"]],
                 "n": n,
-                "base": found.get("base", np.nan),
-                "tuned": found.get("tuned", np.nan),
+                "base": words.get("base", np.nan),
+                "tuned": words.get("tuned", np.nan),
                 "change": shown[0],
                 "unit": unit,
                 **null_range(shown[1:]),
@@ -221,17 +220,17 @@ def change_by_word(
     return pd.concat(frames, ignore_index=True).assign(reason=null_reason(len(nulls), alpha))
 
 
-def _read(traces: Sequence[Trace], ids: npt.NDArray[np.int32]) -> dict[str, Any]:
+def _kl_by_token(traces: Sequence[Trace], ids: npt.NDArray[np.int32]) -> dict[str, Any]:
     """Log of the mean KL after each token that the text has often enough, [n_traces, n_words]."""
     counted = ~np.isnan([t.kl for t in traces]).any(axis=0)
-    seen, place, n = np.unique(ids[counted], return_inverse=True, return_counts=True)
+    token_ids, code, n = np.unique(ids[counted], return_inverse=True, return_counts=True)
     often = n >= LEAST_SEEN
-    sums = np.array([np.bincount(place, weights=t.kl[counted], minlength=len(seen)) for t in traces])
+    sums = np.array([np.bincount(code, weights=t.kl[counted], minlength=len(token_ids)) for t in traces])
     means = sums[:, often] / n[often]
-    return {"ids": seen[often], "n": n[often], "by": n[often], "values": np.log(np.maximum(means, _LEAST_KL))}
+    return {"ids": token_ids[often], "n": n[often], "by": n[often], "values": np.log(np.maximum(means, _LEAST_KL))}
 
 
-def _expected(traces: Sequence[Trace], plain: npt.NDArray[np.bool_]) -> dict[str, Any]:
+def _expected_by_token(traces: Sequence[Trace], plain: npt.NDArray[np.bool_]) -> dict[str, Any]:
     """Log ratio of the expected numbers of each token, [n_traces, n_words], half a token added to each number."""
     numbers = np.array([t.expected * t.numbers["n_tokens"] for t in traces], dtype=np.float64)  # [n_traces, 2, d_vocab]
     ids = np.flatnonzero((numbers.max(axis=(0, 1)) >= 1) & plain)
@@ -256,7 +255,7 @@ def change_in_text(
     *,
     alpha: float = 0.05,
 ) -> pd.DataFrame:
-    """The places of the text after which the models' predictions differ most, beyond what they do in the nulls.
+    """The tokens of the text after which the models' predictions differ most, beyond their difference in the nulls.
 
     At most 20 rows, no two within a few tokens of each other: `row`, `position`; `before`, `token`, `after`, the text
     around; `change`, the KL after the token in nats; the nulls' `null_median`, `null_low`, `null_high` at this place;
@@ -267,31 +266,30 @@ def change_in_text(
     values = values.reshape(len(values), -1)
     scores = rise_scores(values, np.zeros(values.shape[1], dtype=np.int64))
     p = search_p(scores)
-    order = np.argsort(
-        -np.where(np.isnan(values).any(axis=0), -np.inf, scores[0] if nulls else values[0]), kind="stable"
-    )
-    known = order[: int((~np.isnan(values).any(axis=0)).sum())]
+    missing = np.isnan(values).any(axis=0)
+    ranking = np.where(missing, -np.inf, scores[0] if nulls else values[0])
+    ordered = np.argsort(-ranking, kind="stable")[: int((~missing).sum())]
     ranges = null_range(values[1:])
-    taken: list[int] = []
-    for place in known:
-        if all(place // n_columns != t // n_columns or abs(place - t) > _AROUND for t in taken):
-            taken.append(int(place))
-        if len(taken) == _PASSAGES:
+    chosen: list[int] = []
+    for cell in ordered:
+        if all(cell // n_columns != t // n_columns or abs(cell - t) > _CONTEXT for t in chosen):
+            chosen.append(int(cell))
+        if len(chosen) == _N_PASSAGES:
             break
     records = []
-    for place in taken:
-        row, position = divmod(place, n_columns)
+    for cell in chosen:
+        row, position = divmod(cell, n_columns)
         text = [int(i) for i in ids[row]]
         records.append(
             {
                 "row": row,
                 "position": position,
-                "before": decode(text[max(0, position - _AROUND) : position]),
+                "before": decode(text[max(0, position - _CONTEXT) : position]),
                 "token": decode(text[position : position + 1]),
-                "after": decode(text[position + 1 : position + 1 + _AROUND // 2]),
-                "change": values[0, place],
-                **{name: column[place] for name, column in ranges.items()},
-                "p_search": p[place],
+                "after": decode(text[position + 1 : position + 1 + _CONTEXT // 2]),
+                "change": values[0, cell],
+                **{name: column[cell] for name, column in ranges.items()},
+                "p_search": p[cell],
                 "reason": null_reason(len(nulls), alpha),
             }
         )
@@ -305,7 +303,7 @@ def _cosine(a: FloatArray, b: FloatArray) -> float:
 
 
 def _top_tokens(W_U: Tensor, tokens: npt.NDArray[Any], plain: npt.NDArray[np.bool_]) -> TopTokens:
-    """By the cosine with each token's unembedding, since by the product rare tokens of large norm crowd every list."""
+    """Ranks by the cosine with each token's unembedding; by the product, rare tokens of large norm lead every list."""
     table = W_U.numpy()
     norms = np.maximum(np.linalg.norm(table, axis=0), 1e-12)
 

@@ -1,5 +1,5 @@
-"""What each feature is: the tokens it promotes, where it fires, how coherent and how much of a domain it is.
+"""What each feature is: the tokens it promotes, where it fires, how coherent its tokens are, which domain they are of.
 
-`projection` reads tokens off the decoder, `activity` watches the features on text, `table` joins the two; `coherence`
-(with `embeddings`) scores rows and `vocabulary` selects those of a domain.
+`projection` computes top tokens from the decoder, `activity` collects statistics of features on text, `table` joins the
+two; `coherence` (with `embeddings`) scores features and `vocabulary` selects those of a domain.
 """

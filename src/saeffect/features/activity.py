@@ -1,4 +1,4 @@
-"""How often and how strongly features fire on text, and where most; in one pass over batches."""
+"""How often and how strongly features fire on text, and the contexts where they fire most; one pass over batches."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from saeffect.errors import BadFile, unknown_name
 
-__all__ = ["ActivityAccumulator", "ExampleCollector", "refuse_not_finite"]
+__all__ = ["ActivityAccumulator", "ExampleCollector", "check_finite"]
 
-_OUTSIDE = -1  # in place of a token id, where a context would leave its sequence
+_OUTSIDE = -1  # token id of context positions outside the sequence
 _COLUMNS = {
     "feature": "int64",
     "rank": "int64",
@@ -26,10 +26,10 @@ _COLUMNS = {
 
 
 class ActivityAccumulator:
-    """Streaming counts, sums and maxima of `feature_acts`, one a feature; *active* means above 0.
+    """Streaming counts, sums and maxima of `feature_acts` per feature; *active* means above 0.
 
-    Results do not depend on how tokens were batched: sums are sequential, in float64. Each of `sources`, the names of
-    the text sources, gets its own density.
+    Results do not depend on how tokens were batched: sums are sequential, in float64. Densities are also counted for
+    each of `sources`, the names of the text sources.
 
     Example:
         >>> activity = ActivityAccumulator(d_sae=2, sources=("general", "domain"))
@@ -61,7 +61,7 @@ class ActivityAccumulator:
         except KeyError as error:
             raise unknown_name("source", error.args[0], self._codes, at="sources") from None
         if len(acts):
-            refuse_not_finite(acts.amax(dim=0))  # a NaN anywhere in a column is its maximum
+            check_finite(acts.amax(dim=0))  # a NaN anywhere in a column is its maximum
         row, feature = (acts > 0).nonzero(as_tuple=True)
         value = acts[row, feature].cpu().double()
         row, feature = row.cpu(), feature.cpu()
@@ -94,10 +94,10 @@ class ActivityAccumulator:
 class ExampleCollector:
     """Keeps, for every feature, the `n_examples` sequences that activate it most.
 
-    A sequence counts once, at its highest position (the first of equals); of equal peaks the earlier sequence is kept.
-    `window` tokens of context before the peak are kept and `window // 3` after it, both within the sequence. Memory:
+    A sequence counts once, at its highest activation (the first of equals); of equal peaks the earlier sequence is
+    kept. A context has `window` tokens before the peak and `window // 3` after it, both within the sequence. Memory:
     `d_sae × n_examples × (window + 1 + window // 3)` activations and token ids. With `beside`, each update also takes
-    activations of the same tokens in another model, and the contexts hold both.
+    the activations of the same tokens in another model, and the contexts hold both.
 
     Example:
         >>> collector = ExampleCollector(d_sae=1, n_examples=1, window=1)
@@ -111,10 +111,10 @@ class ExampleCollector:
         self.d_sae, self.n_examples, self.window = d_sae, n_examples, window
         self._offsets = torch.arange(-window, window // 3 + 1)
         width = len(self._offsets)
-        self._peak = torch.zeros(d_sae, n_examples)  # 0: an empty place
+        self._peak = torch.zeros(d_sae, n_examples)  # 0: an empty slot
         self._sequence = torch.zeros(d_sae, n_examples, dtype=torch.int64)
         self._source = torch.zeros(d_sae, n_examples, dtype=torch.int64)
-        # Of this model, and where asked for of another: [d_sae, n_examples, width, 1 or 2].
+        # Of this model and, with `beside`, of the other: [d_sae, n_examples, width, 1 or 2].
         self._acts = torch.zeros(d_sae, n_examples, width, 1 + beside)
         self._tokens = torch.full((d_sae, n_examples, width), _OUTSIDE, dtype=torch.int32)
         self._names: dict[str, int] = {}
@@ -129,7 +129,7 @@ class ExampleCollector:
         sources: Sequence[str] | None = None,
         beside: Tensor | None = None,
     ) -> None:
-        """Add a batch of whole sequences; a part of one would count as a sequence of its own.
+        """Add a batch of whole sequences; part of a sequence would count as a sequence of its own.
 
         Args:
             feature_acts: [B, S, d_sae], any float dtype; only values above 0 make an example.
@@ -137,7 +137,7 @@ class ExampleCollector:
             mask: bool [B, S], True at positions that count, the only ones for peaks; all by default. A masked tail is
                 padding and left out of contexts; other masked positions are shown with activation 0.
             sources: [B], the name of each sequence's text source; "" by default.
-            beside: [B, S, d_sae], the same features on the same tokens in another model; if asked for on creation.
+            beside: [B, S, d_sae], the same features on the same tokens in another model; required if `beside` is set.
 
         BadFile: an activation that counts is NaN or plus infinity.
         """
@@ -153,24 +153,24 @@ class ExampleCollector:
             last -= mask.cpu().flip(1).int().argmax(dim=1)
         peaks, positions = acts.max(dim=1)  # [B, d_sae]; the first of equal maxima
         peaks = peaks.float().cpu().clamp(min=0).T
-        refuse_not_finite(peaks)
+        check_finite(peaks)
         order = self._merge(peaks, torch.arange(first, self._next))
         new = (order >= self.n_examples) & (self._peak > 0)
-        feature, place = new.nonzero(as_tuple=True)
-        sequence = order[feature, place] - self.n_examples
-        at = positions.cpu()[sequence, feature, None] + self._offsets  # [n_new, width]
-        outside = (at < 0) | (at > last[sequence, None])
-        at = at.clamp(0, length - 1)
-        # On the batch's own device: only the windows are copied.
-        for side, values in enumerate((acts, beside)[: self._acts.shape[-1]]):
+        feature, slot = new.nonzero(as_tuple=True)
+        sequence = order[feature, slot] - self.n_examples
+        context = positions.cpu()[sequence, feature, None] + self._offsets  # [n_new, width]
+        outside = (context < 0) | (context > last[sequence, None])
+        context = context.clamp(0, length - 1)
+        # Gathered on the batch's device: only the windows are copied.
+        for model, values in enumerate((acts, beside)[: self._acts.shape[-1]]):
             assert values is not None
-            windows = values[sequence[:, None], at, feature[:, None]].float().cpu()
-            self._acts[feature, place, :, side] = windows.masked_fill(outside, 0)
-        tokens = token_ids.cpu()[sequence[:, None], at].int()
-        self._tokens[feature, place] = tokens.masked_fill(outside, _OUTSIDE)
+            windows = values[sequence[:, None], context, feature[:, None]].float().cpu()
+            self._acts[feature, slot, :, model] = windows.masked_fill(outside, 0)
+        tokens = token_ids.cpu()[sequence[:, None], context].int()
+        self._tokens[feature, slot] = tokens.masked_fill(outside, _OUTSIDE)
         # Sources are numbered in order of appearance.
         codes = [self._names.setdefault(name, len(self._names)) for name in sources or [""] * n_sequences]
-        self._source[feature, place] = torch.tensor(codes)[sequence]
+        self._source[feature, slot] = torch.tensor(codes)[sequence]
 
     def result(self, token_strings: Sequence[str]) -> pd.DataFrame:
         """The contexts, one row each, by feature and then rank.
@@ -199,21 +199,21 @@ class ExampleCollector:
         return table
 
     def _merge(self, peaks: Tensor, numbers: Tensor) -> Tensor:
-        """Merge peaks [d_sae, B]; int64 [d_sae, n_examples]: old place, or `n_examples` + row in the batch."""
+        """Merge peaks [d_sae, B]; gives int64 [d_sae, n_examples], the old slot or `n_examples` + row in the batch."""
         peak = torch.cat([self._peak, peaks], dim=1)
         sequence = torch.cat([self._sequence, numbers.expand(self.d_sae, -1)], dim=1)
         earliest = sequence.argsort(dim=1, stable=True)
         highest = peak.gather(1, earliest).argsort(dim=1, descending=True, stable=True)
         order = earliest.gather(1, highest)[:, : self.n_examples]
         self._peak, self._sequence = peak.gather(1, order), sequence.gather(1, order)
-        former = order.clamp(max=self.n_examples - 1)
-        self._source = self._source.gather(1, former)
-        self._acts = self._acts.take_along_dim(former[..., None, None], dim=1)
-        self._tokens = self._tokens.take_along_dim(former[..., None], dim=1)
+        kept_slots = order.clamp(max=self.n_examples - 1)
+        self._source = self._source.gather(1, kept_slots)
+        self._acts = self._acts.take_along_dim(kept_slots[..., None, None], dim=1)
+        self._tokens = self._tokens.take_along_dim(kept_slots[..., None], dim=1)
         return order
 
 
-def refuse_not_finite(acts: Tensor) -> None:
+def check_finite(acts: Tensor) -> None:
     """BadFile if an activation is NaN or infinite."""
     if not bool(torch.isfinite(acts).all()):
         raise BadFile(

@@ -1,4 +1,4 @@
-"""Coherence of a feature's top tokens: equation 1 of Gupta & Sica (2024), computed in `_batch`."""
+"""Coherence of a feature's top tokens: equation 1 of Gupta & Sica (2024), computed in `_batch_coherence`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EPSILON = 1e-8
 _SMALLEST_SUM = 100 * EPSILON
 # Products of mixed sign that cancel to less than this share of their sizes leave only rounding errors.
 _CANCELLED = 1e-9
-_NUMBERS_PER_BATCH = 100_000  # of a vector each: batches stay in the processor's cache
+_NUMBERS_PER_BATCH = 100_000  # numbers of one vector per feature: a batch fits in the processor's cache
 
 
 def coherence_score(
@@ -50,21 +50,21 @@ def coherence_score(
 def coherence(features: pd.DataFrame, *, embeddings: str | Path | WordVectors = DEFAULT_EMBEDDINGS) -> pd.DataFrame:
     """Coherence of every feature of a table, see `coherence_score`; one row a feature, with the index of `features`.
 
-    `features` has columns `feature`, `top_tokens` (lists of str) and `top_weights` (lists of float, as long). Gives
+    `features` has columns `feature`, `top_tokens` (lists of str) and `top_weights` (lists of float, as long). Columns:
     feature; coherence, NaN where fewer than two tokens are known, a weight of a known token is not finite, or the
     products of weights vanish, cancel or overflow; n_known, the top tokens with an embedding; reason, "" where
     coherence is defined. `BadFile` if a column is missing; otherwise as `coherence_score`.
     """
     _require_columns(features, "feature", "top_tokens", "top_weights")
-    vectors = _loaded(embeddings)
-    rows, weights = _look_up(list(features["top_tokens"]), list(features["top_weights"]), vectors)
+    vectors = _as_vectors(embeddings)
+    rows, weights = _look_up_rows(list(features["top_tokens"]), list(features["top_weights"]), vectors)
     n_known = (rows >= 0).sum(axis=1)
     values = np.full(len(rows), np.nan)
-    places, directions = _directions(rows, vectors)
+    indices, units = _unit_vectors(rows, vectors)
     step = max(1, _NUMBERS_PER_BATCH // vectors.dim)
     for start in range(0, len(rows), step):
-        part = slice(start, start + step)
-        values[part] = _batch(places[part], directions, weights[part])
+        batch = slice(start, start + step)
+        values[batch] = _batch_coherence(indices[batch], units, weights[batch])
     return pd.DataFrame(
         {
             "feature": features["feature"].to_numpy(),
@@ -86,8 +86,8 @@ def unique_coverage(features: pd.DataFrame, *, embeddings: str | Path | WordVect
         0.5
     """
     _require_columns(features, "top_tokens")
-    vectors = _loaded(embeddings)
-    words = {normalise_token(token) for tokens in features["top_tokens"] for token in _strings(tokens)}
+    vectors = _as_vectors(embeddings)
+    words = {normalise_token(token) for tokens in features["top_tokens"] for token in _check_strings(tokens)}
     return sum(vectors.row(word) >= 0 for word in words) / len(words) if words else float("nan")
 
 
@@ -97,11 +97,11 @@ def _require_columns(features: pd.DataFrame, *names: str) -> None:
         raise BadFile(f"the feature table has no column {', '.join(map(repr, missing))}.", fix="make it anew.")
 
 
-def _loaded(embeddings: str | Path | WordVectors) -> WordVectors:
+def _as_vectors(embeddings: str | Path | WordVectors) -> WordVectors:
     return embeddings if isinstance(embeddings, WordVectors) else load_embeddings(embeddings)
 
 
-def _strings(tokens: Sequence[str]) -> Sequence[str]:
+def _check_strings(tokens: Sequence[str]) -> Sequence[str]:
     if isinstance(tokens, str | bytes) or not hasattr(tokens, "__len__"):
         wrong: list[object] = [tokens]
     else:
@@ -112,55 +112,55 @@ def _strings(tokens: Sequence[str]) -> Sequence[str]:
     return tokens
 
 
-def _look_up(
+def _look_up_rows(
     tokens: Sequence[Sequence[str]], weights: Sequence[Sequence[float]], vectors: WordVectors
 ) -> tuple[NDArray[np.int64], FloatArray]:
     """Rows of the vectors (-1 unknown) and weights, both [n_features, k], short lists padded."""
-    k = max((len(_strings(row)) for row in tokens), default=0)
+    k = max((len(_check_strings(row)) for row in tokens), default=0)
     rows = np.full((len(tokens), k), -1, dtype=np.int64)
     padded = np.zeros((len(tokens), k))
-    seen: dict[str, int] = {}
+    row_of: dict[str, int] = {}
     for i, (names, values) in enumerate(zip(tokens, weights, strict=True)):
         if len(names) != len(values):
             raise ShapeMismatch(f"there must be one weight a token. Got {len(values)} for {len(names)} tokens.")
         for token in names:
-            if token not in seen:
-                seen[token] = vectors.row(normalise_token(token))
-        rows[i, : len(names)] = [seen[token] for token in names]
+            if token not in row_of:
+                row_of[token] = vectors.row(normalise_token(token))
+        rows[i, : len(names)] = [row_of[token] for token in names]
         padded[i, : len(names)] = values
     return rows, padded
 
 
-def _directions(rows: NDArray[np.int64], vectors: WordVectors) -> tuple[NDArray[np.int64], FloatArray]:
+def _unit_vectors(rows: NDArray[np.int64], vectors: WordVectors) -> tuple[NDArray[np.int64], FloatArray]:
     """Each row's index (-1 unknown) into the unit vectors in use, and these, float64 [n, dim]."""
     known = rows >= 0
     used, inverse = np.unique(rows[known], return_inverse=True)
-    directions = vectors.vectors[used].astype(np.float64)  # float64, or cosines of 1 would wobble
-    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-    places = np.full_like(rows, -1)
-    places[known] = inverse
-    return places, directions
+    units = vectors.vectors[used].astype(np.float64)  # float64, or cosines of 1 would wobble
+    units /= np.linalg.norm(units, axis=1, keepdims=True)
+    indices = np.full_like(rows, -1)
+    indices[known] = inverse
+    return indices, units
 
 
-def _batch(places: NDArray[np.int64], directions: FloatArray, weights: FloatArray) -> FloatArray:
-    """Equation 1 by row, float64 [n], NaN where undefined; k steps, as ‖Σ w_i e_i‖² - Σ w_i² would cancel."""
-    n, k = places.shape
-    w = np.where(places >= 0, weights, 0.0)
-    earlier = np.zeros((n, directions.shape[1]))
-    above, below, size, earlier_weight, earlier_size = np.zeros((5, n))
+def _batch_coherence(indices: NDArray[np.int64], units: FloatArray, weights: FloatArray) -> FloatArray:
+    """Equation 1 by row, float64 [n], NaN where undefined; in k steps, as ‖Σ w_i e_i‖² - Σ w_i² would lose digits."""
+    n, k = indices.shape
+    w = np.where(indices >= 0, weights, 0.0)
+    earlier = np.zeros((n, units.shape[1]))
+    numerator, denominator, absolute, earlier_weight, earlier_size = np.zeros((5, n))
     with np.errstate(invalid="ignore", over="ignore"):  # infinite weights end as NaN, with a reason
-        for j in range(k if len(directions) else 0):
-            direction, weight = directions[places[:, j]], w[:, j]  # of an unknown word any, since its weight is 0
-            above += weight * np.einsum("nd,nd->n", direction, earlier)
-            below += weight * earlier_weight
-            size += np.abs(weight) * earlier_size
-            direction *= weight[:, None]
-            earlier += direction
+        for j in range(k if len(units) else 0):
+            unit, weight = units[indices[:, j]], w[:, j]  # an unknown word has weight 0, so any row will do
+            numerator += weight * np.einsum("nd,nd->n", unit, earlier)
+            denominator += weight * earlier_weight
+            absolute += np.abs(weight) * earlier_size
+            unit *= weight[:, None]
+            earlier += unit
             earlier_weight += weight
             earlier_size += np.abs(weight)
-        values = above / (below + EPSILON)
-        enough = np.abs(below) > np.maximum(_SMALLEST_SUM, _CANCELLED * size)
-    defined = enough & ((places >= 0).sum(axis=1) >= 2) & np.isfinite(values) & np.isfinite(below)
+        values = numerator / (denominator + EPSILON)
+        large = np.abs(denominator) > np.maximum(_SMALLEST_SUM, _CANCELLED * absolute)
+    defined = large & ((indices >= 0).sum(axis=1) >= 2) & np.isfinite(values) & np.isfinite(denominator)
     return np.where(defined, values, np.nan)
 
 

@@ -29,7 +29,7 @@ _WORD_PART = re.compile(r"[^\W_]+")
 @dataclass(frozen=True, eq=False)
 class WordVectors:
     """Words, spelled as in the source, with their rows in `vectors`, float32 [n, dim], finite, read-only; `name` is
-    a bundled name, or the source file. Look-ups of tokens are lower-case.
+    a bundled name, or the source file. Tokens are looked up in lower case.
 
     Example:
         >>> toy = WordVectors.from_rows(["cat", "dog"], [[3.0, 4.0], [4.0, 3.0]], name="toy")
@@ -84,12 +84,12 @@ class WordVectors:
         known. Words are runs of letters and digits, lower-cased; a compound ("well-known", "patient's") is one word
         if known, else its parts.
         """
-        known: list[int] = []
+        rows: list[int] = []
         for match in _WORD.finditer(text.lower()):
             word = match.group()
             parts = (word,) if word in self.words else _WORD_PART.findall(word)
-            known.extend(self.words[part] for part in parts if part in self.words)
-        return self.vectors[known].mean(axis=0, dtype=np.float64).astype(np.float32) if known else None
+            rows.extend(self.words[part] for part in parts if part in self.words)
+        return self.vectors[rows].mean(axis=0, dtype=np.float64).astype(np.float32) if rows else None
 
 
 def load_embeddings(name_or_path: str | Path = DEFAULT_EMBEDDINGS) -> WordVectors:
@@ -115,14 +115,14 @@ def load_embeddings(name_or_path: str | Path = DEFAULT_EMBEDDINGS) -> WordVector
         if not path.exists() and not is_path:
             raise unknown_name("embedding", text, BUNDLED_EMBEDDINGS)
     try:
-        status = path.stat()
+        stat = path.stat()
     except OSError as error:
         raise NotFound(f"there is no file {path.name!r}.", at=str(path), fix="check the path.") from error
-    return _cached(path.resolve(), text, status.st_mtime_ns, status.st_size)
+    return _load_cached(path.resolve(), text, stat.st_mtime_ns, stat.st_size)
 
 
 @lru_cache(maxsize=4)
-def _cached(path: Path, name: str, mtime_ns: int, size: int) -> WordVectors:  # noqa: ARG001
+def _load_cached(path: Path, name: str, mtime_ns: int, size: int) -> WordVectors:  # noqa: ARG001
     # Time and size are part of the key, so that a changed file is read again.
     words, vectors = read_vectors(path)
     return WordVectors.from_rows(words, vectors, name=name)

@@ -3,7 +3,7 @@
 - `dot` is `W_dec[f] · W_U[:, t]`, as in the paper: the change of the token's logit per unit of the feature, up to the
   final norm's scale.
 - `cosine` divides that by `‖W_U[:, t]‖`, since with tied embeddings a few rare tokens of large norm lead most `dot`
-  rankings. Divide by the table's `decoder_norm` for the true cosine.
+  rankings. Dividing by the table's `decoder_norm` as well gives the cosine.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ __all__ = ["PRODUCT_DTYPES", "PROJECTIONS", "Projection", "TileMoments", "projec
 PROJECTIONS = ("dot", "cosine")
 PRODUCT_DTYPES = ("auto", "float32", "bfloat16")
 
-_BLOCK = 32  # columns of which only the largest product is looked at first
-_PRODUCT_BYTES = 2**26  # products held at once, unless that is fewer rows than make a product efficient
-_FEWEST_ROWS = 128
+_BLOCK = 32  # columns; the search first looks at the largest product of each block
+_PRODUCT_BYTES = 2**26  # products held at once, if that is at least _FEWEST_ROWS rows
+_FEWEST_ROWS = 128  # fewer rows make the matrix product slow
 _LARGE = 2**32  # multiplications from which bfloat16 pays
-_ROWS = 32  # whose moments are evaluated in float64 at a time
-_MISMATCH = 1e-3  # share of the variance
+_EXACT_ROWS = 32  # rows whose moments are evaluated in float64 at a time
+_MISMATCH = 1e-3  # relative error of the variance above which a row is evaluated in float64
 # Share of the average direction's variance below which rounding of products or covariance matters.
 _SMALL = {torch.float32: 1e-8, torch.bfloat16: 1e-2}
 
@@ -102,8 +102,8 @@ def project_both(
     """`project` on both scales by name, from one matrix product; same arguments, same numbers, same errors.
 
     Example:
-        >>> both = project_both(torch.eye(2), torch.tensor([[4.0, 1.0], [4.0, 0.0]]), top_k=1)
-        >>> both["dot"].indices.flatten().tolist(), both["cosine"].indices.flatten().tolist()
+        >>> projections = project_both(torch.eye(2), torch.tensor([[4.0, 1.0], [4.0, 0.0]]), top_k=1)
+        >>> projections["dot"].indices.flatten().tolist(), projections["cosine"].indices.flatten().tolist()
         ([0, 0], [1, 0])
     """
     return _stream(W_dec, W_U, top_k, PROJECTIONS, valid, chunk, dtype)
@@ -115,15 +115,15 @@ def _stream(
     _check_shapes(W_dec, W_U, valid, chunk)
     W_dec, W_U = W_dec.detach(), W_U.detach()
     _check_finite(W_U, "W_U")
-    masks = _choosable(W_U, wanted, valid, top_k)
+    masks = _choosable_masks(W_U, wanted, valid, top_k)
     block = max(1, min(_BLOCK, (W_U.shape[1] if valid is None else int(valid.sum())) // (4 * top_k)))
     tiles = UnembeddingTiles(W_U, valid, block, _product_dtype(dtype, W_dec, W_U))
     scales = {name: (tiles.norms if name == "cosine" else None, mask) for name, mask in masks.items()}
     search = TopTokens(tiles, top_k, scales)
 
     d_sae, (n_tiles, width, _), device = len(W_dec), tiles.tiles.shape, W_U.device
-    fitting = _PRODUCT_BYTES // (n_tiles * width * tiles.tiles.element_size())
-    n_rows = max(1, min(chunk, d_sae, max(_FEWEST_ROWS, fitting)))
+    max_rows = _PRODUCT_BYTES // (n_tiles * width * tiles.tiles.element_size())
+    n_rows = max(1, min(chunk, d_sae, max(_FEWEST_ROWS, max_rows)))
     sums = TileMoments(tiles, n_rows, valid)
     products = torch.empty(n_tiles * n_rows * width, dtype=tiles.tiles.dtype, device=device)
     maxima = torch.empty(n_tiles, n_rows, width // block, device=device)
@@ -134,15 +134,15 @@ def _stream(
         part = W_dec[start : start + n_rows].to(device)
         _check_finite(part, "W_dec")
         rows, n = Rows(part, tiles.tiles.dtype), len(part)
-        here = slice(start, start + n)
+        span = slice(start, start + n)
         product = products[: n_tiles * n * width].view(n_tiles, n, width)
         sums.start()
         for i, tile in enumerate(tiles.tiles):
             sums.add(torch.mm(rows.unit, tile.T, out=product[i]), maxima[i, :n])
-        found, change = search.find(product, maxima[:, :n].transpose(0, 1).flatten(1), rows)
+        best, correction = search.find(product, maxima[:, :n].transpose(0, 1).flatten(1), rows)
         for name in wanted:
-            weights[name][here], indices[name][here] = found[name]
-        moments[:, here] = sums.result(rows, change)
+            weights[name][span], indices[name][span] = best[name]
+        moments[:, span] = sums.result(rows, correction)
     return {name: Projection(name, indices[name], weights[name], *moments) for name in wanted}
 
 
@@ -161,14 +161,14 @@ class TileMoments:
     def __init__(self, tiles: UnembeddingTiles, n_rows: int, valid: Tensor | None) -> None:
         self._tiles = tiles
         device = tiles.tokens.device
-        self._kept = slice(None) if valid is None else valid.to(device).nonzero().flatten()
+        self._valid_ids = slice(None) if valid is None else valid.to(device).nonzero().flatten()
         # Of the products: first and second power.
         self._powers = torch.empty(n_rows, 2, tiles.tiles.shape[1], device=device)
         self._sums = torch.zeros(3, n_rows, dtype=torch.float64, device=device)
         self._covariance = None if tiles.covariance is None else tiles.covariance.float()
 
     def start(self) -> None:
-        """Begin with other rows."""
+        """Reset the sums, for other rows."""
         self._sums.zero_()
 
     def add(self, products: Tensor, maxima: Tensor) -> None:
@@ -183,41 +183,42 @@ class TileMoments:
         second, third, _, fourth = torch.bmm(powers, powers.transpose(1, 2)).flatten(1).unbind(1)
         self._sums[:, :n] += torch.stack([second, third, fourth])
 
-    def result(self, rows: Rows, change: Tensor) -> Tensor:
-        """Mean, std, skewness and kurtosis, float64 [4, r]; `change` [4, r] as `TopTokens.find` gives it."""
+    def result(self, rows: Rows, correction: Tensor) -> Tensor:
+        """Mean, std, skewness and kurtosis, float64 [4, r]; `correction` [4, r] is that of `TopTokens.find`."""
         tiles = self._tiles
         if self._covariance is None:
-            change = torch.zeros_like(change)  # float32 needs none, and so does not depend on what was looked for
-        first = rows.unit.double() @ tiles.mean + change[0] / tiles.n_valid  # of the rounded products
-        second, third, fourth = (self._sums[:, : len(first)] + change[1:]) / tiles.n_valid
+            # float32 needs no correction, so moments do not depend on which tokens were searched.
+            correction = torch.zeros_like(correction)
+        first = rows.unit.double() @ tiles.mean + correction[0] / tiles.n_valid  # mean of the rounded products
+        second, third, fourth = (self._sums[:, : len(first)] + correction[1:]) / tiles.n_valid
         variance = second - first**2
         fourth = fourth - first * (4 * third - first * (6 * second - 3 * first**2))
         third = third - first * (3 * second - 2 * first**2)
-        true = variance
+        exact_variance = variance
         if self._covariance is not None:
-            true = torch.linalg.vecdot((rows.direction @ self._covariance).double(), rows.direction.double())
-        std = rows.length / tiles.scale * true.sqrt()
-        shape = torch.stack([rows.exact @ tiles.centre, std, third / variance**1.5, fourth / variance**2])
+            exact_variance = torch.linalg.vecdot((rows.direction @ self._covariance).double(), rows.direction.double())
+        std = rows.length / tiles.scale * exact_variance.sqrt()
+        moments = torch.stack([rows.exact @ tiles.centre, std, third / variance**1.5, fourth / variance**2])
         average = tiles.spread / len(tiles.mean)  # variance along the average direction
-        trusted = tiles.covers(rows) & ((variance - true).abs() <= _MISMATCH * true)
-        trusted &= true > _SMALL[tiles.tiles.dtype] * average
-        zero = rows.length == 0
-        again = (~trusted & ~zero).nonzero().flatten()
-        for part in again.split(_ROWS) if len(again) else ():
-            shape[:, part] = self._again(rows.exact[part])
-        shape[:2, zero], shape[2:, zero] = 0.0, torch.nan
-        return shape
+        trusted = tiles.covers(rows) & ((variance - exact_variance).abs() <= _MISMATCH * exact_variance)
+        trusted &= exact_variance > _SMALL[tiles.tiles.dtype] * average
+        is_zero = rows.length == 0
+        inexact = (~trusted & ~is_zero).nonzero().flatten()
+        for part in inexact.split(_EXACT_ROWS) if len(inexact) else ():
+            moments[:, part] = self._exact_moments(rows.exact[part])
+        moments[:2, is_zero], moments[2:, is_zero] = 0.0, torch.nan
+        return moments
 
-    def _again(self, rows: Tensor) -> Tensor:
+    def _exact_moments(self, rows: Tensor) -> Tensor:
         """Moments of rows float64 [r, d_in] in float64, two passes."""
-        products = exact_products(rows, self._tiles.tokens)[:, self._kept]
+        products = exact_products(rows, self._tiles.tokens)[:, self._valid_ids]
         mean = products.mean(dim=1)
         deviation = products - mean[:, None]
         square = deviation * deviation
         variance = square.mean(dim=1)
         # Equal products deviate by their rounding in float64.
-        size = rows.abs() @ self._tiles.largest
-        flat = ~(variance > ((rows.shape[1] + 8) * 2.0**-52 * size) ** 2)
+        magnitude = rows.abs() @ self._tiles.largest
+        flat = ~(variance > ((rows.shape[1] + 8) * 2.0**-52 * magnitude) ** 2)
         variance = torch.where(flat, 0.0, variance)
         third = torch.linalg.vecdot(square, deviation) / products.shape[1] / variance**1.5
         fourth = torch.linalg.vecdot(square, square) / products.shape[1] / variance**2
@@ -236,16 +237,16 @@ def _product_dtype(name: str, W_dec: Tensor, W_U: Tensor) -> torch.dtype:
     return resolve_dtype("auto", W_U.device)
 
 
-def _choosable(W_U: Tensor, wanted: tuple[str, ...], valid: Tensor | None, top_k: int) -> dict[str, Tensor]:
-    """Per scale, bool [d_vocab], the tokens that can be chosen; checks that they are enough."""
-    every = torch.ones(W_U.shape[1], dtype=torch.bool, device=W_U.device) if valid is None else valid.to(W_U.device)
-    masks = dict.fromkeys(wanted, every)
+def _choosable_masks(W_U: Tensor, wanted: tuple[str, ...], valid: Tensor | None, top_k: int) -> dict[str, Tensor]:
+    """For each scale the tokens that can be chosen, bool [d_vocab]; `ConfigError` if there are fewer than `top_k`."""
+    allowed = torch.ones(W_U.shape[1], dtype=torch.bool, device=W_U.device) if valid is None else valid.to(W_U.device)
+    masks = dict.fromkeys(wanted, allowed)
     if "cosine" in wanted:
         norms = torch.linalg.vector_norm(W_U, dim=0, dtype=torch.float32)
         if not bool(torch.isfinite(norms).all()):
             raise BadFile("the norm of a token's unembedding overflows float32.", at="W_U")
         # A column this small is the rounding left over from centring, and its direction is noise.
-        masks["cosine"] = every & (norms > torch.finfo(torch.float32).eps * norms.max())
+        masks["cosine"] = allowed & (norms > torch.finfo(torch.float32).eps * norms.max())
     for name, mask in masks.items():
         choosable = int(mask.sum())
         if not 1 <= top_k <= choosable:
@@ -277,7 +278,7 @@ def _check_shapes(W_dec: Tensor, W_U: Tensor, valid: Tensor | None, chunk: int) 
 
 
 def _check_finite(weights: Tensor, name: str) -> None:
-    # Allocates a mask of the weights' size only on an error.
+    # A mask of the size of the weights is allocated only for the error.
     if weights.numel() and not all(map(math.isfinite, torch.stack(torch.aminmax(weights)).tolist())):
         bad = int(weights.numel() - torch.isfinite(weights).sum())
         raise BadFile(f"{name} holds {bad} NaN or infinite values.", at=name, fix="get the weights again.")

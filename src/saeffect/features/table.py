@@ -19,7 +19,7 @@ __all__ = ["ActivationBatch", "FeatureOptions", "FeatureTables", "extract_tables
 
 @dataclass(frozen=True)
 class FeatureOptions:
-    """How the tables are made; each of `sources`, the text sources, gets a column `density_<source>`. `projection`
+    """Options of the tables. Each of `sources`, the text sources, gets a column `density_<source>`; `projection`
     is the scale of `top_tokens` and `top_weights`; a max-activating context has `window` tokens before the peak and
     a third as many after.
     """
@@ -84,12 +84,12 @@ def feature_table(
             fix="use the tokenizer of the model that W_U comes from.",
         )
     W_dec = W_dec.detach()
-    both = project_both(W_dec, W_U, options.top_k, valid=valid)
+    projections = project_both(W_dec, W_U, options.top_k, valid=valid)
     strings = {
-        name: [[token_strings[token] for token in row] for row in found.indices.tolist()]
-        for name, found in both.items()
+        name: [[token_strings[token] for token in row] for row in ranking.indices.tolist()]
+        for name, ranking in projections.items()
     }
-    chosen = both[options.projection]
+    chosen = projections[options.projection]
     return pd.DataFrame(
         {
             "feature": np.arange(len(W_dec), dtype=np.int64),

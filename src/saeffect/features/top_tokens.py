@@ -29,16 +29,16 @@ from saeffect.errors import BadFile
 __all__ = ["Rows", "TopTokens", "UnembeddingTiles", "exact_products"]
 
 _UNIT = 2.0**-24  # float32: rounding is off by at most this share
-_VANISHING = 2.0**-56  # squares of what is below 2^-63 may vanish from a length, in up to 16,384 dimensions
-_FARTHEST = 2.0**100  # beyond, or below its inverse, the scaling does not fit float32
+_VANISHING = 2.0**-56  # error of a length in which squares of numbers below 2^-63 vanish, up to 16,384 dimensions
+_FARTHEST = 2.0**100  # above this, or below its inverse, the scaled numbers do not fit float32
 _MARGIN = 2.0**-19  # for the rounding of sums and quotients of float32 numbers
 _WIDTH = 2048  # columns of a tile: a product of 512 rows by a tile stays in the cache
-# Sizes that fit in the cache.
-_PART = 1024  # tokens in float64
+# Block sizes that fit in the cache.
+_PART = 1024  # tokens converted to float64
 _PAIRS = 128  # pairs evaluated
 _SEARCH_ROWS = 64
 _DENSE_ROWS, _DENSE_TOKENS = 32, 2048  # of a product in float64
-# Rows with more of their blocks alive are evaluated whole; with fewer blocks in all the question does not arise.
+# Rows with a larger share of blocks left are evaluated whole, if there are at least _DENSE_BLOCKS blocks.
 _DENSE_SHARE, _DENSE_BLOCKS = 0.125, 64
 
 
@@ -78,53 +78,53 @@ class UnembeddingTiles:
     def __init__(self, W_U: Tensor, valid: Tensor | None, block: int, dtype: torch.dtype) -> None:
         self.tokens = W_U.T.float().contiguous()
         valid = torch.ones(len(self.tokens), dtype=torch.bool) if valid is None else valid
-        kept = valid.to(W_U.device).nonzero().flatten()
-        self.n_valid, self.block = len(kept), block
+        valid_ids = valid.to(W_U.device).nonzero().flatten()
+        self.n_valid, self.block = len(valid_ids), block
         self.rounding = 0.0 if dtype == torch.float32 else 2.0**-8 * (1 + 2.0**-7)
-        low, high = self._survey(valid.to(W_U.device))
+        low, high = self._measure_columns(valid.to(W_U.device))
         # At least the length of the longest column about the centre, at most sqrt(d_in) times that.
-        reach = float(torch.linalg.vector_norm(torch.maximum(high - self.centre, self.centre - low)))
+        radius = float(torch.linalg.vector_norm(torch.maximum(high - self.centre, self.centre - low)))
         self.largest = torch.maximum(low.abs(), high.abs())
-        self._in_range = reach == 0 or 1 / _FARTHEST <= reach <= _FARTHEST
-        self.scale = 2.0 ** -math.ceil(math.log2(reach)) if reach > 0 and self._in_range else 1.0
+        self._in_range = radius == 0 or 1 / _FARTHEST <= radius <= _FARTHEST
+        self.scale = 2.0 ** -math.ceil(math.log2(radius)) if radius > 0 and self._in_range else 1.0
         n_tiles = -(-self.n_valid // _WIDTH)
         width = -(-self.n_valid // (n_tiles * block)) * block
         padding = torch.full((n_tiles * width - self.n_valid,), -1, device=W_U.device)
-        by_length = kept[self.norms[kept].argsort(stable=True)]
+        by_length = valid_ids[self.norms[valid_ids].argsort(stable=True)]
         dealt = torch.cat([padding, by_length]).view(n_tiles, block, width // block)
         self.ids = dealt.transpose(1, 2).reshape(-1)
         self.tiles = torch.empty(n_tiles, width, len(W_U), dtype=dtype, device=W_U.device)
-        self._fill()
+        self._fill_tiles()
 
-    def _survey(self, valid: Tensor) -> tuple[Tensor, Tensor]:
+    def _measure_columns(self, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Norms, centre, least and greatest number of the valid tokens by dimension, float64 [d_in], in parts."""
         n, d_in = self.tokens.shape
         self.norms = torch.empty(n, dtype=torch.float64, device=self.tokens.device)
         total = torch.zeros(d_in, dtype=torch.float64, device=self.tokens.device)
         low, high = torch.full_like(total, torch.inf), torch.full_like(total, -torch.inf)
         for start in range(0, n, _PART):
-            here = slice(start, start + _PART)
-            part = self.tokens[here].double()
-            torch.linalg.vector_norm(part, dim=1, out=self.norms[here])
-            part = part[valid[here]]
+            block = slice(start, start + _PART)
+            part = self.tokens[block].double()
+            torch.linalg.vector_norm(part, dim=1, out=self.norms[block])
+            part = part[valid[block]]
             if len(part):
                 total += part.sum(dim=0)
                 low, high = torch.minimum(low, part.amin(dim=0)), torch.maximum(high, part.amax(dim=0))
         self.centre = total / self.n_valid
         return low, high
 
-    def _fill(self) -> None:
+    def _fill_tiles(self) -> None:
         _, width, d_in = self.tiles.shape
         device, coarse = self.tiles.device, self.tiles.dtype != torch.float32
-        self._length, self._error = torch.empty(2, len(self.ids), device=device)
+        self._lengths, self._errors = torch.empty(2, len(self.ids), device=device)
         total = torch.zeros(d_in, dtype=torch.float64, device=device)
         gram = torch.zeros(d_in, d_in, dtype=torch.float64, device=device) if coarse else None
         exact = torch.empty(width, d_in, device=device)
         centre = (self.centre * self.scale).float()
         self.origin = centre.double() / self.scale
         for i, tile in enumerate(self.tiles):
-            here = slice(i * width, (i + 1) * width)
-            ids = self.ids[here]
+            columns = slice(i * width, (i + 1) * width)
+            ids = self.ids[columns]
             torch.index_select(self.tokens, 0, ids.clamp_min(0), out=exact)
             exact.mul_(self.scale).sub_(centre)
             exact[ids < 0] = 0.0
@@ -132,22 +132,22 @@ class UnembeddingTiles:
             total += tile.sum(dim=0, dtype=torch.float64)
             if gram is not None:
                 gram += exact.T @ exact
-            torch.linalg.vector_norm(exact, dim=1, out=self._length[here])
-            torch.linalg.vector_norm(exact.sub_(tile), dim=1, out=self._error[here])
+            torch.linalg.vector_norm(exact, dim=1, out=self._lengths[columns])
+            torch.linalg.vector_norm(exact.sub_(tile), dim=1, out=self._errors[columns])
         self.mean = total / self.n_valid
-        self.spread = float(self._length.double().square().sum()) / self.n_valid
-        off = self.centre * self.scale - centre
-        self.covariance = None if gram is None else gram / self.n_valid - torch.outer(off, off)
+        self.spread = float(self._lengths.double().square().sum()) / self.n_valid
+        shift = self.centre * self.scale - centre
+        self.covariance = None if gram is None else gram / self.n_valid - torch.outer(shift, shift)
 
     def slack(self, rows: Rows) -> Tensor:
         """Bound on z' minus z before the last rounding, for all of the rows: float32, one a column."""
         d_in = self.tokens.shape[1]
-        # The lengths are float32 sums themselves, and subtracting the centre was off by a rounding.
-        longer = 1 + (d_in + 8) * _UNIT
+        # The lengths are float32 sums themselves, and subtracting the centre rounded once more.
+        rounded_up = 1 + (d_in + 8) * _UNIT
         summing = (d_in + 16) * _UNIT * (1 + 2.0**-6)
         if self.tiles.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
             summing += 2.0**-6  # the user allows factors to be rounded to as few as 8 bits
-        length, error = self._length * longer, self._error * longer + _VANISHING
+        length, error = self._lengths * rounded_up, self._errors * rounded_up + _VANISHING
         return (1 + rows.error) * (error + summing * length) + rows.error * (length + error) + _VANISHING
 
     def covers(self, rows: Rows) -> Tensor:
@@ -165,9 +165,9 @@ class _Scale:
         self.ids = choosable.nonzero().flatten()
         token = tiles.ids.clamp_min(0)
         self._columns = ((tiles.ids >= 0) & choosable[token]).view(-1, tiles.block)
-        self._some = self._columns.any(1)
-        # Where not all can be chosen, the block's largest product may not count.
-        self._unsure = ~self._columns.all(1)
+        self._any_choosable = self._columns.any(1)
+        # If only some tokens of a block can be chosen, its largest product may belong to one of the others.
+        self._partly_choosable = ~self._columns.all(1)
         if divisor is not None:
             scaled = (divisor * tiles.scale)[token].float().view(-1, tiles.block)
             self._column_divisor = torch.where(self._columns, scaled, 1.0)
@@ -175,21 +175,21 @@ class _Scale:
             inverse = 1 / self._column_divisor
             low = inverse.masked_fill(~self._columns, 0.0).amax(1)
             high = inverse.masked_fill(~self._columns, torch.inf).amin(1)
-            self._ends = torch.stack([low, high]).masked_fill(~self._some, 0.0)
-        far = float(torch.linalg.vector_norm(tiles.origin)) * tiles.scale + 1.0
-        self._far = (len(tiles.origin) + 8) * 2.0**-51 * far
-        self._least = 2.0**-148 * (tiles.scale if divisor is None else 1.0)
+            self._ends = torch.stack([low, high]).masked_fill(~self._any_choosable, 0.0)
+        radius = float(torch.linalg.vector_norm(tiles.origin)) * tiles.scale + 1.0
+        self._origin_rounding = (len(tiles.origin) + 8) * 2.0**-51 * radius
+        self._smallest = 2.0**-148 * (tiles.scale if divisor is None else 1.0)
 
-    def grain(self, rows: Rows, offset: Tensor) -> Tensor:
-        """How far below the floor a token may be and still have an equal weight in float32: float32 [r, 1]."""
+    def tie_tolerance(self, rows: Rows, offset: Tensor) -> Tensor:
+        """How far below the floor a token's z may lie while its float32 weight is equal: float32 [r, 1]."""
         size = offset.abs() + 1.0 if self._divisor is None else torch.ones_like(offset)
-        return (2.0**-22 * size + self._far + self._least / rows.length).float()[:, None]
+        return (2.0**-22 * size + self._origin_rounding + self._smallest / rows.length).float()[:, None]
 
     def live_blocks(
-        self, maxima: Tensor, doubt: Tensor, shift: Tensor, grain: Tensor, top_k: int
+        self, maxima: Tensor, bound: Tensor, shift: Tensor, tolerance: Tensor, top_k: int
     ) -> tuple[Tensor, Tensor]:
         """The floor of each row [r, 1], and which blocks may hold a token that reaches it."""
-        lower, upper = maxima - doubt, maxima + doubt
+        lower, upper = maxima - bound, maxima + bound
         if self._divisor is not None:
             # Positive bounds are widest over one end of the divisors, negative ones over the other.
             margin = _MARGIN * shift.abs()
@@ -198,14 +198,14 @@ class _Scale:
             lower = torch.minimum(lower * self._ends[0], lower.mul_(self._ends[1]))
             upper = torch.maximum(upper * self._ends[0], upper.mul_(self._ends[1]))
         if lower.shape[1] < top_k:
-            floor = torch.full_like(grain, -torch.inf)
+            floor = torch.full_like(tolerance, -torch.inf)
         else:
-            lower.masked_fill_(self._unsure, -torch.inf)
-            floor = lower.topk(top_k, dim=1, sorted=False).values.amin(1, keepdim=True) - grain
-        return floor, (upper >= floor).logical_and_(self._some)
+            lower.masked_fill_(self._partly_choosable, -torch.inf)
+            floor = lower.topk(top_k, dim=1, sorted=False).values.amin(1, keepdim=True) - tolerance
+        return floor, (upper >= floor).logical_and_(self._any_choosable)
 
     def reaching(self, highest: Tensor, block: Tensor, shift: Tensor, floor: Tensor) -> Tensor:
-        """Which columns of some blocks may be at or above the floors of their rows: bool as `highest`."""
+        """Which columns of the given blocks may reach the floors of their rows: bool, shaped as `highest`."""
         if self._divisor is not None:
             highest = (highest + (shift + _MARGIN * shift.abs())) / self._column_divisor[block]
         return (highest >= floor).logical_and_(self._columns[block])
@@ -236,94 +236,95 @@ class TopTokens:
         the blocks float32 [r, n_blocks].
         """
         tiles = self._tiles
-        slack, zero = tiles.slack(rows), rows.length == 0
-        offset = rows.exact @ tiles.origin * (tiles.scale / rows.length)  # NaN for a row of zeros, which is set aside
+        slack, is_zero = tiles.slack(rows), rows.length == 0
+        offset = rows.exact @ tiles.origin * (tiles.scale / rows.length)  # NaN for a row of zeros, handled apart
         shift = offset.float()[:, None]
-        whole = ~tiles.covers(rows) & ~zero
-        grains = {name: scale.grain(rows, offset) for name, scale in self._scales.items()}
-        floors, alive = self._search(maxima, slack, shift, grains)
+        dense = ~tiles.covers(rows) & ~is_zero
+        tolerances = {name: scale.tie_tolerance(rows, offset) for name, scale in self._scales.items()}
+        floors, alive = self._search(maxima, slack, shift, tolerances)
         if alive.shape[1] >= _DENSE_BLOCKS:
-            whole |= (alive.sum(1) > _DENSE_SHARE * alive.shape[1]) & ~zero
-        usual = ~(whole | zero)
-        row, token, near = self._candidates(products, alive.logical_and_(usual[:, None]), slack, shift, floors)
+            dense |= (alive.sum(1) > _DENSE_SHARE * alive.shape[1]) & ~is_zero
+        searched = ~(dense | is_zero)
+        row, token, rounded = self._candidates(products, alive.logical_and_(searched[:, None]), slack, shift, floors)
         values = self._pair_products(rows.exact, row, token)
-        true = values * (tiles.scale / rows.length)[row] - offset[row]
-        change = [torch.bincount(row, true**power - near**power, minlength=len(zero)) for power in (1, 2, 3, 4)]
-        found = {}
+        exact = values * (tiles.scale / rows.length)[row] - offset[row]
+        n = len(is_zero)
+        correction = [torch.bincount(row, exact**power - rounded**power, minlength=n) for power in (1, 2, 3, 4)]
+        best = {}
         for name, scale in self._scales.items():
             # In a row of zeros all tokens are equal, so the first ones are best.
-            weights = torch.zeros(len(zero), self._top_k, device=maxima.device)
-            indices = scale.ids[: self._top_k].repeat(len(zero), 1)
+            weights = torch.zeros(n, self._top_k, device=maxima.device)
+            indices = scale.ids[: self._top_k].repeat(n, 1)
             if len(row):
-                weights[usual], indices[usual] = self._ordered(scale.weights(values, token), row, token)
-            found[name] = weights, indices
-        if bool(whole.any()):
-            self._evaluate_whole(rows, whole.nonzero().flatten(), found)
-        return found, torch.stack(change)
+                weights[searched], indices[searched] = self._best_per_row(scale.weights(values, token), row, token)
+            best[name] = weights, indices
+        if bool(dense.any()):
+            self._evaluate_whole(rows, dense.nonzero().flatten(), best)
+        return best, torch.stack(correction)
 
-    def _evaluate_whole(self, rows: Rows, which: Tensor, found: dict[str, tuple[Tensor, Tensor]]) -> None:
+    def _evaluate_whole(self, rows: Rows, dense_rows: Tensor, best: dict[str, tuple[Tensor, Tensor]]) -> None:
         """Evaluate every product in float64, for rows that the bound does not cover."""
-        for part in which.split(_DENSE_ROWS):
+        for part in dense_rows.split(_DENSE_ROWS):
             products = exact_products(rows.exact[part], self._tiles.tokens)
             for name, scale in self._scales.items():
                 values, order = scale.weights(products, slice(None)).sort(dim=1, descending=True, stable=True)
-                weights, indices = found[name]
+                weights, indices = best[name]
                 weights[part], indices[part] = values[:, : self._top_k], order[:, : self._top_k]
 
     def _search(
-        self, maxima: Tensor, slack: Tensor, shift: Tensor, grains: dict[str, Tensor]
+        self, maxima: Tensor, slack: Tensor, shift: Tensor, tolerances: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The floors of each scale [r, 1], and which blocks may hold a top token of any [r, n_blocks]."""
         alive = torch.zeros_like(maxima, dtype=torch.bool)
-        floors = {name: torch.empty_like(grain) for name, grain in grains.items()}
+        floors = {name: torch.empty_like(tolerance) for name, tolerance in tolerances.items()}
         slack = slack.view(-1, self._tiles.block).amax(1)
         for start in range(0, len(maxima), _SEARCH_ROWS):
-            here = slice(start, start + _SEARCH_ROWS)
-            doubt = self._doubt(maxima[here], slack)
+            batch = slice(start, start + _SEARCH_ROWS)
+            bound = self._error_bound(maxima[batch], slack)
             for name, scale in self._scales.items():
-                floors[name][here], live = scale.live_blocks(
-                    maxima[here], doubt, shift[here], grains[name][here], self._top_k
+                floors[name][batch], live = scale.live_blocks(
+                    maxima[batch], bound, shift[batch], tolerances[name][batch], self._top_k
                 )
-                alive[here] |= live
+                alive[batch] |= live
         return floors, alive
 
-    def _doubt(self, products: Tensor, slack: Tensor) -> Tensor:
+    def _error_bound(self, products: Tensor, slack: Tensor) -> Tensor:
         """Bound on the distance of the true z from the products, including later rounding."""
         return torch.add(slack * (1 + _MARGIN), products.abs(), alpha=self._tiles.rounding + _MARGIN)
 
     def _candidates(
         self, products: Tensor, alive: Tensor, slack: Tensor, shift: Tensor, floors: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows, token ids and products (float64) of everything that may be a top token, by row, then by id."""
+        """Rows, token ids and products (float64) of all possible top tokens, sorted by row, then by id."""
         tiles = self._tiles
         row, block = alive.nonzero(as_tuple=True)
         per_tile = products.shape[2] // tiles.block
         tile = block.div(per_tile, rounding_mode="floor")
-        place = (tile * products.shape[1] + row) * per_tile + (block - tile * per_tile)
-        near = products.view(-1, tiles.block)[place].float()
-        possible = torch.zeros_like(near, dtype=torch.bool)
-        highest = near + self._doubt(near, slack.view(-1, tiles.block)[block])
+        position = (tile * products.shape[1] + row) * per_tile + (block - tile * per_tile)
+        rounded = products.view(-1, tiles.block)[position].float()
+        possible = torch.zeros_like(rounded, dtype=torch.bool)
+        highest = rounded + self._error_bound(rounded, slack.view(-1, tiles.block)[block])
         for name, scale in self._scales.items():
             possible |= scale.reaching(highest, block, shift[row], floors[name][row])
-        which, within = possible.nonzero(as_tuple=True)
-        row, token = row[which], tiles.ids[block[which] * tiles.block + within]
+        pair, column = possible.nonzero(as_tuple=True)
+        row, token = row[pair], tiles.ids[block[pair] * tiles.block + column]
         order = (row * len(tiles.tokens) + token).argsort()
-        return row[order], token[order], near[which, within][order].double()
+        return row[order], token[order], rounded[pair, column][order].double()
 
     def _pair_products(self, rows: Tensor, row: Tensor, token: Tensor) -> Tensor:
         values = torch.empty(len(row), dtype=torch.float64, device=rows.device)
         # Reuses memory: touching fresh memory costs ten times the arithmetic.
         for start in range(0, len(row), _PAIRS):
-            here = slice(start, start + _PAIRS)
-            n = len(row[here])
+            pairs = slice(start, start + _PAIRS)
+            n = len(row[pairs])
             gathered, factors = self._gathered[:n], self._factors[:n]
-            torch.index_select(self._tiles.tokens, 0, token[here], out=gathered)
-            torch.index_select(rows, 0, row[here], out=factors)
-            torch.sum(factors.mul_(gathered), dim=1, out=values[here])
+            torch.index_select(self._tiles.tokens, 0, token[pairs], out=gathered)
+            torch.index_select(rows, 0, row[pairs], out=factors)
+            torch.sum(factors.mul_(gathered), dim=1, out=values[pairs])
         return values
 
-    def _ordered(self, weights: Tensor, row: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
-        """The best of each row that has candidates, which come by row, then by token id."""
+    def _best_per_row(self, weights: Tensor, row: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+        """The best tokens of each row that has candidates; these are sorted by row, then by token id."""
         order = weights.argsort(descending=True, stable=True)
         order = order[row[order].argsort(stable=True)]
         counts = torch.bincount(row)
@@ -337,8 +338,8 @@ def exact_products(rows: Tensor, tokens: Tensor) -> Tensor:
     """`rows @ tokens.T`, float64 [r, d_vocab], for a few float64 rows [r, d_in]; `BadFile` on float32 overflow."""
     products = torch.empty(len(rows), len(tokens), dtype=torch.float64, device=rows.device)
     for start in range(0, len(tokens), _DENSE_TOKENS):
-        here = slice(start, start + _DENSE_TOKENS)
-        products[:, here] = rows @ tokens[here].double().T
+        columns = slice(start, start + _DENSE_TOKENS)
+        products[:, columns] = rows @ tokens[columns].double().T
     if not bool(torch.isfinite(products.float()).all()):
         raise BadFile("the product of W_dec and W_U overflows float32.", at="W_dec, W_U")
     return products

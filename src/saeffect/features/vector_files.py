@@ -45,7 +45,7 @@ def read_vectors(path: Path) -> tuple[list[str], FloatArray]:
     if path.stat().st_size == 0:
         raise BadFile("the file is empty.", at=str(path))
     try:
-        words, vectors = _read(path)
+        words, vectors = _read_detected(path)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         damage = f"the compressed file is truncated or damaged ({error})."
         raise BadFile(damage, at=str(path), fix="get it anew.") from error
@@ -57,39 +57,39 @@ def read_vectors(path: Path) -> tuple[list[str], FloatArray]:
     return words, vectors
 
 
-def _read(path: Path) -> tuple[list[str], FloatArray]:
+def _read_detected(path: Path) -> tuple[list[str], FloatArray]:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] == ".safetensors":
         return _read_safetensors(path)
     with path.open("rb") as raw:
-        packed = raw.read(2) == b"\x1f\x8b"
+        gzipped = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
-        most = unpacked_limit(path.stat().st_size) if packed else path.stat().st_size
-        stream = io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=raw))) if packed else raw
+        max_bytes = unpacked_limit(path.stat().st_size) if gzipped else path.stat().st_size
+        stream = io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=raw))) if gzipped else raw
         if stream.peek(3).startswith(_BYTE_ORDER_MARK):
             stream.read(3)
         start = stream.peek(_LONGEST_WORD)
         if start.startswith(b"\x80"):  # every pickle since protocol 2; no UTF-8 text starts so
-            raise _pickle(path)
+            raise _pickle_error(path)
         if start.startswith((b"PK", b"\x93NUMPY")):
             return _read_npz(path)
         if suffixes and suffixes[-1] in _PICKLE_SUFFIXES and not re.match(rb"\d+[ \t]\d", start):
-            raise _pickle(path)
+            raise _pickle_error(path)
         if _is_binary(start):
-            return _read_binary(stream, path, most)
-        return _read_text(stream, path, most)
+            return _read_binary(stream, path, max_bytes)
+        return _read_text(stream, path, max_bytes)
 
 
 def _is_binary(start: bytes) -> bool:
     if re.search(rb"[\x00-\x08\x0e-\x1f]", start):
         return True
-    # Numbers without such bytes are rare: after a header, what follows a word of text is a number in letters.
+    # Binary numbers without such bytes are rare. After a header, a word of text is followed by a written number.
     header, _, row = start.partition(b"\n")
     numbers = row.partition(b" ")[2][:4]
-    return _counts(header) is not None and re.match(rb"[-+.\dInin \t]", numbers or b"0") is None
+    return _parse_header(header) is not None and re.match(rb"[-+.\dInin \t]", numbers or b"0") is None
 
 
-def _pickle(path: Path) -> BadFile:
+def _pickle_error(path: Path) -> BadFile:
     command = 'KeyedVectors.load(path).save_word2vec_format("vectors.txt")'
     return BadFile(
         "this is a pickle (gensim's .kv is one); opening one runs its code, so pickles are never loaded.",
@@ -98,7 +98,7 @@ def _pickle(path: Path) -> BadFile:
     )
 
 
-def _counts(line: bytes) -> tuple[int, int] | None:
+def _parse_header(line: bytes) -> tuple[int, int] | None:
     """(count, dim) if this is the header line of a word2vec file."""
     fields = line.split()
     if len(fields) != 2 or not all(field.isdigit() for field in fields):
@@ -106,12 +106,12 @@ def _counts(line: bytes) -> tuple[int, int] | None:
     return int(fields[0]), int(fields[1])
 
 
-def _read_text(stream: BinaryIO, path: Path, most: int) -> tuple[list[str], FloatArray]:
+def _read_text(stream: BinaryIO, path: Path, max_bytes: int) -> tuple[list[str], FloatArray]:
     """GloVe text, or word2vec text where the first line is `count dim`."""
     first = stream.readline(_LONGEST_LINE)
     if not first.strip():
         raise BadFile("the file starts with an empty line; `word x1 ... xd` was expected.", at=f"{path}, line 1")
-    header = _counts(first)
+    header = _parse_header(first)
     count, dim = header or (None, len(first.split()) - 1)
     if not 1 <= dim <= _LARGEST_DIM:
         raise BadFile(
@@ -120,12 +120,12 @@ def _read_text(stream: BinaryIO, path: Path, most: int) -> tuple[list[str], Floa
             fix="each line is `word x1 ... xd`, after at most one line `count dim`.",
         )
     words: list[str] = []
-    numbers = bytearray()  # grows with the rows that are there, not with what a header promises
+    numbers = bytearray()  # grows with the rows read, not with the count in the header
     line_number, length, blank = 1 if header else 0, 0, 0
     for line in itertools.chain([] if header else [first], iter(partial(stream.readline, _LONGEST_LINE), b"")):
         line_number, length = line_number + 1, length + len(line)
-        _check_length(length, most, path)
-        if not line.strip() and blank in (0, line_number - 1):  # at the end they do no harm
+        _check_length(length, max_bytes, path)
+        if not line.strip() and blank in (0, line_number - 1):  # blank lines at the end are allowed
             blank = line_number
             continue
         if blank:
@@ -142,10 +142,10 @@ def _parse_line(line: bytes, dim: int, at: str) -> tuple[str, FloatArray]:
     fields = line.replace(b"\t", b" ").rstrip(b" \r\n").rsplit(b" ", dim)
     surplus = fields[0].rsplit(b" ", 1)[1:]
     if len(fields) != dim + 1 or not fields[0] or (surplus and _NUMBER.fullmatch(surplus[0])):
-        found = len(line.split()) - 1
-        message = f"a word and {dim} numbers were expected. Got {max(found, 0)} numbers instead."
+        n_numbers = len(line.split()) - 1
+        message = f"a word and {dim} numbers were expected. Got {max(n_numbers, 0)} numbers instead."
         raise BadFile(message, at=at, fix="if this is the last line, the file was cut off: get it anew.")
-    word = _decoded(fields[0], at)
+    word = _decode_word(fields[0], at)
     try:
         row = np.array(fields[1:], dtype=np.float32)
     except ValueError as error:
@@ -154,7 +154,7 @@ def _parse_line(line: bytes, dim: int, at: str) -> tuple[str, FloatArray]:
     return word, row
 
 
-def _decoded(word: bytes, at: str) -> str:
+def _decode_word(word: bytes, at: str) -> str:
     try:
         return word.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -167,22 +167,22 @@ def _check_finite(row: FloatArray, word: str, at: str) -> None:
         raise BadFile(f"the vector of {word[:40]!r} holds NaN or infinity.", at=at, fix=fix)
 
 
-def _check_count(found: int, promised: int | None, at: str) -> None:
-    if found == 0 or (promised is not None and found != promised):
+def _check_count(n_words: int, promised: int | None, at: str) -> None:
+    if n_words == 0 or (promised is not None and n_words != promised):
         expected = "at least one" if promised is None else promised
-        message = f"the file holds {found} words; {expected} were expected from its header."
+        message = f"the file holds {n_words} words; {expected} were expected from its header."
         raise BadFile(message, at=at, fix="get the file anew: it was cut off, or its first line is wrong.")
 
 
-def _check_length(found: int, most: int, path: Path) -> None:
-    if found > most:
-        message = f"unpacked, this file has more than {most:,} bytes, far more than word vectors could have."
+def _check_length(n_bytes: int, max_bytes: int, path: Path) -> None:
+    if n_bytes > max_bytes:
+        message = f"unpacked, this file has more than {max_bytes:,} bytes, far more than word vectors could have."
         raise BadFile(message, at=str(path), fix="unpack it, if it is what you meant.")
 
 
-def _read_binary(stream: BinaryIO, path: Path, most: int) -> tuple[list[str], FloatArray]:
+def _read_binary(stream: BinaryIO, path: Path, max_bytes: int) -> tuple[list[str], FloatArray]:
     """word2vec binary: `count dim`, then for each word its bytes, a space, and dim little-endian float32."""
-    header = _counts(stream.readline(256))
+    header = _parse_header(stream.readline(256))
     if header is None or not 1 <= header[1] <= _LARGEST_DIM:
         raise BadFile(
             "this is no text, and the first line of a word2vec binary file is `count dim`; this one is not.",
@@ -195,7 +195,7 @@ def _read_binary(stream: BinaryIO, path: Path, most: int) -> tuple[list[str], Fl
     for word, row in _binary_records(stream, dim, path):
         words.append(word)
         numbers += row
-        _check_length(len(numbers), most, path)
+        _check_length(len(numbers), max_bytes, path)
         if len(words) == count:
             break
     _check_count(len(words), count, f"{path}, word {len(words)}")
@@ -207,14 +207,14 @@ def _binary_records(stream: BinaryIO, dim: int, path: Path) -> Iterator[tuple[st
     for number in itertools.count(1):
         at = f"{path}, word {number}"
         while (space := buffer.find(b" ", start)) < 0 or len(buffer) < space + 1 + size:
-            lost = space < 0 and len(buffer) - start > _LONGEST_WORD
-            block = b"" if lost else stream.read(1 << 20)
+            too_long = space < 0 and len(buffer) - start > _LONGEST_WORD
+            block = b"" if too_long else stream.read(1 << 20)
             if not block and not buffer[start:].strip():
                 return
             if not block:
                 raise BadFile("the file ends, or is damaged, within a word's vector.", at=at, fix="get the file anew.")
             buffer, start = buffer[start:] + block, 0
-        word = _decoded(buffer[start:space].lstrip(b"\n"), at)
+        word = _decode_word(buffer[start:space].lstrip(b"\n"), at)
         start = space + 1 + size
         row = buffer[space + 1 : start]
         _check_finite(np.frombuffer(row, dtype="<f4"), word, at)
@@ -222,7 +222,7 @@ def _binary_records(stream: BinaryIO, dim: int, path: Path) -> Iterator[tuple[st
 
 
 def _read_npz(path: Path) -> tuple[list[str], FloatArray]:
-    shape = "two arrays, `words` (text, [n]) and `vectors` (numbers, [n, dim])"
+    layout = "two arrays, `words` (text, [n]) and `vectors` (numbers, [n, dim])"
     try:
         with zipfile.ZipFile(path) as archive:
             texts = [name for name in archive.namelist() if name.endswith((".txt", ".vec", ".bin"))]
@@ -234,12 +234,12 @@ def _read_npz(path: Path) -> tuple[list[str], FloatArray]:
             words, vectors = arrays["words"], arrays["vectors"]
     except NPZ_ERRORS as error:
         raise BadFile(
-            f"an .npz with {shape} was expected ({str(error) or type(error).__name__}).",
+            f"an .npz with {layout} was expected ({str(error) or type(error).__name__}).",
             at=str(path),
             fix='np.savez("vectors.npz", words=np.array(words), vectors=vectors) makes one.',
         ) from error
     if words.dtype.kind not in "US" or vectors.dtype.kind not in "fiu" or vectors.ndim != 2 or words.ndim != 1:
-        raise BadFile(f"the .npz must hold {shape}.", at=str(path))
+        raise BadFile(f"the .npz must hold {layout}.", at=str(path))
     if len(words) == 0 or len(words) != len(vectors) or vectors.shape[1] == 0:
         raise BadFile(f"{len(words)} words do not fit vectors of shape {list(vectors.shape)}.", at=str(path))
     if words.dtype.kind == "S":

@@ -1,4 +1,4 @@
-"""Which features belong to a domain (by the words of their top tokens), and which tokens can be top tokens at all."""
+"""Which features belong to a domain (by the words of their top tokens), and which tokens may be top tokens."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ __all__ = [
 ]
 
 _VOCABULARIES = BUNDLED_FOLDER / "vocabularies"
-# What separates the columns of a table; a comma between two digits is a name's ("1,25-dihydroxyvitamin").
-_OF_A_TABLE = re.compile(r"[;|]|(?<![0-9]),|,(?![0-9])")
-_HALF = "\ufffd"  # a part of a character, of which the script is not known
+# Separators of table columns; a comma between two digits is part of a name ("1,25-dihydroxyvitamin").
+_COLUMN_SEPARATOR = re.compile(r"[;|]|(?<![0-9]),|,(?![0-9])")
+_UNKNOWN = "\ufffd"  # stands for part of a character, whose script is unknown
 _QUOTES = frozenset("\"'“”„‘’«»")
 _TOKEN_COLUMNS = ("top_tokens", "top_tokens_dot", "top_tokens_cosine")
 _VERDICT_COLUMNS = ("feature", "n_yes", "n_no", "n_unsure", "label", "majority")
@@ -57,7 +57,7 @@ class Vocabulary:
         return len(self.words)
 
     def unmatched(self, tokens: Iterable[str]) -> list[str]:
-        """The words, sorted, that are no token of these and so can never be found among top tokens."""
+        """The words, sorted, that are none of these tokens, so that no top token can match them."""
         return sorted(self.words - {unicodedata.normalize("NFC", normalise_token(token)) for token in tokens})
 
 
@@ -96,7 +96,7 @@ def load_vocabulary(name_or_path: str | Path | None) -> Vocabulary:
         if len(path.parts) < 2 and not path.suffix and not path.is_file():
             raise unknown_name("vocabulary", name, bundled)
         data = read_bytes(path, "vocabulary")
-    words = frozenset(_words(decode_utf8(data, at=name), at=name))
+    words = frozenset(_parse_words(decode_utf8(data, at=name), at=name))
     if not words:
         raise EmptySelection("the vocabulary holds not one word.", at=name, fix="write one word a line.")
     return Vocabulary(name=name, words=words, sha256=hashlib.sha256(data).hexdigest())
@@ -110,8 +110,8 @@ def count_matches(top_tokens: Iterable[Sequence[str]], vocabulary: Vocabulary) -
 
     Example:
         >>> words = Vocabulary("two", frozenset({"cancer", "tumor"}), sha256="")
-        >>> found = count_matches([[" cancer", "Cancer", " crab"], [" tumour"]], words)
-        >>> found.counts.tolist(), found.matched
+        >>> matches = count_matches([[" cancer", "Cancer", " crab"], [" tumour"]], words)
+        >>> matches.counts.tolist(), matches.matched
         ([2, 0], [[' cancer', 'Cancer'], []])
     """
     matched: list[list[str]] = []
@@ -153,29 +153,29 @@ def select(
         raise ConfigError(f"min_matches must be an integer >= 1. Got {min_matches!r} instead.", at="min_matches")
     _require_columns(features, ("feature", *_TOKEN_COLUMNS), "the feature table", arm)
     words = vocabulary if isinstance(vocabulary, Vocabulary) else load_vocabulary(vocabulary)
-    own, dot, cosine = (count_matches(features[column], words) for column in _TOKEN_COLUMNS)
+    ranked, dot, cosine = (count_matches(features[column], words) for column in _TOKEN_COLUMNS)
     selection = pd.DataFrame(
         {
             "feature": features["feature"].to_numpy(dtype=np.int64),
-            "matches": own.counts,
-            "matched": pd.Series(own.matched, dtype=object),
+            "matches": ranked.counts,
+            "matched": pd.Series(ranked.matched, dtype=object),
             "matches_dot": dot.counts,
             "matches_cosine": cosine.counts,
-            "in_vocabulary": own.counts >= min_matches,
+            "in_vocabulary": ranked.counts >= min_matches,
         }
     )
-    return _with_verdicts(selection, verdicts, arm)
+    return _add_verdicts(selection, verdicts, arm)
 
 
-def _with_verdicts(selection: pd.DataFrame, verdicts: pd.DataFrame | None, arm: str | None) -> pd.DataFrame:
+def _add_verdicts(selection: pd.DataFrame, verdicts: pd.DataFrame | None, arm: str | None) -> pd.DataFrame:
     counts = ["n_yes", "n_no", "n_unsure"]
     if verdicts is None:
         return selection.assign(**dict.fromkeys(counts, 0), label="", is_domain=selection["in_vocabulary"])
     _require_columns(verdicts, _VERDICT_COLUMNS, "the summary of the verdicts", arm)
     at = f"arms.{arm}" if arm else None
     if verdicts["feature"].duplicated().any():
-        twice = "the summary of the verdicts names a feature twice."
-        raise ConfigError(twice, at=at, fix="summarise one arm at a time.")
+        message = "the summary of the verdicts names a feature twice."
+        raise ConfigError(message, at=at, fix="summarise one arm at a time.")
     unknown = sorted(set(verdicts["feature"]) - set(selection["feature"]))
     if unknown:
         shown = ", ".join(str(feature) for feature in unknown[:5]) + (" …" if len(unknown) > 5 else "")
@@ -202,11 +202,11 @@ def _require_columns(table: pd.DataFrame, columns: Sequence[str], what: str, arm
         )
 
 
-def _words(text: str, *, at: str) -> list[str]:
+def _parse_words(text: str, *, at: str) -> list[str]:
     words = []
     for number, line in enumerate(text.splitlines(), start=1):
-        entry = _word(line.split("#", 1)[0])
-        if len(entry.split()) > 1 or _OF_A_TABLE.search(entry):
+        entry = _normalise_word(line.split("#", 1)[0])
+        if len(entry.split()) > 1 or _COLUMN_SEPARATOR.search(entry):
             raise BadFile(
                 f"a line holds one word, as a top token is one word at most. Got {entry[:60]!r} instead.",
                 at=f"{at}, line {number}",
@@ -217,10 +217,10 @@ def _words(text: str, *, at: str) -> list[str]:
     return words
 
 
-def _word(entry: str) -> str:
+def _normalise_word(entry: str) -> str:
     """The compared form of a word: NFC, lower case, without invisible characters and surrounding quotation marks."""
-    seen = "".join(c for c in unicodedata.normalize("NFC", entry) if c.isascii() or unicodedata.category(c) != "Cf")
-    word = normalise_token(seen)
+    visible = "".join(c for c in unicodedata.normalize("NFC", entry) if c.isascii() or unicodedata.category(c) != "Cf")
+    word = normalise_token(visible)
     if len(word) > 2 and word[0] in _QUOTES and word[-1] in _QUOTES:
         word = normalise_token(word[1:-1])
     return word
@@ -250,7 +250,7 @@ def choosable_tokens(tokens: Sequence[str], choice: Sequence[str], vectors: Word
     wanted = {*choice, ""}
     return torch.tensor(
         [
-            _HALF not in token and all(_script_of(c) in wanted for c in unicodedata.normalize("NFKC", token))
+            _UNKNOWN not in token and all(_script_of(c) in wanted for c in unicodedata.normalize("NFKC", token))
             for token in tokens
         ]
     )

@@ -41,14 +41,14 @@ def cohens_kappa(
         return undefined(f"{n_missing} of {n} items lack a label of one rater or both", n)
     if len(categories) == 1:
         return undefined(f"both raters gave every item the label {categories[0]!r}, which chance explains", n)
-    said_a, said_b = np.split(np.eye(len(categories))[codes], 2)  # [n, n_labels] each, 1 at the label
-    same = (said_a * said_b).sum(axis=1)
+    one_hot_a, one_hot_b = np.split(np.eye(len(categories))[codes], 2)  # [n, n_labels] each, 1 at the label
+    agreed = (one_hot_a * one_hot_b).sum(axis=1)
 
-    def kappa(times: FloatArray) -> FloatArray:
-        chance = ((times @ said_a) * (times @ said_b)).sum(axis=1) / n**2
-        return _beyond_chance(times @ same / n, chance)
+    def kappa(draws: FloatArray) -> FloatArray:
+        chance = ((draws @ one_hot_a) * (draws @ one_hot_b)).sum(axis=1) / n**2
+        return _beyond_chance(draws @ agreed / n, chance)
 
-    return _resampled(kappa, n, n_boot, seed)
+    return _bootstrap_items(kappa, n, n_boot, seed)
 
 
 def percent_agreement(
@@ -71,7 +71,7 @@ def percent_agreement(
     if not len(counts):
         return undefined("no item has two ratings")
     shares = _same_pairs(counts)
-    return _resampled(lambda times: times @ shares / len(shares), len(shares), n_boot, seed)
+    return _bootstrap_items(lambda draws: draws @ shares / len(shares), len(shares), n_boot, seed)
 
 
 def fleiss_kappa(
@@ -96,15 +96,15 @@ def fleiss_kappa(
     if raters < 2 or not len(counts):
         return undefined("no item was judged by all raters" if raters >= 2 else "there is one rater", len(counts))
     if (counts.sum(axis=0) > 0).sum() == 1:
-        used = labels[int(counts.sum(axis=0).argmax())]
-        return undefined(f"all raters gave every item the label {used!r}, which chance explains", len(counts))
+        label = labels[int(counts.sum(axis=0).argmax())]
+        return undefined(f"all raters gave every item the label {label!r}, which chance explains", len(counts))
     same, n = _same_pairs(counts), len(counts)
 
-    def kappa(times: FloatArray) -> FloatArray:
-        chance = ((times @ counts / (n * raters)) ** 2).sum(axis=1)
-        return _beyond_chance(times @ same / n, chance)
+    def kappa(draws: FloatArray) -> FloatArray:
+        chance = ((draws @ counts / (n * raters)) ** 2).sum(axis=1)
+        return _beyond_chance(draws @ same / n, chance)
 
-    return _resampled(kappa, n, n_boot, seed)
+    return _bootstrap_items(kappa, n, n_boot, seed)
 
 
 def krippendorff_alpha(
@@ -133,23 +133,23 @@ def krippendorff_alpha(
     judged = counts.sum(axis=1)
     same = judged * _same_pairs(counts)
 
-    def alpha(times: FloatArray) -> FloatArray:
-        of_label, n = times @ counts, times @ judged
-        chance = (of_label * (of_label - 1)).sum(axis=1) / (n * (n - 1))
-        return _beyond_chance(times @ same / n, chance)
+    def alpha(draws: FloatArray) -> FloatArray:
+        label_counts, n = draws @ counts, draws @ judged
+        chance = (label_counts * (label_counts - 1)).sum(axis=1) / (n * (n - 1))
+        return _beyond_chance(draws @ same / n, chance)
 
-    return _resampled(alpha, len(counts), n_boot, seed)
+    return _bootstrap_items(alpha, len(counts), n_boot, seed)
 
 
-def _resampled(statistic: Callable[[FloatArray], FloatArray], n: int, n_boot: int, seed: Seed) -> Estimate:
-    """A statistic of n items, and its interval over resamples of items: `statistic` gets how often each is taken."""
+def _bootstrap_items(statistic: Callable[[FloatArray], FloatArray], n: int, n_boot: int, seed: Seed) -> Estimate:
+    """A statistic with its interval over resamples of n items; `statistic` gets how often each item is drawn."""
     value = float(statistic(np.ones((1, n)))[0])
     if n == 1:
         return undefined("one item shows no spread", n, value)
     if value == 1.0:
         return undefined("the raters agree on everything: there is no spread", n, value)
-    times = generator(seed).multinomial(n, np.full(n, 1 / n), size=n_boot).astype(np.float64)
-    replicates = statistic(times)
+    draws = generator(seed).multinomial(n, np.full(n, 1 / n), size=n_boot).astype(np.float64)
+    replicates = statistic(draws)
     n_undefined = int(np.isnan(replicates).sum())
     if n_undefined:
         reason = f"{n_undefined} of {n_boot} resamples hold a single label, where this is undefined"
@@ -167,10 +167,10 @@ def _same_pairs(counts: FloatArray) -> FloatArray:
     return result
 
 
-def _beyond_chance(agreed: FloatArray, chance: FloatArray) -> FloatArray:
+def _beyond_chance(agreement: FloatArray, chance: FloatArray) -> FloatArray:
     """Agreement beyond chance; NaN where chance explains everything."""
-    room = 1 - chance
-    return np.divide(agreed - chance, room, out=np.full(len(room), np.nan), where=room > 1e-12)
+    possible = 1 - chance
+    return np.divide(agreement - chance, possible, out=np.full(len(possible), np.nan), where=possible > 1e-12)
 
 
 def _label_counts(ratings: Any) -> tuple[FloatArray, list[Any]]:

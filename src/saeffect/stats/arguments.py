@@ -1,5 +1,5 @@
-"""Checks of arguments: a wrong shape or kind raises a `SaeffectError`; data without an answer (none, one, NaN among
-them) give NaN, with the reason from `fault`."""
+"""Checks of arguments: a wrong shape or kind raises a `SaeffectError`; for data that do not define a result (no values,
+NaN among them) `fault` gives the reason."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Seed: TypeAlias = int | np.random.Generator
 
 LEVEL = 0.95
 """Confidence of every interval."""
-_FEWEST = 40  # resamples, 2 / (1 - LEVEL)
+_MIN_RESAMPLES = 40  # 2 / (1 - LEVEL)
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class Resampling:
     n_permutations: int = 10_000
 
     def seed_for(self, *names: str) -> int:
-        """A seed of its own for each named number, so that adding one row leaves the others as they were."""
+        """The seed of the number with these names: adding a row to a table does not change the other rows."""
         key = zlib.crc32("|".join(names).encode())
         return int(np.random.SeedSequence([self.seed, key]).generate_state(1)[0])
 
 
 def sample(values: npt.ArrayLike, name: str = "values", *, ndim: int = 1) -> FloatArray:
-    """The values as a float64 array of `ndim` dimensions; NaN passes, for `fault` to report.
+    """The values as a float64 array of `ndim` dimensions; NaN is allowed here, `fault` reports it.
 
     Raises `Undefined` for what is not a number, `ShapeMismatch` for another number of dimensions.
 
@@ -63,11 +63,11 @@ def sample(values: npt.ArrayLike, name: str = "values", *, ndim: int = 1) -> Flo
         >>> sample([True, 2])
         array([1., 2.])
     """
-    given: Any = values
+    raw: Any = values
     try:
-        if hasattr(given, "isna"):  # a Series; before pandas 3 its <NA> does not become NaN by itself
-            given = given.to_numpy(dtype=np.float64, na_value=np.nan)
-        array = np.asarray(given, dtype=np.float64)
+        if hasattr(raw, "isna"):  # a Series; before pandas 3 its <NA> does not become NaN by itself
+            raw = raw.to_numpy(dtype=np.float64, na_value=np.nan)
+        array = np.asarray(raw, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise Undefined(f"{name} must be numbers in an array of {ndim} dimension(s): {error}.", at=name) from error
     if array.ndim != ndim:
@@ -110,10 +110,10 @@ def generator(seed: Seed) -> np.random.Generator:
 
 
 def check_resamples(n_boot: int) -> None:
-    """Refuse so few resamples that not one is expected beyond each end of a 95 % interval."""
-    if isinstance(n_boot, bool) or not isinstance(n_boot, int | np.integer) or n_boot < _FEWEST:
+    """Raise `ConfigError` for so few resamples that none is expected beyond either end of a 95 % interval."""
+    if isinstance(n_boot, bool) or not isinstance(n_boot, int | np.integer) or n_boot < _MIN_RESAMPLES:
         raise ConfigError(
-            f"n_boot must be an integer of at least {_FEWEST} for a 95 % interval, got {n_boot!r}.",
+            f"n_boot must be an integer of at least {_MIN_RESAMPLES} for a 95 % interval, got {n_boot!r}.",
             at="n_boot",
             fix="2000 is usual.",
         )

@@ -22,7 +22,7 @@ __all__ = [
     "bootstrap_means",
     "check_average",
     "cluster_bootstrap",
-    "expanded_shares",
+    "expanded_quantiles",
 ]
 
 Average: TypeAlias = Literal["mean", "median"]
@@ -52,10 +52,10 @@ def bootstrap(values: npt.ArrayLike, statistic: Average = "mean", *, n_boot: int
     if reason := fault(data):
         return undefined(reason, n)
     value = float(_average(data, statistic))
-    if reason := _no_spread(data, "values"):
+    if reason := _no_spread_reason(data, "values"):
         return undefined(reason, n, value)
     replicates = _replicates(data, statistic, n_boot, rng)
-    low, high = np.quantile(replicates, _bca_shares(value, replicates, _leave_one_out(data, statistic)))
+    low, high = np.quantile(replicates, _bca_quantiles(value, replicates, _leave_one_out(data, statistic)))
     return Estimate(value, float(low), float(high), n)
 
 
@@ -78,12 +78,12 @@ def bootstrap_means(rows: npt.ArrayLike, *, n_boot: int = 2000, seed: Seed = 0) 
     low, high = np.full(n_rows, math.nan), np.full(n_rows, math.nan)
     if n < 2:
         return low, high
-    known = np.isfinite(data).all(axis=1) & (data.max(axis=1) > data.min(axis=1))
+    usable = np.isfinite(data).all(axis=1) & (data.max(axis=1) > data.min(axis=1))
     # A mean needs only how often each value is drawn.
     weights = rng.multinomial(n, np.full(n, 1 / n), size=n_boot) / n
-    ends = expanded_shares(n)
-    for i in np.flatnonzero(known):
-        low[i], high[i] = np.quantile(weights @ data[i], ends)
+    quantiles = expanded_quantiles(n)
+    for i in np.flatnonzero(usable):
+        low[i], high[i] = np.quantile(weights @ data[i], quantiles)
     return low, high
 
 
@@ -118,7 +118,7 @@ def bootstrap_difference(
     if np.ptp(data_a) == 0 and np.ptp(data_b) == 0:
         return undefined("neither a nor b varies, so resampling shows no spread", n, value)
     replicates = _replicates(data_b, statistic, n_boot, rng) - _replicates(data_a, statistic, n_boot, rng)
-    low, high = np.quantile(replicates, expanded_shares(min(len(data_a), len(data_b))))
+    low, high = np.quantile(replicates, expanded_quantiles(min(len(data_a), len(data_b))))
     return Estimate(value, float(low), float(high), n)
 
 
@@ -129,8 +129,7 @@ def cluster_bootstrap(
     n_boot: int = 2000,
     seed: Seed = 0,
 ) -> Estimate:
-    """The mean of values that come in clusters (the samples of a prompt, the features of an SAE), labelled by
-    `clusters`.
+    """The mean of values in clusters (the samples of a prompt, the features of an SAE), labelled by `clusters`.
 
     Whole clusters are resampled, since the values of one resemble each other (Field & Welsh 2007). The expanded
     percentile interval is too narrow for fewer than about ten. n is the number of clusters. All NaN for no values, NaN
@@ -153,29 +152,29 @@ def cluster_bootstrap(
     if reason:
         return undefined(reason, n)
     value = float(data.mean())
-    if reason := "clusters: a single one shows no spread" if n == 1 else _no_spread(data, "values"):
+    if reason := "clusters: a single one shows no spread" if n == 1 else _no_spread_reason(data, "values"):
         return undefined(reason, n, value)
     sums, sizes = np.bincount(codes, weights=data, minlength=n), np.bincount(codes, minlength=n)
     replicates = np.empty(n_boot)
     for block in _blocks(replicates, n):
-        picks = rng.integers(0, n, size=(len(block), n))
-        block[:] = sums[picks].sum(axis=1) / sizes[picks].sum(axis=1)
-    low, high = np.quantile(replicates, expanded_shares(n))
+        drawn = rng.integers(0, n, size=(len(block), n))
+        block[:] = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
+    low, high = np.quantile(replicates, expanded_quantiles(n))
     return Estimate(value, float(low), float(high), n)
 
 
-def expanded_shares(n_drawn: int) -> list[float]:
-    """The shares of replicates below either end: percentiles a little outside the nominal ones, since resamples of n
-    units spread too little by (n - 1) / n, and normal quantiles are too near for few. `n_drawn` units (of the smaller
-    sample), at least 2.
+def expanded_quantiles(n_drawn: int) -> list[float]:
+    """Quantiles of the replicates at which the expanded percentile interval ends, for `n_drawn` units (of the smaller
+    sample), at least 2. They lie outside the nominal ones: the variance of resamples of n units is too small by
+    (n - 1) / n, and for few units Student's quantiles are wider than normal ones.
     """
-    reach = float(stdtrit(n_drawn - 1, (1 + LEVEL) / 2)) * math.sqrt(n_drawn / (n_drawn - 1))
-    upper = float(ndtr(reach))
+    z = float(stdtrit(n_drawn - 1, (1 + LEVEL) / 2)) * math.sqrt(n_drawn / (n_drawn - 1))
+    upper = float(ndtr(z))
     return [1 - upper, upper]
 
 
 def check_average(statistic: str) -> None:
-    """Refuse a statistic other than the mean and the median."""
+    """Raise `UnknownName` for a statistic other than the mean and the median."""
     if statistic not in ("mean", "median"):
         raise unknown_name("statistic", statistic, ("mean", "median"), at="statistic")
 
@@ -184,14 +183,14 @@ def _average(data: FloatArray, statistic: Average) -> Any:
     return (np.median if statistic == "median" else np.mean)(data, axis=-1)
 
 
-def _no_spread(data: FloatArray, name: str) -> str:
+def _no_spread_reason(data: FloatArray, name: str) -> str:
     if len(data) == 1:
         return f"{name}: one value shows no spread"
     return f"{name}: all {len(data)} are equal, so resampling shows no spread" if np.ptp(data) == 0 else ""
 
 
 def _blocks(replicates: FloatArray, n: int) -> list[FloatArray]:
-    """Views of the replicates, so many at a time that resamples of `n` units stay small."""
+    """Views of the replicates, each short enough that the resamples of `n` units for it fit in memory."""
     n_rows = max(1, _BLOCK // n)
     return [replicates[start : start + n_rows] for start in range(0, len(replicates), n_rows)]
 
@@ -208,13 +207,13 @@ def _leave_one_out(data: FloatArray, statistic: Average) -> FloatArray:
     n = len(data)
     if statistic == "mean":
         return np.asarray((data.sum() - data) / (n - 1))
-    ordered, gone = np.sort(data), np.arange(n)
+    ordered, left_out = np.sort(data), np.arange(n)
     lower, upper = (n - 2) // 2, (n - 1) // 2  # the middle ranks of the n - 1 that stay
-    return np.asarray((ordered[lower + (lower >= gone)] + ordered[upper + (upper >= gone)]) / 2)
+    return np.asarray((ordered[lower + (lower >= left_out)] + ordered[upper + (upper >= left_out)]) / 2)
 
 
-def _bca_shares(value: float, replicates: FloatArray, leave_one_out: FloatArray) -> FloatArray:
-    """Which quantiles of the replicates bound the interval, shape [2]; plain ones where BCa is undefined."""
+def _bca_quantiles(value: float, replicates: FloatArray, leave_one_out: FloatArray) -> FloatArray:
+    """Quantiles of the replicates that bound the interval, shape [2]; the nominal ones where BCa is undefined."""
     plain = np.array([(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     # Replicates equal to the estimate count half, or a statistic of few values (a median) would seem biased.
     share_below = (np.mean(replicates < value) + np.mean(replicates <= value)) / 2

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from saeffect.stats.arguments import LEVEL, FloatArray, IntArray, Resampling
-from saeffect.stats.bootstrap import expanded_shares
+from saeffect.stats.bootstrap import expanded_quantiles
 from saeffect.stats.estimate import Estimate, undefined
 
 __all__ = ["cliffs_delta", "clustered_difference", "count_difference"]
@@ -45,7 +45,7 @@ def clustered_difference(
     )
     if moment == "mean":
         boot_a, boot_b = boot_a + mean_a, boot_b + mean_b
-        sums_b = _cluster_sums(b[0] - mean_a, b[1])  # one common centre, so that permuting sees the difference
+        sums_b = _cluster_sums(b[0] - mean_a, b[1])  # one common centre, or permuting would not see the difference
     p = _permuted_p(sums_a, sums_b, moment, values[1] - values[0], resampling, name)
     return _difference(values, (boot_a, boot_b), sizes, p), _percent_change(values, (boot_a, boot_b), sizes, p)
 
@@ -82,8 +82,8 @@ def cliffs_delta(a: FloatArray, b: FloatArray, resampling: Resampling, name: str
     Cliff (1993), Dominance statistics.
 
     Example:
-        >>> found = cliffs_delta(np.array([1.0, 2.0, 3.0]), np.array([2.0, 3.0, 4.0]), Resampling(), "x")
-        >>> found.value, found.p < 1  # b wins 6 of 9 pairs, loses 1, ties 2
+        >>> delta = cliffs_delta(np.array([1.0, 2.0, 3.0]), np.array([2.0, 3.0, 4.0]), Resampling(), "x")
+        >>> delta.value, delta.p < 1  # b wins 6 of 9 pairs, loses 1, ties 2
         (0.5555555555555556, True)
     """
     n_a, n_b = len(a), len(b)
@@ -95,8 +95,8 @@ def cliffs_delta(a: FloatArray, b: FloatArray, resampling: Resampling, name: str
     value = float((n_a * n_b - 2 * test.statistic) / (n_a * n_b))
     rng = np.random.default_rng(resampling.seed_for(name))
     sizes = _chunks(resampling.n_boot, max(n_a, n_b))
-    margins = np.concatenate([_wins(a, b, _draw(n_a, size, rng), _draw(n_b, size, rng)) for size in sizes])
-    low, high = np.quantile(margins / (n_a * n_b), expanded_shares(min(n_a, n_b)))
+    margins = np.concatenate([_net_wins(a, b, _draw(n_a, size, rng), _draw(n_b, size, rng)) for size in sizes])
+    low, high = np.quantile(margins / (n_a * n_b), expanded_quantiles(min(n_a, n_b)))
     return Estimate(value, float(low), float(high), n_a + n_b, p=float(test.pvalue))
 
 
@@ -118,15 +118,15 @@ def _moment(counts: FloatArray, sums: _Sums, moment: str) -> FloatArray:
         return np.asarray(np.maximum(squares - total**2 / n, 0.0) / (n - 1))
 
 
-def _wins(a: FloatArray, b: FloatArray, times_a: FloatArray, times_b: FloatArray) -> FloatArray:
-    """Pairs in which b is larger minus those in which a is: [n_resamples], without a matrix of all pairs."""
+def _net_wins(a: FloatArray, b: FloatArray, draws_a: FloatArray, draws_b: FloatArray) -> FloatArray:
+    """Number of pairs in which b is larger, minus those in which a is: [n_resamples], without a matrix of all pairs."""
     order = np.argsort(a, kind="stable")
-    below = np.zeros((len(times_a), len(a) + 1))
-    np.cumsum(times_a[:, order], axis=1, out=below[:, 1:])
+    below = np.zeros((len(draws_a), len(a) + 1))
+    np.cumsum(draws_a[:, order], axis=1, out=below[:, 1:])
     first, last = (np.searchsorted(a[order], b, side=side) for side in ("left", "right"))
     # Below b lie `first` of a; above it all but `last`.
     margins = below[:, first] + below[:, last] - below[:, -1:]
-    return np.asarray((times_b * margins).sum(axis=1))
+    return np.asarray((draws_b * margins).sum(axis=1))
 
 
 def _draw(n: int, size: int, rng: np.random.Generator) -> FloatArray:
@@ -136,7 +136,7 @@ def _draw(n: int, size: int, rng: np.random.Generator) -> FloatArray:
 
 
 def _chunks(total: int, n_units: int) -> list[int]:
-    """Numbers of resamples of `n_units` units to draw at a time, so that memory stays bounded."""
+    """Split `total` resamples of `n_units` units into chunks that fit in memory: their sizes."""
     size = max(1, min(_CHUNK, _CELLS // n_units))
     return [min(size, total - start) for start in range(0, total, size)]
 
@@ -145,49 +145,49 @@ def _permuted_p(a: _Sums, b: _Sums, moment: str, observed: float, resampling: Re
     """Two-sided p of a difference when whole clusters swap arms."""
     rng = np.random.default_rng(resampling.seed_for(name, "permutation"))
     n_a, n = len(a[0]), len(a[0]) + len(b[0])
-    both = (np.concatenate([a[0], b[0]]), np.concatenate([a[1], b[1]]), np.concatenate([a[2], b[2]]))
+    pooled = (np.concatenate([a[0], b[0]]), np.concatenate([a[1], b[1]]), np.concatenate([a[2], b[2]]))
     shuffled = []
     for size in _chunks(resampling.n_permutations, n):
         in_a = (rng.random((size, n)).argsort(axis=1) < n_a).astype(np.float64)
-        shuffled.append(_moment(1.0 - in_a, both, moment) - _moment(in_a, both, moment))
+        shuffled.append(_moment(1.0 - in_a, pooled, moment) - _moment(in_a, pooled, moment))
     return _two_sided_p(np.concatenate(shuffled), observed)
 
 
 def _two_sided_p(shuffled: FloatArray, observed: float) -> float:
     if not math.isfinite(observed):
         return math.nan
-    # The slack counts ties as ties when sums are added in another order; an undefined value counts as extreme.
+    # The tolerance keeps ties when sums are added in another order; an undefined value counts as extreme.
     extreme = int(np.sum(~(np.abs(shuffled) < abs(observed) * (1 - 1e-9) - 1e-12)))
     return (extreme + 1) / (len(shuffled) + 1)
 
 
 def _difference(
-    values: tuple[float, float], boots: tuple[FloatArray, FloatArray], sizes: tuple[int, int], p: float
+    values: tuple[float, float], replicates: tuple[FloatArray, FloatArray], sizes: tuple[int, int], p: float
 ) -> Estimate:
     value, n = values[1] - values[0], sum(sizes)
-    if np.ptp(boots[0]) == 0 and np.ptp(boots[1]) == 0:
+    if np.ptp(replicates[0]) == 0 and np.ptp(replicates[1]) == 0:
         return Estimate(value, math.nan, math.nan, n, "no spread between features in either arm", p)
-    low, high = np.quantile(boots[1] - boots[0], expanded_shares(min(sizes)))
+    low, high = np.quantile(replicates[1] - replicates[0], expanded_quantiles(min(sizes)))
     return Estimate(value, float(low), float(high), n, p=p)
 
 
 def _percent_change(
-    values: tuple[float, float], boots: tuple[FloatArray, FloatArray], sizes: tuple[int, int], p: float
+    values: tuple[float, float], replicates: tuple[FloatArray, FloatArray], sizes: tuple[int, int], p: float
 ) -> Estimate:
     """Undefined when the first arm's value, or many of its resamples, are not above 0."""
     value, n = _change(*values), sum(sizes)
-    positive = boots[0] > 0
+    positive = replicates[0] > 0
     reason = ""
     if math.isnan(value):
         reason = "the value of the first arm is not above 0"
-    elif np.ptp(boots[0]) == 0 and np.ptp(boots[1]) == 0:
+    elif np.ptp(replicates[0]) == 0 and np.ptp(replicates[1]) == 0:
         reason = "no spread between features in either arm"
     elif positive.mean() < LEVEL:
         reason = "the value of the first arm is too near 0"
     if reason:
         return Estimate(value, math.nan, math.nan, n, reason, p)
-    changes = 100.0 * (boots[1][positive] / boots[0][positive] - 1.0)
-    low, high = np.quantile(changes, expanded_shares(min(sizes)))
+    changes = 100.0 * (replicates[1][positive] / replicates[0][positive] - 1.0)
+    low, high = np.quantile(changes, expanded_quantiles(min(sizes)))
     return Estimate(value, float(low), float(high), n, p=p)
 
 

@@ -30,8 +30,8 @@ class Estimate(NanEqual):
 
     Attributes:
         value: In the unit of the data, as are `low` and `high`; NaN when the data do not define it.
-        low: NaN when there is no interval, as `high`.
-        n: Independent units behind it: values, trials, items or clusters; 0 where not recorded.
+        low: End of the interval, as `high`; NaN when there is none.
+        n: Number of independent units: values, trials, items or clusters; 0 where not recorded.
         reason: Why `value` or the interval is NaN; "" when all three are defined.
         p: For no effect, 0 to 1; NaN where it was not tested or is undefined.
 

@@ -12,7 +12,7 @@ __all__ = ["benjamini_hochberg", "holm", "simes"]
 
 
 def benjamini_hochberg(p: npt.ArrayLike) -> FloatArray:
-    """For each p [n] its q: of all findings up to this q, about this share is false. NaN stays NaN and is no test.
+    """q-values of p-values [n]: of all findings up to a q, about that share is false. NaN stays NaN and is no test.
 
     Source: Benjamini & Hochberg (1995), for independent (or positively dependent) tests, through statsmodels.
 
@@ -30,8 +30,8 @@ def benjamini_hochberg(p: npt.ArrayLike) -> FloatArray:
 
 
 def holm(p: npt.ArrayLike) -> FloatArray:
-    """For each p [n] an adjusted one: among all findings up to 0.05, the chance of any false one is at most 5 %,
-    however tests depend on each other. NaN stays NaN and is no test. Source: Holm (1979), A simple sequentially
+    """Adjusted p-values of p-values [n]: the chance of any false finding among those up to 0.05 is at most 5 %,
+    however the tests depend on each other. NaN stays NaN and is no test. Source: Holm (1979), A simple sequentially
     rejective procedure.
 
     Example:
@@ -49,7 +49,7 @@ def holm(p: npt.ArrayLike) -> FloatArray:
 def simes(p: npt.ArrayLike) -> float:
     """One p for a hypothesis that was tested several times, p [n]: the smallest of n p₍₁₎, n p₍₂₎ / 2, ..., p₍ₙ₎.
 
-    NaN is no test; NaN if there is none. Tests that agree lose nothing, and one that finds nothing costs no more than
+    NaN is no test; NaN if there is none. For equal p-values the result is the same p; it never exceeds that of
     Bonferroni's correction. At most alpha of true hypotheses have p ≤ alpha if the tests are independent or positively
     dependent; however they depend, at most alpha (1 + 1/2 + ... + 1/n). Sources: Simes (1986), An improved Bonferroni
     procedure; Sarkar (1998), for positive dependence; Hommel (1983), for any.
@@ -65,7 +65,7 @@ def simes(p: npt.ArrayLike) -> float:
 
 
 def _tested(p: npt.ArrayLike) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
-    """The p-values, and which of them are of tests with an answer."""
+    """The p-values, and which of them are not NaN."""
     data = sample(p, "p")
     tested = ~np.isnan(data)
     wrong = data[tested & ((data < 0) | (data > 1))]

@@ -18,8 +18,8 @@ from saeffect.stats.estimate import Estimate, undefined
 
 __all__ = ["NestedMean", "TwoWayMean", "complete_tables", "nested_mean", "nested_mean_difference", "two_way_mean"]
 
-# Percentiles of fewer resampled groups give intervals that are too narrow.
-_FEW = 20
+# Percentile intervals from fewer groups are too narrow.
+_MIN_FOR_PERCENTILES = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,15 +27,15 @@ class NestedMean:
     """A mean of means, with the spread of its outermost groups.
 
     Attributes:
-        value: Mean over the outermost groups of the mean over their groups, and so on; NaN when undefined.
+        value: Mean over the outermost groups of the means of their groups, and so on; NaN when undefined.
         group_means: Means of the groups of the first level with more than one group, float64 `[n]`.
-        replicates: The value of each resample of those, float64 `[n_boot]`; empty when there is no interval.
+        replicates: Value of each resample of these groups, float64 `[n_boot]`; empty when there is no interval.
         reason: Why something is NaN, or which noise the interval leaves out, else "".
 
     Example:
         >>> levels = pd.DataFrame({"sae_seed": [0, 0, 1, 1], "feature": [0, 1, 0, 1]})
-        >>> found = nested_mean([1.0, 3.0, 5.0, 5.0], levels, n_boot=40)
-        >>> found.value, found.group_means.tolist()
+        >>> mean = nested_mean([1.0, 3.0, 5.0, 5.0], levels, n_boot=40)
+        >>> mean.value, mean.group_means.tolist()
         (3.5, [2.0, 5.0])
     """
 
@@ -59,8 +59,8 @@ def nested_mean(values: npt.ArrayLike, levels: pd.DataFrame, *, n_boot: int = 20
     """Mean of means over nested groups, the outermost resampled whole (the hierarchical bootstrap).
 
     `levels` has one column a level, outermost first (sae_seed, feature, prompt), and as many rows as `values` [n].
-    Every group counts alike within the one above it. A group's mean already carries the sampling error within the
-    group; to resample there too would count it twice. Levels with a single group are skipped, with a remark. Source:
+    Every group has the same weight within the one above it. A group's mean already includes the sampling error within
+    the group; resampling there too would count it twice. Levels with a single group are skipped, with a remark. Source:
     Davison & Hinkley (1997), Bootstrap Methods and their Application, section 3.8 (strategy 1).
 
     Example:
@@ -102,8 +102,8 @@ def nested_mean_difference(a: NestedMean, b: NestedMean) -> Estimate:
     Example:
         >>> seeds = pd.DataFrame({"sae_seed": [0, 1, 2]})
         >>> a, b = nested_mean([1.0, 2.0, 3.0], seeds), nested_mean([4.0, 6.0, 8.0], seeds)
-        >>> found = nested_mean_difference(a, b)
-        >>> round(found.value, 6), round(found.p, 4)
+        >>> difference = nested_mean_difference(a, b)
+        >>> round(difference.value, 6), round(difference.p, 4)
         (4.0, 0.0548)
     """
     reasons = list(dict.fromkeys(mean.reason for mean in (a, b) if mean.reason))
@@ -114,10 +114,10 @@ def nested_mean_difference(a: NestedMean, b: NestedMean) -> Estimate:
     if not error > 0:
         return undefined("; ".join([*reasons, "all groups are alike"]), n, value)
     freedom = error**4 / (a.error**4 / (a.n - 1) + b.error**4 / (b.n - 1))
-    reach = float(stdtrit(freedom, (1 + LEVEL) / 2))
-    low, high = value - reach * error, value + reach * error
-    if n >= _FEW:
-        upper = ndtr(reach * math.sqrt(n / (n - 1)))
+    t = float(stdtrit(freedom, (1 + LEVEL) / 2))
+    low, high = value - t * error, value + t * error
+    if n >= _MIN_FOR_PERCENTILES:
+        upper = ndtr(t * math.sqrt(n / (n - 1)))
         low, high = np.quantile(b.replicates - a.replicates, [1 - upper, upper])
     p = 2 * float(stdtr(freedom, -abs(value) / error))
     return Estimate(value, float(low), float(high), n, "; ".join(reasons), p)
@@ -155,21 +155,22 @@ class TwoWayMean:
 def two_way_mean(tables: Sequence[npt.ArrayLike], weights: Sequence[float] = (1.0,)) -> TwoWayMean:
     """Weighted sum of the means of finite tables [n_k, n_prompts] whose features differ and whose prompts are shared.
 
-    A value is its table's mean, plus what its feature adds, what its prompt adds, and a rest. The variance of the
+    Model: value = mean of the table + effect of its feature + effect of its prompt + residual. The variance of the
     weighted sum (method of moments) is that of the features' means, plus that of the prompts' means (of the weighted
-    sum of the tables), less the rest, which both hold; and no less than either. The interval is Student's t with
-    Satterthwaite's degrees of freedom. With one column there are no prompts, and the interval is Welch's.
+    sum of the tables), minus that of the residual, which both contain; and no less than either. The interval is
+    Student's t with Satterthwaite's degrees of freedom. With one column there are no prompts, and the interval is
+    Welch's.
 
     n counts the features of all tables, p is two-sided. No interval for a table of one feature, or where no value
     differs. `ShapeMismatch`: a table is no matrix, or the numbers of prompts differ. Source: Cornfield & Tukey (1956),
     Average values of mean squares in factorials; Satterthwaite (1946).
 
     Example:
-        >>> found = two_way_mean([[[1.0, 2.0], [3.0, 6.0]]])
-        >>> found.estimate.value, round(found.error**2, 6), round(found.freedom, 3)
+        >>> mean = two_way_mean([[[1.0, 2.0], [3.0, 6.0]]])
+        >>> mean.estimate.value, round(mean.error**2, 6), round(mean.freedom, 3)
         (3.0, 3.0, 1.485)
     """
-    data = _checked(tables, weights)
+    data = _as_matrices(tables, weights)
     n, n_prompts = sum(map(len, data)), data[0].shape[1]
     if not n or not n_prompts or not all(np.isfinite(table).all() for table in data):
         return TwoWayMean(undefined("there are no values" if not n * n_prompts else "a value is not finite", n))
@@ -178,15 +179,17 @@ def two_way_mean(tables: Sequence[npt.ArrayLike], weights: Sequence[float] = (1.
         return TwoWayMean(undefined("one feature shows no spread between features", n, value))
     if all(np.ptp(table) == 0 for table in data):
         return TwoWayMean(undefined("all values are equal, so they show no spread", n, value))
-    error, freedom = _error(data, weights)
+    error, freedom = _standard_error(data, weights)
     if not error > 1e-12 * max(float(np.abs(table).max()) for table in data):
         return TwoWayMean(undefined("what differs cancels, so it shows no spread", n, value))
-    return TwoWayMean(_student(value, error, freedom, n), error, freedom)
+    half_width = error * float(stdtrit(freedom, (1 + LEVEL) / 2))
+    p = 2 * float(stdtr(freedom, -abs(value) / error))
+    return TwoWayMean(Estimate(value, value - half_width, value + half_width, n, p=p), error, freedom)
 
 
 def complete_tables(tables: Sequence[npt.ArrayLike]) -> tuple[list[npt.NDArray[np.int64]], npt.NDArray[np.int64]]:
-    """Rows of each table [n_k, n_columns], and columns of all, that are left when what lacks most (NaN) is left out
-    until all is there.
+    """Rows of each table [n_k, n_columns], and columns of all tables, that remain when the row or column with the
+    largest share of NaN is dropped until there is no NaN.
 
     Example:
         >>> nan = float("nan")
@@ -195,12 +198,12 @@ def complete_tables(tables: Sequence[npt.ArrayLike]) -> tuple[list[npt.NDArray[n
         ([[0], [0]], [0, 2])
     """
     missing = [np.isnan(np.asarray(table, dtype=np.float64)) for table in tables]
-    table_of = np.concatenate([np.full(len(part), k) for k, part in enumerate(missing)])
-    row_of = np.concatenate([np.arange(len(part)) for part in missing])
-    holes = np.concatenate(missing)
-    rows, columns = np.arange(len(holes)), np.arange(holes.shape[1])
-    while (part := holes[np.ix_(rows, columns)]).any():
-        by_row, by_column = part.mean(axis=1), part.mean(axis=0)
+    table_of = np.concatenate([np.full(len(mask), k) for k, mask in enumerate(missing)])
+    row_of = np.concatenate([np.arange(len(mask)) for mask in missing])
+    is_missing = np.concatenate(missing)
+    rows, columns = np.arange(len(is_missing)), np.arange(is_missing.shape[1])
+    while (mask := is_missing[np.ix_(rows, columns)]).any():
+        by_row, by_column = mask.mean(axis=1), mask.mean(axis=0)
         if by_row.max() >= by_column.max():
             rows = np.delete(rows, int(by_row.argmax()))
         else:
@@ -208,7 +211,7 @@ def complete_tables(tables: Sequence[npt.ArrayLike]) -> tuple[list[npt.NDArray[n
     return [row_of[rows[table_of[rows] == k]] for k in range(len(missing))], columns
 
 
-def _checked(tables: Sequence[npt.ArrayLike], weights: Sequence[float]) -> list[FloatArray]:
+def _as_matrices(tables: Sequence[npt.ArrayLike], weights: Sequence[float]) -> list[FloatArray]:
     data = [np.asarray(table, dtype=np.float64) for table in tables]
     shapes = [table.shape for table in data]
     if not data or len(data) != len(weights) or len({shape[1:] for shape in shapes}) > 1 or data[0].ndim != 2:
@@ -220,27 +223,22 @@ def _checked(tables: Sequence[npt.ArrayLike], weights: Sequence[float]) -> list[
     return data
 
 
-def _error(data: Sequence[FloatArray], weights: Sequence[float]) -> tuple[float, float]:
+def _standard_error(data: Sequence[FloatArray], weights: Sequence[float]) -> tuple[float, float]:
     """Standard error of the weighted sum of means, and its degrees of freedom."""
     n_prompts = data[0].shape[1]
     pairs = list(zip(weights, data, strict=True))
-    parts = np.array([w**2 * float(table.mean(axis=1).var(ddof=1)) / len(table) for w, table in pairs])
-    features, freedom = float(parts.sum()), np.array([len(table) - 1.0 for table in data])
-    of_features = features**2 / float((parts**2 / freedom).sum()) if features else math.inf
+    feature_parts = np.array([w**2 * float(table.mean(axis=1).var(ddof=1)) / len(table) for w, table in pairs])
+    feature_variance, freedom = float(feature_parts.sum()), np.array([len(table) - 1.0 for table in data])
+    feature_freedom = feature_variance**2 / float((feature_parts**2 / freedom).sum()) if feature_variance else math.inf
     if n_prompts == 1:
-        return math.sqrt(features), of_features
+        return math.sqrt(feature_variance), feature_freedom
     columns = np.sum([w * table.mean(axis=0) for w, table in pairs], axis=0)
-    prompts, of_prompts = float(np.var(columns, ddof=1)) / n_prompts, n_prompts - 1.0
+    prompt_variance, prompt_freedom = float(np.var(columns, ddof=1)) / n_prompts, n_prompts - 1.0
     rest = 0.0
     for w, table in pairs:
-        left = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0) + table.mean()
-        rest += w**2 * float((left**2).sum()) / ((len(table) - 1) * of_prompts) / table.size
-    # Neither source can be larger than the whole, which an estimate of a small rest can miss.
-    variance = max(features + prompts - rest, features, prompts)
-    both = features**2 / of_features + prompts**2 / of_prompts
-    return math.sqrt(variance), max(variance**2 / both, min(of_features, of_prompts)) if both else math.nan
-
-
-def _student(value: float, error: float, freedom: float, n: int) -> Estimate:
-    reach = error * float(stdtrit(freedom, (1 + LEVEL) / 2))
-    return Estimate(value, value - reach, value + reach, n, p=2 * float(stdtr(freedom, -abs(value) / error)))
+        residual = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0) + table.mean()
+        rest += w**2 * float((residual**2).sum()) / ((len(table) - 1) * prompt_freedom) / table.size
+    # The total is at least each of its sources; with a small residual the estimate can fall below them.
+    variance = max(feature_variance + prompt_variance - rest, feature_variance, prompt_variance)
+    spread = feature_variance**2 / feature_freedom + prompt_variance**2 / prompt_freedom
+    return math.sqrt(variance), max(variance**2 / spread, min(feature_freedom, prompt_freedom)) if spread else math.nan

@@ -32,7 +32,7 @@ def sign_flip_many(
 ) -> FloatArray:
     """Sign-flip test of the mean of paired differences [n_features, n_pairs], for every row: p, float64 [n_features].
 
-    All sign patterns are tried for up to 14 pairs, `n_permutations` random ones for more. All rows see the same
+    All sign patterns are tried for up to 14 pairs, `n_permutations` random ones for more. All rows use the same
     patterns, so a row's p does not depend on the other rows. `alternative` is "greater" (the mean is above 0), "less"
     or "two-sided". p is at least 1 / 2**n for n pairs, and 1 where all differences are zero; NaN for rows with NaN or
     infinity.
@@ -99,29 +99,29 @@ def _sign_flip_p(rows: FloatArray, alternative: str, n_permutations: int, rng: n
     n_pairs = rows.shape[1]
     exact = n_pairs <= _EXACT_UP_TO
     n_patterns = 2**n_pairs if exact else n_permutations
-    # The block of patterns must not depend on the number of rows, or the random stream would.
+    # Blocks of patterns must not depend on the number of rows, or the random numbers would.
     n_at_once = max(1, min(n_patterns, _BLOCK // n_pairs))
     n_rows = max(1, _BLOCK // n_at_once)
     hits = np.zeros(len(rows), dtype=np.int64)
     for first in range(0, n_patterns, n_at_once):
-        n_here = min(n_at_once, n_patterns - first)
+        n_block = min(n_at_once, n_patterns - first)
         if exact:
-            codes = np.arange(first, first + n_here)[:, None]
+            codes = np.arange(first, first + n_block)[:, None]
             bits = (codes >> np.arange(n_pairs)) & 1
         else:
-            bits = rng.integers(0, 2, size=(n_here, n_pairs), dtype=np.int8)
+            bits = rng.integers(0, 2, size=(n_block, n_pairs), dtype=np.int8)
         signs = (1.0 - 2.0 * bits).T
         for start in range(0, len(rows), n_rows):
             block = rows[start : start + n_rows]
             observed, flipped = block.sum(axis=1, keepdims=True), block @ signs
             tie = _TIE * np.abs(block).sum(axis=1, keepdims=True)
             if alternative == "greater":
-                at_least = flipped >= observed - tie
+                extreme = flipped >= observed - tie
             elif alternative == "less":
-                at_least = flipped <= observed + tie
+                extreme = flipped <= observed + tie
             else:
-                at_least = np.abs(flipped) >= np.abs(observed) - tie
-            hits[start : start + n_rows] += at_least.sum(axis=1)
+                extreme = np.abs(flipped) >= np.abs(observed) - tie
+            hits[start : start + n_rows] += extreme.sum(axis=1)
     return hits / n_patterns if exact else (hits + 1) / (n_patterns + 1)
 
 

@@ -18,8 +18,8 @@ __all__ = [
     "detectable_proportion_difference",
 ]
 
-# Studies that are simulated where there is no formula; 0.8 is then right to within 0.003.
-_STUDIES = 20_000
+# Simulated where there is no formula; a power of 0.8 is then right to within 0.003.
+_N_STUDIES = 20_000
 
 
 @dataclass(frozen=True)
@@ -46,17 +46,18 @@ class Detectable:
 def detectable_mean_difference(
     spread: float, n_a: int, n_b: int, *, alpha: float = 0.05, power: float = 0.8
 ) -> Detectable:
-    """For two independent groups compared by their means (two-sided t test: Cohen 1988, chapter 2), of pooled deviation
-    `spread`.
+    """For the means of two independent groups of pooled standard deviation `spread` (two-sided t test: Cohen 1988,
+    chapter 2).
 
     Example:
         >>> round(detectable_mean_difference(1.0, 64, 64).difference, 2)
         0.5
     """
     method, n = "two-sided t test", min(n_a, n_b)
-    few = f"fewer than two units in a group ({n_a} and {n_b})" if n < 2 else ""
-    units = math.sqrt(n_a * n_b / (n_a + n_b)) if n else 0.0
-    return _solved(spread, n, method, few, lambda d: _t_power(d * units, n_a + n_b - 2, alpha, 2), (alpha, power))
+    too_few = f"fewer than two units in a group ({n_a} and {n_b})" if n < 2 else ""
+    root_n = math.sqrt(n_a * n_b / (n_a + n_b)) if n else 0.0
+    rates, freedom = (alpha, power), n_a + n_b - 2
+    return _detectable(spread, n, method, too_few, lambda d: _t_power(d * root_n, freedom, alpha, 2), rates)
 
 
 def detectable_few_means(
@@ -75,30 +76,30 @@ def detectable_few_means(
     method, n = "two-sided t test, the larger p of Student's and Welch's (simulated)", min(n_a, n_b)
     if n < 1 or n_a + n_b < 3:
         return Detectable(math.nan, math.nan, n, method, f"fewer than three values in all ({n_a} and {n_b})")
-    draws = np.random.default_rng(seed).standard_normal((_STUDIES, n_a + n_b))
-    sides = draws[:, :n_a], draws[:, n_a:]
-    squares = [((side - side.mean(axis=1, keepdims=True)) ** 2).sum(axis=1) for side in sides]
+    draws = np.random.default_rng(seed).standard_normal((_N_STUDIES, n_a + n_b))
+    groups = draws[:, :n_a], draws[:, n_a:]
+    squares = [((group - group.mean(axis=1, keepdims=True)) ** 2).sum(axis=1) for group in groups]
     freedom = n_a + n_b - 2
     pooled = (squares[0] + squares[1]) / freedom * (1 / n_a + 1 / n_b)
-    reach = t.isf(alpha / 2, freedom) * np.sqrt(pooled)
+    critical = t.isf(alpha / 2, freedom) * np.sqrt(pooled)
     if n > 1:
         errors = squares[0] / (n_a * (n_a - 1)), squares[1] / (n_b * (n_b - 1))
         welch = (errors[0] + errors[1]) ** 2 / (errors[0] ** 2 / (n_a - 1) + errors[1] ** 2 / (n_b - 1))
-        reach = np.maximum(reach, t.isf(alpha / 2, welch) * np.sqrt(errors[0] + errors[1]))
-    chance = sides[1].mean(axis=1) - sides[0].mean(axis=1)
-    return _solved(spread, n, method, "", lambda d: float((np.abs(chance + d) >= reach).mean()), (alpha, power))
+        critical = np.maximum(critical, t.isf(alpha / 2, welch) * np.sqrt(errors[0] + errors[1]))
+    noise = groups[1].mean(axis=1) - groups[0].mean(axis=1)
+    return _detectable(spread, n, method, "", lambda d: float((np.abs(noise + d) >= critical).mean()), (alpha, power))
 
 
 def detectable_paired_mean(spread: float, n: int, *, alpha: float = 0.05, power: float = 0.8) -> Detectable:
-    """For `n` differences of standard deviation `spread` that should lie above 0 (one-sided t test: Cohen 1988, chapter
-    2).
+    """For the mean of `n` differences of standard deviation `spread` (one-sided t test: Cohen 1988, chapter 2).
 
     Example:
         >>> round(detectable_paired_mean(1.0, 27).difference, 2)
         0.49
     """
-    method, few = "one-sided t test of differences", f"{n} differences show no spread" if n < 2 else ""
-    return _solved(spread, n, method, few, lambda d: _t_power(d * math.sqrt(n), n - 1, alpha, 1), (alpha, power))
+    method, too_few = "one-sided t test of differences", f"{n} differences show no spread" if n < 2 else ""
+    rates = alpha, power
+    return _detectable(spread, n, method, too_few, lambda d: _t_power(d * math.sqrt(n), n - 1, alpha, 1), rates)
 
 
 def detectable_proportion_difference(
@@ -120,7 +121,7 @@ def detectable_proportion_difference(
     if not 0 <= p_a <= 1:
         raise ConfigError(f"p_a must be from 0 to 1. Got {p_a} instead.", at="p_a")
     critical, error = float(ndtri(1 - alpha / 2)), math.sqrt(1 / n_a + 1 / n_b)
-    h = _solve(lambda d: float(ndtr(d / error - critical) + ndtr(-d / error - critical)), alpha, power)
+    h = _solve_effect(lambda d: float(ndtr(d / error - critical) + ndtr(-d / error - critical)), alpha, power)
     angle = 2 * math.asin(math.sqrt(p_a))
     above = math.sin((angle + h) / 2) ** 2 - p_a if angle + h <= math.pi else math.nan
     below = p_a - math.sin((angle - h) / 2) ** 2 if angle >= h else math.nan
@@ -134,22 +135,22 @@ def _t_power(shift: float, freedom: int, alpha: float, sides: int) -> float:
 
     critical = float(t.isf(alpha / sides, freedom))
     # For large shifts the non-central t has too few digits; the answer is 1 there.
-    found = float(np.nan_to_num(nct.sf(critical, freedom, shift), nan=1.0))
-    return found + (float(np.nan_to_num(nct.cdf(-critical, freedom, shift))) if sides == 2 else 0.0)
+    power = float(np.nan_to_num(nct.sf(critical, freedom, shift), nan=1.0))
+    return power + (float(np.nan_to_num(nct.cdf(-critical, freedom, shift))) if sides == 2 else 0.0)
 
 
-def _solved(
-    spread: float, n: int, method: str, few: str, power_at: Callable[[float], float], rates: tuple[float, float]
+def _detectable(
+    spread: float, n: int, method: str, too_few: str, power_at: Callable[[float], float], rates: tuple[float, float]
 ) -> Detectable:
-    """The detectable effect in units of the data; undefined for too few values (`few` says so) or without spread."""
-    reason = few or ("" if spread > 0 and math.isfinite(spread) else "no spread to judge by")
+    """The detectable effect in the unit of the data; undefined with a reason (`too_few`) or without spread."""
+    reason = too_few or ("" if spread > 0 and math.isfinite(spread) else "no spread to judge by")
     if reason:
         return Detectable(math.nan, math.nan, n, method, reason)
-    effect = _solve(power_at, *rates) * spread
+    effect = _solve_effect(power_at, *rates) * spread
     return Detectable(effect, effect, n, method)
 
 
-def _solve(power_at: Callable[[float], float], alpha: float, power: float) -> float:
+def _solve_effect(power_at: Callable[[float], float], alpha: float, power: float) -> float:
     """The effect at which the power is reached; statsmodels' `solve_power` stops too early for two or three values."""
     from scipy.optimize import brentq
 

@@ -106,13 +106,13 @@ def bounded_mean(values: npt.ArrayLike) -> Estimate:
     if data.min() < 0 or data.max() > 1:
         raise Undefined(f"values must lie between 0 and 1, got {data.min():g} to {data.max():g}.", at="values")
     value, z = float(data.mean()), float(ndtri((1 + LEVEL) / 2))
-    middle, reach = value + z**2 / (2 * n), z * math.sqrt(value * (1 - value) / n + (z / (2 * n)) ** 2)
-    low, high = ((middle + side * reach) / (1 + z**2 / n) for side in (-1, 1))
+    centre, half_width = value + z**2 / (2 * n), z * math.sqrt(value * (1 - value) / n + (z / (2 * n)) ** 2)
+    low, high = ((centre + side * half_width) / (1 + z**2 / n) for side in (-1, 1))
     return Estimate(value, low if value > 0 else 0.0, high if value < 1 else 1.0, n)
 
 
 def paired_difference(a: npt.ArrayLike, b: npt.ArrayLike) -> Estimate:
-    """p_b - p_a for two answers of the same items, each [n] of zeros and ones; p is two-sided, McNemar's exact one.
+    """p_b - p_a for the same items answered twice, each [n] of zeros and ones; p is two-sided, McNemar's exact one.
 
     Source: Newcombe (1998), Improved confidence intervals based on paired data, method 10.
 
@@ -138,20 +138,20 @@ def paired_difference(a: npt.ArrayLike, b: npt.ArrayLike) -> Estimate:
     if agreement > 0:
         agreement = max(agreement - n / 2, 0.0)  # Newcombe's correction
     phi = agreement / math.sqrt(margins) if margins else 0.0
-    one, two = bounded_mean(first), bounded_mean(second)
+    share_a, share_b = bounded_mean(first), bounded_mean(second)
 
-    def reach(a: float, b: float) -> float:
+    def distance(a: float, b: float) -> float:
         return math.sqrt(max(0.0, a**2 - 2 * phi * a * b + b**2))
 
-    value = two.value - one.value
-    low = value - reach(two.value - two.low, one.high - one.value)
-    high = value + reach(one.value - one.low, two.high - two.value)
+    value = share_b.value - share_a.value
+    low = value - distance(share_b.value - share_b.low, share_a.high - share_a.value)
+    high = value + distance(share_a.value - share_a.low, share_b.high - share_b.value)
     p = min(1.0, 2 * float(bdtr(min(only_a, only_b), only_a + only_b, 0.5))) if only_a + only_b else 1.0
     return Estimate(value, low, high, n, p=p)
 
 
 def sum_of_independent(estimates: Sequence[Estimate], weights: Sequence[float]) -> Estimate:
-    """Weighted sum of independent numbers, with an interval from theirs (lopsided, perhaps); NaN where one is
+    """Weighted sum of independent numbers, with an interval from theirs (these may be asymmetric); NaN where one is
     undefined.
 
     Source: Zou & Donner (2008), Construction of confidence limits about effect measures (MOVER).
@@ -160,13 +160,13 @@ def sum_of_independent(estimates: Sequence[Estimate], weights: Sequence[float]) 
         >>> print(sum_of_independent([Estimate(0.5, 0.2, 0.9, 4), Estimate(0.1, 0.0, 0.4, 4)], [1.0, -1.0]))
         0.4 [-0.02426, 0.8123] (n = 8)
     """
-    n = sum(one.n for one in estimates)
-    reasons = [one.reason for one in estimates if not one.defined]
-    value = sum(w * one.value for w, one in zip(weights, estimates, strict=True))
+    n = sum(part.n for part in estimates)
+    reasons = [part.reason for part in estimates if not part.defined]
+    value = sum(w * part.value for w, part in zip(weights, estimates, strict=True))
     if reasons:
         return undefined(reasons[0] or "one of the parts has no interval", n, value)
-    below = [w * (one.value - (one.low if w > 0 else one.high)) for w, one in zip(weights, estimates, strict=True)]
-    above = [w * ((one.high if w > 0 else one.low) - one.value) for w, one in zip(weights, estimates, strict=True)]
+    below = [w * (part.value - (part.low if w > 0 else part.high)) for w, part in zip(weights, estimates, strict=True)]
+    above = [w * ((part.high if w > 0 else part.low) - part.value) for w, part in zip(weights, estimates, strict=True)]
     return Estimate(value, value - math.hypot(*below), value + math.hypot(*above), n)
 
 

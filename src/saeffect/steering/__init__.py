@@ -1,10 +1,10 @@
-"""Interventions: steer a model along features and along placebos, and measure what that does.
+"""Interventions: steer a model along features and along placebos, and measure the outcome.
 
-From a model with an SAE's decoder at a hook (`Site`), a table of features, and a plan (`SteeringPlan`) `run_trials`
-generates texts, `score_texts` reads more outcomes off them, `direct_effects` needs no sampling, `run_baselines` makes
-what steering must beat; `effects` (a line a feature), `outcome_effects` (a line a feature, outcome and control) and
-`best_dose` follow from their tables. `OUTCOMES` and `PLACEBOS` are the registries of what is measured and what it is
-compared with.
+Inputs are a model with an SAE's decoder at a hook (`Site`), a table of features, and a plan (`SteeringPlan`).
+`run_trials` generates texts, `score_texts` measures further outcomes of them, `direct_effects` needs no sampling, and
+`run_baselines` generates the texts of alternatives to steering. From their tables follow `effects` (one row a feature),
+`outcome_effects` (one row per feature, outcome and control) and `best_dose`. `OUTCOMES` and `PLACEBOS` are the
+registries of outcomes and of controls.
 """
 
 from __future__ import annotations

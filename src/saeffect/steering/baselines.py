@@ -21,7 +21,7 @@ from saeffect.steering.outcomes import RememberedVectors, TextVectors, join_toke
 from saeffect.steering.placebos import BASELINES, STEERED
 from saeffect.steering.plan import Site, SteeringPlan
 from saeffect.steering.sampling import NoiseCell
-from saeffect.steering.trials import TRIAL_COLUMNS, in_order
+from saeffect.steering.trials import TRIAL_COLUMNS, sort_trials
 
 __all__ = ["BASELINE_COLUMNS", "MeanDifferences", "naming_prompt", "run_baselines"]
 
@@ -29,24 +29,24 @@ BASELINE_COLUMNS = (*TRIAL_COLUMNS, "reason")
 
 
 def naming_prompt(top_tokens: Sequence[str], prompt: Prompt) -> Prompt:
-    """A prompt that names the concept, in a chat where the user last speaks; "" if no top token contains a word.
+    """The prompt with a request to talk about the top tokens (in a chat: in its last user turn); "" if none is a word.
 
     Example:
         >>> naming_prompt([" drug", "Ġdose", " Drug"], "What is on your mind?")
         'Talk about drug, dose. What is on your mind?'
     """
     words = [join_tokens([token]) for token in top_tokens if any(map(str.isalnum, token))]
-    different: dict[str, str] = {}
+    by_word: dict[str, str] = {}
     for word in words:
-        different.setdefault(normalise_token(word), word)
-    if not different:
+        by_word.setdefault(normalise_token(word), word)
+    if not by_word:
         return ""
-    request = f"Talk about {', '.join(different.values())}."
+    request = f"Talk about {', '.join(by_word.values())}."
     if isinstance(prompt, str):
         return f"{request} {prompt}"
     last = max((i for i, message in enumerate(prompt) if message.role == "user"), default=len(prompt) - 1)
-    said = prompt[last].model_copy(update={"content": f"{request} {prompt[last].content}"})
-    return (*prompt[:last], said, *prompt[last + 1 :])
+    request_turn = prompt[last].model_copy(update={"content": f"{request} {prompt[last].content}"})
+    return (*prompt[:last], request_turn, *prompt[last + 1 :])
 
 
 def run_baselines(
@@ -78,21 +78,21 @@ def run_baselines(
     table = actions.table
     top = {int(f): list(tokens) for f, tokens in zip(table["feature"], table["top_tokens"], strict=True)}
     run = _Baselines(actions, RememberedVectors(vectors), mean_differences, top)
-    each = len(table) * len(plan.prompts) * plan.samples
+    n_texts = len(table) * len(plan.prompts) * plan.samples
     records: list[dict[str, Any]] = []
     for number, name in enumerate(baselines):
 
-        def report(done: int, total: int, before: int = number * each) -> None:
+        def report(done: int, total: int, before: int = number * n_texts) -> None:
             if progress is not None:
-                progress(before + round(each * done / total), len(baselines) * each)
+                progress(before + round(n_texts * done / total), len(baselines) * n_texts)
 
-        records += run.records(name, run.named(report) if name == "prompt" else run.pushed(report))
+        records += run.records(name, run.prompted_texts(report) if name == "prompt" else run.steered_texts(report))
         report(1, 1)
-    return in_order(pd.DataFrame(records, columns=list(BASELINE_COLUMNS)), baselines)
+    return sort_trials(pd.DataFrame(records, columns=list(BASELINE_COLUMNS)), baselines)
 
 
 Texts = dict[tuple[int, Prompt, int], list[int] | str]
-"""Token ids by feature, prompt and sample; or why there are none."""
+"""Token ids by feature, prompt and sample, or the reason why there are none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,12 +102,12 @@ class _Baselines:
     mean_differences: Mapping[int, Tensor | str]
     top_tokens: Mapping[int, Sequence[str]]
 
-    def named(self, progress: Progress) -> Texts:
+    def prompted_texts(self, progress: Progress) -> Texts:
         """The baseline "prompt": each feature has its own prompts."""
         plan, lm = self.actions.plan, self.actions.site.lm
-        places = [(f, text, sample) for f in self.top_tokens for text in plan.prompts for sample in range(plan.samples)]
-        naming = {(f, text): naming_prompt(self.top_tokens[f], text) for f, text, _ in places}
-        possible = [(f, text, sample) for f, text, sample in places if naming[f, text]]
+        keys = [(f, text, sample) for f in self.top_tokens for text in plan.prompts for sample in range(plan.samples)]
+        naming = {(f, text): naming_prompt(self.top_tokens[f], text) for f, text, _ in keys}
+        possible = [(f, text, sample) for f, text, sample in keys if naming[f, text]]
         outputs = continue_prompts(
             lm,
             [lm.encode_prompt(naming[f, text]) for f, text, _ in possible],
@@ -117,12 +117,12 @@ class _Baselines:
             progress=progress,
         )
         reason = "no top token is a word that a prompt could name"
-        return dict.fromkeys(places, reason) | dict(zip(possible, outputs, strict=True))
+        return dict.fromkeys(keys, reason) | dict(zip(possible, outputs, strict=True))
 
-    def pushed(self, progress: Progress) -> Texts:
+    def steered_texts(self, progress: Progress) -> Texts:
         """The baseline "mean_difference", all features of a prompt in one batch."""
         plan, site = self.actions.plan, self.actions.site
-        vectors = {feature: self._vector(feature) for feature in self.top_tokens}
+        vectors = {feature: self._steering_vector(feature) for feature in self.top_tokens}
         rows = [(f, sample, v) for f, v in vectors.items() if isinstance(v, Tensor) for sample in range(plan.samples)]
         texts: Texts = {}
         for done, text in enumerate(plan.prompts):
@@ -145,31 +145,34 @@ class _Baselines:
             progress(done + 1, len(plan.prompts))
         return texts
 
-    def _vector(self, feature: int) -> Tensor | str:
+    def _steering_vector(self, feature: int) -> Tensor | str:
         if reason := self.actions.obstacle(feature, STEERED):
             return reason
         length = self.actions.length(feature, self.actions.plan.doses[0])
         if not math.isfinite(length):
             return "an ablation takes away another length at each token, so no vector is its equal"
-        found = self.mean_differences.get(feature, "no means were measured")
-        return found if isinstance(found, str) else length * found.float().cpu() / found.float().cpu().norm()
+        difference = self.mean_differences.get(feature, "no means were measured")
+        if isinstance(difference, str):
+            return difference
+        vector = difference.float().cpu()
+        return length * vector / vector.norm()
 
     def records(self, name: str, texts: Texts) -> list[dict[str, Any]]:
         plan = self.actions.plan
-        called = {"condition": name, "dose": 0.0 if name == "prompt" else plan.doses[0], "coefficient": math.nan}
-        nothing = {"text": None, "similarity": math.nan, "distinct2": math.nan, "perplexity": math.nan}
+        settings = {"condition": name, "dose": 0.0 if name == "prompt" else plan.doses[0], "coefficient": math.nan}
+        undefined = {"text": None, "similarity": math.nan, "distinct2": math.nan, "perplexity": math.nan}
         records = []
         for prompt, text in enumerate(plan.prompts):
-            places = [(feature, sample) for feature in self.top_tokens for sample in range(plan.samples)]
-            outputs = {place: texts[place[0], text, place[1]] for place in places}
-            written = {place: ids for place, ids in outputs.items() if not isinstance(ids, str)}
-            about = [join_tokens(self.top_tokens[feature]) for feature, _ in written]
-            measured = measure_texts(self.actions.site.lm, text, list(written.values()), about, self.vectors)
-            found = dict(zip(written, measured, strict=True))
+            keys = [(feature, sample) for feature in self.top_tokens for sample in range(plan.samples)]
+            outputs = {key: texts[key[0], text, key[1]] for key in keys}
+            generated = {key: ids for key, ids in outputs.items() if not isinstance(ids, str)}
+            references = [join_tokens(self.top_tokens[feature]) for feature, _ in generated]
+            measured = measure_texts(self.actions.site.lm, text, list(generated.values()), references, self.vectors)
+            measures = dict(zip(generated, measured, strict=True))
             for (feature, sample), output in outputs.items():
-                row = {"feature": feature, "prompt": prompt, "sample": sample} | called
+                row = {"feature": feature, "prompt": prompt, "sample": sample} | settings
                 reason = output if isinstance(output, str) else ""
-                records.append(row | found.get((feature, sample), nothing) | {"reason": reason})
+                records.append(row | measures.get((feature, sample), undefined) | {"reason": reason})
         return records
 
 
@@ -178,9 +181,9 @@ class MeanDifferences:
 
     def __init__(self, features: Sequence[int], d_model: int) -> None:
         self.features = tuple(int(f) for f in features)
-        self._there = torch.zeros(len(self.features), d_model, dtype=torch.float64)
-        self._n_there = torch.zeros(len(self.features), dtype=torch.int64)
-        self._general = torch.zeros(d_model, dtype=torch.float64)
+        self._active_sum = torch.zeros(len(self.features), d_model, dtype=torch.float64)
+        self._n_active = torch.zeros(len(self.features), dtype=torch.int64)
+        self._general_sum = torch.zeros(d_model, dtype=torch.float64)
         self._n_general = 0
 
     def add(self, x: Tensor, feature_acts: Tensor, general: Tensor) -> None:
@@ -190,19 +193,19 @@ class MeanDifferences:
                 f"{len(x)} tokens, but activations of shape {tuple(feature_acts.shape)} for"
                 f" {len(self.features)} features and a mask of {tuple(general.shape)}."
             )
-        wide, fires = x.double(), feature_acts > 0
-        self._there += fires.double().T @ wide
-        self._n_there += fires.sum(dim=0)
-        self._general += wide[general].sum(dim=0)
+        x64, fires = x.double(), feature_acts > 0
+        self._active_sum += fires.double().T @ x64
+        self._n_active += fires.sum(dim=0)
+        self._general_sum += x64[general].sum(dim=0)
         self._n_general += int(general.sum())
 
     def vector(self, feature: int) -> Tensor | str:
         """The difference, float32 `[d_model]`, or why there is none."""
-        place = self.features.index(int(feature))
-        n = int(self._n_there[place])
+        index = self.features.index(int(feature))
+        n = int(self._n_active[index])
         if not n or not self._n_general:
             return "the feature never fired on the text" if not n else "there is no text to compare with"
-        found = self._there[place] / n - self._general / self._n_general
-        if not float(found.norm()) > 0:
+        difference = self._active_sum[index] / n - self._general_sum / self._n_general
+        if not float(difference.norm()) > 0:
             return "the two means are equal"
-        return found.float()
+        return difference.float()

@@ -1,4 +1,4 @@
-"""Choosing the dose by mean gain x fluency against the unsteered text, on prompts that the test does not use."""
+"""Choice of the dose by mean gain x fluency against the unsteered text, on prompts that the test does not use."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ RESPONSE_COLUMNS = (
 )
 
 
-_MEASURED = ["similarity", "distinct2", "perplexity"]
-_MEANS = ["similarity", "gain", "distinct2", "perplexity", "fluency", "score"]
+_MEASURES = ["similarity", "distinct2", "perplexity"]
+_AVERAGED = ["similarity", "gain", "distinct2", "perplexity", "fluency", "score"]
 
 
 def best_dose(scores: pd.DataFrame) -> float | None:
     """The dose of highest mean score over the steered rows (ties: the smaller); None if no score is above 0.
-    `scores` are those of `score_doses`, of one arm or several concatenated, which weigh the same.
+    `scores` is a table of `score_doses`, or several concatenated, one an arm; arms have equal weight.
 
     Example:
         >>> scores = pd.DataFrame({"condition": "steered", "dose": [0.2, 0.4, 0.8], "score": [0.1, 0.3, -0.2]})
@@ -41,14 +41,14 @@ def score_doses(trials: pd.DataFrame) -> pd.DataFrame:
     """Gain and fluency of steered texts against the unsteered texts of the same prompt and noise, by dose.
 
     gain = steered minus unsteered similarity. fluency = geometric mean of two ratios, each at most 1: distinct-2 over
-    the unsteered text's (falls with loops), and the unsteered text's perplexity over the steered one's, both under the
-    unsteered model (falls with word salad). The score of a text is gain x fluency; a negative gain is not multiplied,
-    since a more broken text would then score higher. A text without a known word has gain 0; features without any
-    defined similarity are left out. One row per condition ("steered", then each placebo) and dose, ascending:
+    the unsteered text's (low for loops), and the unsteered text's perplexity over the steered one's, both under the
+    unsteered model (low for word salad). The score of a text is gain x fluency. A negative gain is not multiplied, or
+    less fluent texts would score higher. A text without a known word has gain 0; features without any defined
+    similarity are left out. One row per condition ("steered", then each placebo) and dose, ascending:
     condition, dose, n (texts), n_undefined (gain), and means over texts of similarity, distinct2, perplexity, fluency
     (where defined), gain and score.
     """
-    return _means(_scored(trials), ["condition", "dose"])
+    return _mean_by(_with_scores(trials), ["condition", "dose"])
 
 
 def dose_response(trials: pd.DataFrame, direct: pd.DataFrame | None = None) -> pd.DataFrame:
@@ -61,38 +61,38 @@ def dose_response(trials: pd.DataFrame, direct: pd.DataFrame | None = None) -> p
     dose of highest score (ties: the smaller; none if no score is above 0; never a placebo's).
     """
     by = ["feature", "condition", "dose"]
-    table = _means(_scored(trials), by)
+    table = _mean_by(_with_scores(trials), by)
     table[["direct_effect", "kl"]] = math.nan
     if direct is not None:
-        rows = direct.groupby(by)[["delta_logprob", "kl"]].mean()
-        found = rows.reindex(pd.MultiIndex.from_frame(table[by])).to_numpy(dtype=np.float64)
-        table[["direct_effect", "kl"]] = found
+        direct_means = direct.groupby(by)[["delta_logprob", "kl"]].mean()
+        direct_means = direct_means.reindex(pd.MultiIndex.from_frame(table[by]))
+        table[["direct_effect", "kl"]] = direct_means.to_numpy(dtype=np.float64)
     steered = table[table["condition"] == STEERED]
     highest = steered.groupby("feature")["score"].transform("max")
-    first = steered[(steered["score"] == highest) & (highest > 0)].drop_duplicates("feature").index
-    table["best"] = table.index.isin(first)
+    best = steered[(steered["score"] == highest) & (highest > 0)].drop_duplicates("feature").index
+    table["best"] = table.index.isin(best)
     return table[list(RESPONSE_COLUMNS)]
 
 
-def _scored(trials: pd.DataFrame) -> pd.DataFrame:
-    """Texts of every condition but unsteered, with gain, fluency and score; NaN for features left out."""
+def _with_scores(trials: pd.DataFrame) -> pd.DataFrame:
+    """All texts but the unsteered ones, with gain, fluency and score; NaN for features without any similarity."""
     keys = ["feature", "prompt", "sample"]
-    twins = trials[trials["condition"] == UNSTEERED].set_index(keys)[_MEASURED].add_suffix("_before")
-    rows = trials[trials["condition"] != UNSTEERED].join(twins, on=keys)
-    repeats = np.minimum(1.0, rows["distinct2"] / rows["distinct2_before"])
-    surprise = np.minimum(1.0, rows["perplexity_before"] / rows["perplexity"])
+    unsteered = trials[trials["condition"] == UNSTEERED].set_index(keys)[_MEASURES].add_suffix("_before")
+    rows = trials[trials["condition"] != UNSTEERED].join(unsteered, on=keys)
+    distinct2_ratio = np.minimum(1.0, rows["distinct2"] / rows["distinct2_before"])
+    perplexity_ratio = np.minimum(1.0, rows["perplexity_before"] / rows["perplexity"])
     gain = rows["similarity"] - rows["similarity_before"]
     rows["n"], rows["n_undefined"] = 1, gain.isna().astype(np.int64)
     rows["gain"] = gain.fillna(0.0)
-    rows["fluency"] = np.sqrt(repeats * surprise)
+    rows["fluency"] = np.sqrt(distinct2_ratio * perplexity_ratio)
     rows["score"] = rows["gain"] * rows["fluency"].fillna(0.0).where(rows["gain"] > 0, 1.0)
-    unknown = ~rows["feature"].isin(trials.loc[trials["similarity"].notna(), "feature"])
-    rows.loc[unknown, _MEANS] = math.nan
+    undefined = ~rows["feature"].isin(trials.loc[trials["similarity"].notna(), "feature"])
+    rows.loc[undefined, _AVERAGED] = math.nan
     return rows
 
 
-def _means(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+def _mean_by(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     grouped = rows.groupby(by)
-    table = grouped[["n", "n_undefined"]].sum().join(grouped[_MEANS].mean()).reset_index()
+    table = grouped[["n", "n_undefined"]].sum().join(grouped[_AVERAGED].mean()).reset_index()
     rank = {name: i for i, name in enumerate((STEERED, *PLACEBOS))}
     return table.sort_values(by, key=lambda c: c.map(rank) if c.name == "condition" else c, ignore_index=True)

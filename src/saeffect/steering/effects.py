@@ -24,25 +24,25 @@ __all__ = ["Obstacles", "effects", "outcome_effects"]
 Obstacles = Mapping[tuple[int, str], str]
 """Why a feature was not steered under a condition, by (feature, condition); see `saeffect.steering.obstacles`."""
 
-_ORDER = (
+_EFFECT_COLUMNS = (
     *("feature", "n_pairs", "n_independent", "unsteered_mean", "steered_mean", "placebo_mean"),
     *("effect", "effect_low", "effect_high", "bootstrap_low", "bootstrap_high"),
     *("p", "q", "passed", "paper_pass", "direct_effect", "direct_placebo", "kl", "reversed_share"),
     *("shuffled_effect", "shuffled_low", "shuffled_high", "shuffled_p", "outcome", "placebo", "reason"),
 )
-# Names in the summary: names beside the primary effect.
-_SHUFFLED = {
+# Column of a table of effects: column of the effect against the shuffled reference.
+_SHUFFLED_NAMES = {
     "effect": "shuffled_effect",
     "effect_low": "shuffled_low",
     "effect_high": "shuffled_high",
     "p": "shuffled_p",
 }
-_LONG = (
+_OUTCOME_COLUMNS = (
     *("feature", "outcome", "placebo", "n_pairs", "n_independent", "effect", "low", "high", "p", "q", "reversed_share"),
     *("unsteered_mean", "steered_mean", "placebo_mean", "alternative", "unit", "declared", "primary", "reason"),
 )
 _KEYS = ["feature", "prompt", "sample"]
-_NUMBERS = (
+_NUMBER_COLUMNS = (
     *("unsteered_mean", "steered_mean", "placebo_mean", "effect", "effect_low", "effect_high", "reversed_share"),
 )
 
@@ -86,25 +86,25 @@ def effects(
     if not 0 < alpha < 1:
         raise ConfigError(f"alpha must be between 0 and 1. Got {alpha}.", at="alpha")
     measure = outcome_named(outcome) if isinstance(outcome, str) else outcome
-    similar = OUTCOMES["similarity"].under(measure.operator)
+    similarity = OUTCOMES["similarity"].under(measure.operator)
     dose = _tested_dose(trials, dose)
-    table = _summary(_pairs(trials, direct, measure, dose, placebo), measure, seed, obstacles)
+    table = _effect_table(_make_pairs(trials, direct, measure, dose, placebo), measure, seed, obstacles)
     table["passed"] = table["q"] <= alpha
-    texts = _pairs(trials, direct, similar, dose, SHUFFLED)
+    texts = _make_pairs(trials, direct, similarity, dose, SHUFFLED)
     # Prompt 0, sample 0: the paper looks at one text of each kind.
-    first = {feature: own.values[:2, 0] for feature, own in texts.features()}
-    higher, lower = (0, 1) if similar.alternative == "less" else (1, 0)
-    shuffled = _summary(texts, similar, seed).set_index("feature")
-    beside = {new: shuffled[name] for name, new in _SHUFFLED.items()} | {
-        "paper_pass": {feature: bool(pair[higher] > pair[lower]) for feature, pair in first.items()},
+    first_texts = {feature: pairs.values[:2, 0] for feature, pairs in texts.features()}
+    higher, lower = (0, 1) if similarity.alternative == "less" else (1, 0)
+    shuffled = _effect_table(texts, similarity, seed).set_index("feature")
+    columns = {new: shuffled[name] for name, new in _SHUFFLED_NAMES.items()} | {
+        "paper_pass": {feature: bool(values[higher] > values[lower]) for feature, values in first_texts.items()},
         "direct_effect": _direct_means(direct, dose, STEERED, "delta_logprob"),
         "direct_placebo": _direct_means(direct, dose, placebo, "delta_logprob"),
         "kl": _direct_means(direct, dose, STEERED, "kl"),
     }
-    for name, values in beside.items():
+    for name, values in columns.items():
         table[name] = table["feature"].map(values)
     table["paper_pass"] = table["paper_pass"].eq(True)
-    return table.assign(outcome=measure.name, placebo=placebo)[list(_ORDER)]
+    return table.assign(outcome=measure.name, placebo=placebo)[list(_EFFECT_COLUMNS)]
 
 
 def outcome_effects(
@@ -123,26 +123,26 @@ def outcome_effects(
     `trials` are as `run_trials` and `score_texts` give; outcomes without a column are left out. `declared` are the
     outcomes declared before the run, `placebos` the conditions to compare with, each the primary one first. If the
     trials have it, similarity is also compared with "shuffled": the same texts against another feature's top tokens.
-    One row per outcome, placebo and feature: `_LONG`; effect has its 95 % interval low, high (Student's t), q is over
-    the features of one outcome and placebo; declared is False for exploratory ones, primary marks the one test that
-    decides what passes.
+    One row per outcome, placebo and feature: `_OUTCOME_COLUMNS`; effect has its 95 % interval low, high (Student's t),
+    q is over the features of one outcome and placebo; declared is False for exploratory ones, primary marks the one
+    test that decides what passes.
     """
     for name in declared:
         outcome_named(name)
     dose = _tested_dose(trials, dose)
     frames = []
-    for measure in (plain.under(operator) for plain in OUTCOMES.values()):
+    for measure in (outcome.under(operator) for outcome in OUTCOMES.values()):
         if direct is None if measure.direct else measure.column not in trials:
             continue
         controls = [*placebos, *([SHUFFLED] if f"{measure.column}_shuffled" in trials else [])]
         for placebo in controls:
-            table = _summary(_pairs(trials, direct, measure, dose, placebo), measure, seed, obstacles)
+            table = _effect_table(_make_pairs(trials, direct, measure, dose, placebo), measure, seed, obstacles)
             table = table.rename(columns={"effect_low": "low", "effect_high": "high"})
             is_primary = [measure.name, placebo] == [*declared[:1], *placebos[:1]]
             table = table.assign(outcome=measure.name, placebo=placebo, primary=is_primary)
             table = table.assign(alternative=measure.alternative, unit=measure.unit, declared=measure.name in declared)
-            frames.append(table[list(_LONG)])
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(_LONG))
+            frames.append(table[list(_OUTCOME_COLUMNS)])
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(_OUTCOME_COLUMNS))
 
 
 def _check_columns(trials: pd.DataFrame, columns: Sequence[str]) -> None:
@@ -160,14 +160,14 @@ def _direct_means(direct: pd.DataFrame | None, dose: float, condition: str, colu
 
 def _tested_dose(trials: pd.DataFrame, dose: float | None) -> float:
     _check_columns(trials, (*_KEYS, "condition", "dose", "similarity"))
-    found = sorted(trials.loc[trials["condition"] == STEERED, "dose"].unique().tolist())
-    if not found and dose is None:
+    doses = sorted(trials.loc[trials["condition"] == STEERED, "dose"].unique().tolist())
+    if not doses and dose is None:
         raise EmptySelection("there are no steered trials.", at="trials", fix="run the interventions first.")
-    if dose is None and len(found) == 1:
-        return float(found[0])
-    if dose is None or (found and dose not in found):
-        said = "no dose was chosen" if dose is None else f"dose {dose} is not among them"
-        raise ConfigError(f"the trials hold the doses {found}, and {said}.", at="dose", fix="give one of them.")
+    if dose is None and len(doses) == 1:
+        return float(doses[0])
+    if dose is None or (doses and dose not in doses):
+        problem = "no dose was chosen" if dose is None else f"dose {dose} is not among them"
+        raise ConfigError(f"the trials hold the doses {doses}, and {problem}.", at="dose", fix="give one of them.")
     return dose
 
 
@@ -177,7 +177,7 @@ class _Pairs:
 
     Attributes:
         keys: Feature, prompt and sample, int64 [n_pairs, 3], ascending.
-        values: Unsteered, steered and placebo, float64 [3, n_pairs]; NaN where there is none.
+        values: Unsteered, steered and placebo, float64 [3, n_pairs]; NaN where missing.
         placebo: The third condition.
     """
 
@@ -187,41 +187,44 @@ class _Pairs:
 
     def features(self) -> Iterator[tuple[int, _Pairs]]:
         """Each feature and its pairs."""
-        found, starts = np.unique(self.keys[:, 0], return_index=True)
-        for feature, begin, end in zip(found.tolist(), starts, [*starts[1:], len(self.keys)], strict=True):
-            yield feature, replace(self, keys=self.keys[begin:end], values=self.values[:, begin:end])
+        ids, starts = np.unique(self.keys[:, 0], return_index=True)
+        for feature, start, stop in zip(ids.tolist(), starts, [*starts[1:], len(self.keys)], strict=True):
+            yield feature, replace(self, keys=self.keys[start:stop], values=self.values[:, start:stop])
 
 
-def _pairs(trials: pd.DataFrame, direct: pd.DataFrame | None, measure: Outcome, dose: float, placebo: str) -> _Pairs:
-    """An outcome by pair (direct ones: by prompt, unsteered 0) and condition; "shuffled" replaces the placebo."""
+def _make_pairs(
+    trials: pd.DataFrame, direct: pd.DataFrame | None, measure: Outcome, dose: float, placebo: str
+) -> _Pairs:
+    """An outcome by pair and condition; direct ones by prompt, unsteered 0. "shuffled" replaces the placebo."""
     source = trials
     if measure.direct:
         source = trials.head(0).assign(**{measure.column: math.nan}) if direct is None else direct.assign(sample=0)
     _check_columns(source, [measure.column])
-    places = source["condition"].map({UNSTEERED: 0, STEERED: 1, placebo: 2})
-    at_dose = (source["dose"] == dose) | source["condition"].isin([UNSTEERED, "prompt"])  # those have none
-    chosen = (at_dose & places.notna()).to_numpy(dtype=bool)
-    place, given = places.to_numpy(dtype=np.float64)[chosen].astype(np.int64), _keys(source)[chosen]
-    wanted = np.unique(_keys(trials.assign(sample=0)), axis=0) if measure.direct else given[:0]
-    found = np.unique(np.concatenate([wanted, given]), axis=0, return_inverse=True)
-    keys, pair = found[0], found[1].ravel()[len(wanted) :]
-    if len(np.unique(3 * pair + place)) < len(pair):
+    condition = source["condition"].map({UNSTEERED: 0, STEERED: 1, placebo: 2})
+    at_dose = (source["dose"] == dose) | source["condition"].isin([UNSTEERED, "prompt"])  # these have no dose
+    chosen = (at_dose & condition.notna()).to_numpy(dtype=bool)
+    codes, trial_keys = condition.to_numpy(dtype=np.float64)[chosen].astype(np.int64), _keys(source)[chosen]
+    # Direct effects are paired for the prompts of the trials, also where there is no effect.
+    prompt_keys = np.unique(_keys(trials.assign(sample=0)), axis=0) if measure.direct else trial_keys[:0]
+    keys, inverse = np.unique(np.concatenate([prompt_keys, trial_keys]), axis=0, return_inverse=True)
+    prompt_pairs, pair = np.split(inverse.ravel(), [len(prompt_keys)])
+    if len(np.unique(3 * pair + codes)) < len(pair):
         raise ShapeMismatch("a trial is there twice: same feature, prompt, sample, condition and dose.", at="trials")
 
-    def wide(column: str) -> npt.NDArray[np.float64]:
+    def by_condition(column: str) -> npt.NDArray[np.float64]:
         values = np.full((3, len(keys)), math.nan)
-        values[place, pair] = source[column].astype(np.float64).to_numpy()[chosen]
+        values[codes, pair] = source[column].astype(np.float64).to_numpy()[chosen]
         return values
 
-    values, other = wide(measure.column), f"{measure.column}_shuffled"
+    values, shuffled_column = by_condition(measure.column), f"{measure.column}_shuffled"
     if measure.direct:
         values[0] = 0.0
-        kept = np.unique(found[1].ravel()[: len(wanted)])
-        keys, values = keys[kept], values[:, kept]
+        prompt_pairs = np.unique(prompt_pairs)
+        keys, values = keys[prompt_pairs], values[:, prompt_pairs]
     if measure.logarithm:
         values = np.log(np.where(values > 0, values, math.nan))
-    if placebo == SHUFFLED and other in source:
-        unsteered, steered, _ = wide(other)
+    if placebo == SHUFFLED and shuffled_column in source:
+        unsteered, steered, _ = by_condition(shuffled_column)
         values[2] = values[0] + steered - unsteered
     return _Pairs(keys, values, placebo)
 
@@ -230,40 +233,40 @@ def _keys(table: pd.DataFrame) -> npt.NDArray[np.int64]:
     return table[_KEYS].to_numpy(dtype=np.int64)
 
 
-def _summary(pairs: _Pairs, measure: Outcome, seed: int, obstacles: Obstacles | None = None) -> pd.DataFrame:
+def _effect_table(pairs: _Pairs, measure: Outcome, seed: int, obstacles: Obstacles | None = None) -> pd.DataFrame:
     """One row a feature: the effect beyond the placebo over complete pairs; NaN for fewer than two."""
-    kept: list[npt.NDArray[np.float64]] = []
+    by_feature: list[npt.NDArray[np.float64]] = []
     records = []
-    for feature, own in pairs.features():
-        record, differences = _one_feature(own, measure)
+    for feature, feature_pairs in pairs.features():
+        record, differences = _feature_effect(feature_pairs, measure)
         reasons = [(obstacles or {}).get((feature, condition)) for condition in (STEERED, pairs.placebo)]
         if any(reasons) and record["n_pairs"] == 0:
             record["reason"] = reasons[0] or reasons[1]
         records.append({"feature": feature, **record})
-        kept.append(differences)
-    table = pd.DataFrame(records, columns=["feature", "n_pairs", "n_independent", *_NUMBERS, "reason"])
-    bootstrap, p = np.full((2, len(kept)), math.nan), np.full(len(kept), math.nan)
-    sizes = np.array([len(differences) for differences in kept])
-    for size in np.unique(sizes[sizes >= 2]):  # equally many differences are resampled and tested together
-        where = np.flatnonzero(sizes == size)
-        values = np.stack([kept[i] for i in where])
-        bootstrap[:, where] = bootstrap_means(values, seed=seed)
-        p[where] = sign_flip_many(values, alternative=measure.alternative, seed=seed)
+        by_feature.append(differences)
+    table = pd.DataFrame(records, columns=["feature", "n_pairs", "n_independent", *_NUMBER_COLUMNS, "reason"])
+    bootstrap, p = np.full((2, len(by_feature)), math.nan), np.full(len(by_feature), math.nan)
+    sizes = np.array([len(differences) for differences in by_feature])
+    for size in np.unique(sizes[sizes >= 2]):  # features with equally many differences at once
+        positions = np.flatnonzero(sizes == size)
+        values = np.stack([by_feature[i] for i in positions])
+        bootstrap[:, positions] = bootstrap_means(values, seed=seed)
+        p[positions] = sign_flip_many(values, alternative=measure.alternative, seed=seed)
     table["bootstrap_low"], table["bootstrap_high"] = bootstrap
     table["p"] = p
     table["q"] = benjamini_hochberg(table["p"].to_numpy(dtype=np.float64))
     return table
 
 
-def _one_feature(own: _Pairs, measure: Outcome) -> tuple[dict[str, Any], npt.NDArray[np.float64]]:
+def _feature_effect(pairs: _Pairs, measure: Outcome) -> tuple[dict[str, Any], npt.NDArray[np.float64]]:
     """All columns but p and q, and the differences of the complete pairs."""
-    complete = ~np.isnan(own.values).any(axis=0)
-    values, prompts = own.values[:, complete], own.keys[complete, 1]
+    complete = ~np.isnan(pairs.values).any(axis=0)
+    values, prompts = pairs.values[:, complete], pairs.keys[complete, 1]
     by_pair = values[1] - values[2]
     differences = independent_values(by_pair, prompts)
     record: dict[str, Any] = {"n_pairs": len(by_pair), "n_independent": len(differences)}
-    record |= dict.fromkeys(_NUMBERS, math.nan)
-    record["reason"] = _reason(own, len(by_pair), measure)
+    record |= dict.fromkeys(_NUMBER_COLUMNS, math.nan)
+    record["reason"] = _missing_reason(pairs, len(by_pair), measure)
     if len(differences) < 2:
         return record, np.empty(0)
     interval = mean_interval(differences)
@@ -285,19 +288,19 @@ def _reversed_share(differences: npt.NDArray[np.float64], prompts: npt.NDArray[n
     by_prompt = independent_values(differences, prompts, min_clusters=1)
     overall = float(differences.mean())
     two_sided = measure.alternative == "two-sided"
-    down = overall > 0 if two_sided else measure.alternative == "greater"
+    expects_positive = overall > 0 if two_sided else measure.alternative == "greater"
     if two_sided and overall == 0:
-        return math.nan  # an effect of nothing has no way to go against
-    # The mean of equal numbers can miss zero by a rounding error, which is no reversal.
+        return math.nan  # an effect of 0 has no opposite direction
+    # The mean of equal numbers can differ from 0 by rounding, which is no reversal.
     tie = 1e-12 * float(np.abs(differences).max())
-    return float((by_prompt < -tie).mean() if down else (by_prompt > tie).mean())
+    return float((by_prompt < -tie).mean() if expects_positive else (by_prompt > tie).mean())
 
 
-def _reason(own: _Pairs, n_complete: int, measure: Outcome) -> str:
-    missing = np.isnan(own.values)
+def _missing_reason(pairs: _Pairs, n_complete: int, measure: Outcome) -> str:
+    missing = np.isnan(pairs.values)
     n = missing.shape[1]
-    for place, condition in enumerate((UNSTEERED, STEERED, own.placebo)):
-        if not missing[place].all():
+    for row, condition in enumerate((UNSTEERED, STEERED, pairs.placebo)):
+        if not missing[row].all():
             continue
         if measure.direct:
             return "no direct effect is defined: it was not measured, or there are no top tokens"

@@ -24,10 +24,10 @@ from saeffect.steering.sampling import NoiseCell, Sampling, next_tokens, penalis
 
 __all__ = ["Progress", "continue_prompts", "generate", "last_logits", "read_prompt", "stream"]
 
-_SHAPES = re.compile(r"\b(sizes?|shapes?|dimensions?|batches)\b", re.IGNORECASE)
+_SHAPE_WORDS = re.compile(r"\b(sizes?|shapes?|dimensions?|batches)\b", re.IGNORECASE)
 
 Progress = Callable[[int, int], None]
-"""Called with (how much is done, how much there is in all), in rows if nothing else is said."""
+"""Called with (done, total), in rows unless stated otherwise."""
 
 
 @torch.inference_mode()
@@ -44,14 +44,14 @@ def generate(
 ) -> list[list[int]]:
     """Continue one prompt once per row: new token ids, one list a row, without the prompt.
 
-    A row's output depends on its own vector and noise cell only, but other batch sizes may round differently (this
-    rarely changes a token in float32 and float64, sometimes in bfloat16). With `sampling.allow_end` a row stops before
+    A row's output depends on its own vector and noise cell only. Other batch sizes may round differently, which rarely
+    changes a token in float32 and float64, sometimes in bfloat16. With `sampling.allow_end` a row stops before
     its end-of-text token and may be shorter, even empty. `cells` and the rows of the intervention are one a row, else
     ShapeMismatch; None leaves the model as it is. 64 rows of a 135M model take about 0.2 GB beside the weights.
-    `progress` is called after every token with tokens done and in all; a row that ends early counts in full.
+    `progress` is called after every token with (done, total) in tokens; a row that ends early counts in full.
     ConfigError: an empty prompt, no such hook, or `batch_size` below 1.
     """
-    _refuse_empty([prompt_ids])
+    _check_prompts([prompt_ids])
     _check_rows(intervention, cells)
     n_steps = sampling.max_new_tokens
     outputs: list[list[int]] = []
@@ -68,7 +68,7 @@ def generate(
                     progress(rows_before * n_steps + rows * tokens, len(cells) * n_steps)
 
             start = read_prompt(lm, hook, prompt_ids, len(batch), edit, room=n_steps - 1)
-            with _steered(lm, hook, edit):
+            with _editing(lm, hook, edit):
                 outputs += _continue(lm, [prompt_ids] * len(batch), batch, sampling, start, edit=edit, report=report)
     return outputs
 
@@ -86,20 +86,22 @@ def continue_prompts(
     """Continue each of many prompts once, unsteered and without padding: new token ids, one list a row.
 
     While longer prompts are still read, shorter ones already generate. A row's output is that of `generate` for its
-    prompt alone, up to rounding; so are errors. `progress` is called after each batch with rows done and in all.
+    prompt alone, up to rounding, as are errors. `progress` is called after each batch with (done, total) in rows.
     """
-    _refuse_empty(prompts)
+    _check_prompts(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     outputs: dict[int, list[int]] = {}
     with fused(lm):
         for first in range(0, len(order), batch_size):
             batch = order[first : first + batch_size]
-            own = [prompts[i] for i in batch]
-            n_read = len(own[0])
-            logits, cache = last_logits(lm, torch.tensor([list(ids[:n_read]) for ids in own], device=lm.device))
-            if _can_spread(cache):
-                cache = _with_room(cache, len(own), len(own[-1]) + sampling.max_new_tokens - 1 - n_read)
-            texts = _continue(lm, own, [cells[i] for i in batch], sampling, (logits, cache))
+            batch_prompts = [prompts[i] for i in batch]
+            n_read = len(batch_prompts[0])
+            heads = torch.tensor([list(ids[:n_read]) for ids in batch_prompts], device=lm.device)
+            logits, cache = last_logits(lm, heads)
+            if _is_plain_cache(cache):
+                room = len(batch_prompts[-1]) + sampling.max_new_tokens - 1 - n_read
+                cache = _reserve(cache, len(batch), room)
+            texts = _continue(lm, batch_prompts, [cells[i] for i in batch], sampling, (logits, cache))
             outputs |= dict(zip(batch, texts, strict=True))
             if progress is not None:
                 progress(len(outputs), len(prompts))
@@ -117,33 +119,33 @@ def stream(
     intervention: Intervention | None = None,
 ) -> Generator[list[int | None], None, None]:
     """The texts of `generate`, all in one batch, token by token: each step yields an id a row, None after a row's
-    end. Between steps the model is as it was, so streams may take turns.
+    end. Between steps the model is unedited, so several streams can alternate.
     """
-    _refuse_empty([prompt_ids])
+    _check_prompts([prompt_ids])
     _check_rows(intervention, cells)
     n_bos = 0 if sampling.as_published else lm.n_bos(prompt_ids)
     edit = None if intervention is None else intervention.edit(len(prompt_ids), n_bos)
     with fused(lm):
         start = read_prompt(lm, hook, prompt_ids, len(cells), edit, room=sampling.max_new_tokens - 1)
-    rows, lengths = _rows_of(lm, [prompt_ids] * len(cells), sampling)
-    steps = _steps(lm, rows, lengths, cells, sampling, start, edit)
-    ends, ended = set(_ends(lm, sampling)), [False] * len(cells)
+    rows, lengths = _allocate_rows(lm, [prompt_ids] * len(cells), sampling)
+    steps = _fill_rows(lm, rows, lengths, cells, sampling, start, edit)
+    stop_tokens, ended = set(_stop_tokens(lm, sampling)), [False] * len(cells)
     while True:
-        with fused(lm), _steered(lm, hook, edit):
+        with fused(lm), _editing(lm, hook, edit):
             position = next(steps, None)
         if position is None:
             return
         ids = rows[:, position].tolist()
-        ended = [was or (sampling.allow_end and token in ends) for was, token in zip(ended, ids, strict=True)]
-        yield [None if over else token for over, token in zip(ended, ids, strict=True)]
+        ended = [was or (sampling.allow_end and token in stop_tokens) for was, token in zip(ended, ids, strict=True)]
+        yield [None if has_ended else token for has_ended, token in zip(ended, ids, strict=True)]
 
 
-def _steered(lm: LanguageModel, hook: str, edit: PositionedEdit | None) -> AbstractContextManager[None]:
-    """The edit of generated tokens; a steered prompt is in the keys and values, and nothing after it is steered."""
+def _editing(lm: LanguageModel, hook: str, edit: PositionedEdit | None) -> AbstractContextManager[None]:
+    """Context that edits generated tokens; empty for an edit of the prompt alone, which the cache holds."""
     return nullcontext() if edit is None or edit.of_prompt_alone else edited(lm, hook, edit)
 
 
-def _rows_of(lm: LanguageModel, prompts: Sequence[Sequence[int]], sampling: Sampling) -> tuple[Tensor, list[int]]:
+def _allocate_rows(lm: LanguageModel, prompts: Sequence[Sequence[int]], sampling: Sampling) -> tuple[Tensor, list[int]]:
     """Prompts with room for their texts, int64 `[rows, positions]`, and the prompts' lengths."""
     lengths = [len(ids) for ids in prompts]
     width = max(lengths) + sampling.max_new_tokens
@@ -162,18 +164,18 @@ def _continue(
 ) -> list[list[int]]:
     """The texts of one batch, sorted by prompt length and read up to the shortest."""
     n_steps = sampling.max_new_tokens
-    rows, lengths = _rows_of(lm, prompts, sampling)
+    rows, lengths = _allocate_rows(lm, prompts, sampling)
     last = rows.shape[1] - 1
-    for position in _steps(lm, rows, lengths, cells, sampling, start, edit):
+    for position in _fill_rows(lm, rows, lengths, cells, sampling, start, edit):
         if position < last:
             report(position - lengths[-1] + 1)
     report(n_steps)
-    final = set(_ends(lm, sampling))
+    final = set(_stop_tokens(lm, sampling))
     texts = [row[n : n + n_steps] for row, n in zip(rows.tolist(), lengths, strict=True)]
     return [ids[: next((i for i, token in enumerate(ids) if token in final), len(ids))] for ids in texts]
 
 
-def _steps(
+def _fill_rows(
     lm: LanguageModel,
     rows: Tensor,
     lengths: Sequence[int],
@@ -184,32 +186,32 @@ def _steps(
 ) -> Iterator[int]:
     """Fill `rows` position by position, each pass advancing every row by one token; yields the position just filled."""
     n_steps, shortest = sampling.max_new_tokens, lengths[0]
-    ends = torch.tensor(_ends(lm, sampling), dtype=torch.int64, device=lm.device)
+    stop_tokens = torch.tensor(_stop_tokens(lm, sampling), dtype=torch.int64, device=lm.device)
     ended = torch.zeros(len(rows), dtype=torch.bool, device=lm.device)
     forbidden = _forbidden_tokens(lm, sampling)
     # Rows of one length are at the same step of their texts.
-    alike = [(n, slice(lengths.index(n), lengths.index(n) + lengths.count(n))) for n in dict.fromkeys(lengths)]
+    length_groups = [(n, slice(lengths.index(n), lengths.index(n) + lengths.count(n))) for n in dict.fromkeys(lengths)]
     logits, cache = start
     for position in range(shortest, rows.shape[1]):
         if position > shortest:
             if edit is not None:
                 edit.start = position - 1
             logits, cache = last_logits(lm, rows[:, position - 1 : position].contiguous(), cache)
-        for length, where in alike:
+        for length, group in length_groups:
             step = position - length
             if 0 <= step < n_steps:
-                counted = 0 if sampling.as_published else length
-                penalise(logits[where], rows[where, counted:position], sampling.frequency_penalty)
-                logits[where].index_fill_(1, forbidden, -math.inf)
-                rows[where, position] = next_tokens(logits[where], cells[where], step, sampling)
+                penalty_start = 0 if sampling.as_published else length
+                penalise(logits[group], rows[group, penalty_start:position], sampling.frequency_penalty)
+                logits[group].index_fill_(1, forbidden, -math.inf)
+                rows[group, position] = next_tokens(logits[group], cells[group], step, sampling)
                 if sampling.allow_end:
-                    ended[where] |= torch.isin(rows[where, position], ends)
+                    ended[group] |= torch.isin(rows[group, position], stop_tokens)
         yield position
         if sampling.allow_end and bool(ended.all()):
             return
 
 
-def _refuse_empty(prompts: Sequence[Sequence[int]]) -> None:
+def _check_prompts(prompts: Sequence[Sequence[int]]) -> None:
     if not all(len(ids) for ids in prompts):
         raise ConfigError("a prompt has no tokens; expected at least one.", at="prompts")
 
@@ -219,17 +221,17 @@ def _check_rows(intervention: Intervention | None, cells: Sequence[NoiseCell]) -
         raise ShapeMismatch(f"{intervention.operator.n_rows} rows to steer, but {len(cells)} noise cells.")
 
 
-def _ends(lm: LanguageModel, sampling: Sampling) -> list[int]:
-    """Tokens that end a text; as published, an end-of-text token is a token like others."""
+def _stop_tokens(lm: LanguageModel, sampling: Sampling) -> list[int]:
+    """Tokens that end a text; none as published, where end-of-text is a token like others."""
     return [] if sampling.as_published else _end_tokens(lm)
 
 
 def _end_tokens(lm: LanguageModel) -> list[int]:
     settings = getattr(lm.model, "generation_config", None)
-    found: set[int] = set()
+    ids: set[int] = set()
     for value in (getattr(lm.tokenizer, "eos_token_id", None), getattr(settings, "eos_token_id", None)):
-        found.update(value if isinstance(value, list | tuple) else [] if value is None else [value])
-    return sorted(i for i in found if 0 <= i < lm.d_vocab)
+        ids.update(value if isinstance(value, list | tuple) else [] if value is None else [value])
+    return sorted(i for i in ids if 0 <= i < lm.d_vocab)
 
 
 def _forbidden_tokens(lm: LanguageModel, sampling: Sampling) -> Tensor:
@@ -237,7 +239,7 @@ def _forbidden_tokens(lm: LanguageModel, sampling: Sampling) -> Tensor:
     if sampling.as_published:
         return torch.arange(len(lm.tokenizer), lm.d_vocab, device=lm.device)
     forbidden: Tensor = ~lm.plain_tokens()
-    # Some tokenizers end a text with a token that they do not count as special.
+    # Some tokenizers have an end-of-text token that is not marked as special.
     forbidden[_end_tokens(lm)] = not sampling.allow_end
     return forbidden.nonzero()[:, 0].to(lm.device)
 
@@ -252,27 +254,28 @@ def read_prompt(
     try:
         logits, cache = _read_once(lm, hook, ids, n_rows, edit)
     except (_UnknownCacheError, RuntimeError) as error:
-        # Other caches, or models that need equal rows in all parts (Bloom's position bias), read the prompt by row.
-        if not isinstance(error, _UnknownCacheError) and not _is_about_shapes(error):
+        # Other caches, and models whose inputs must have equal rows (Bloom's position bias), read the prompt in every
+        # row.
+        if not isinstance(error, _UnknownCacheError) and not _is_shape_error(error):
             raise
         logits, cache = _read_in_every_row(lm, hook, ids, n_rows, edit)
-    return logits, _with_room(cache, n_rows, room) if _can_spread(cache) else cache
+    return logits, _reserve(cache, n_rows, room) if _is_plain_cache(cache) else cache
 
 
 def last_logits(lm: LanguageModel, input_ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
     """Logits after each row's last token, float32 `[rows, d_vocab]`, and the cache of keys and values."""
     model: Any = lm.model
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    known = inspect.signature(base.forward).parameters
-    name = "cache" if "cache" in known else "past_key_values"  # so called before transformers 5.24
-    extra = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    parameters = inspect.signature(base.forward).parameters
+    cache_name = "cache" if "cache" in parameters else "past_key_values"  # so called before transformers 5.24
+    keep_last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
     # On a CPU the bfloat16 product of a strided slice is hundreds of times slower than that of a dense copy.
-    dense = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
     try:
-        result = model(input_ids=input_ids, use_cache=True, **{name: cache}, **extra)
+        result = model(input_ids=input_ids, use_cache=True, **{cache_name: cache}, **keep_last)
     finally:
-        dense.remove()
-    return result.logits[:, -1].float(), getattr(result, name)
+        handle.remove()
+    return result.logits[:, -1].float(), getattr(result, cache_name)
 
 
 class _UnknownCacheError(Exception):
@@ -284,21 +287,21 @@ def _read_once(
 ) -> tuple[Tensor, Any]:
     if edit is None:
         logits, cache = last_logits(lm, ids)
-        return logits.repeat(n_rows, 1), _known(cache)
+        return logits.repeat(n_rows, 1), _require_plain_cache(cache)
     point = parse_hook(hook, lm.n_layers)
     edit.start = 0
-    n_alike = edit.first(ids.shape[1])
+    n_shared = edit.first(ids.shape[1])
     cache = None
-    if n_alike:
-        _, cache = last_logits(lm, ids[:, :n_alike])
+    if n_shared:
+        _, cache = last_logits(lm, ids[:, :n_shared])
         # The attention of these layers comes after the hook.
-        _spread(_known(cache), point.layer + (point.kind != "hook_resid_pre"), n_rows)
-    edit.start = n_alike
+        _expand_rows(_require_plain_cache(cache), point.layer + (point.kind != "hook_resid_pre"), n_rows)
+    edit.start = n_shared
     with edited(lm, hook, lambda x: edit(x.expand(n_rows, -1, -1).contiguous())):
-        logits, cache = last_logits(lm, ids[:, n_alike:], cache)
+        logits, cache = last_logits(lm, ids[:, n_shared:], cache)
     if len(logits) != n_rows:
-        raise _UnknownCacheError  # a model that cuts its output to the rows that it was given
-    return logits, _known(cache)
+        raise _UnknownCacheError  # the model cut its output to the rows of its input
+    return logits, _require_plain_cache(cache)
 
 
 def _read_in_every_row(
@@ -312,55 +315,55 @@ def _read_in_every_row(
         return last_logits(lm, rows)
 
 
-def _is_about_shapes(error: RuntimeError) -> bool:
+def _is_shape_error(error: RuntimeError) -> bool:
     """Whether torch refused tensors of unequal shape (it has no error class for that)."""
-    return not isinstance(error, torch.OutOfMemoryError) and bool(_SHAPES.search(str(error)))
+    return not isinstance(error, torch.OutOfMemoryError) and bool(_SHAPE_WORDS.search(str(error)))
 
 
-def _known(cache: Any) -> Any:
-    if not _can_spread(cache):
+def _require_plain_cache(cache: Any) -> Any:
+    if not _is_plain_cache(cache):
         raise _UnknownCacheError
     return cache
 
 
-def _can_spread(cache: Any) -> bool:
+def _is_plain_cache(cache: Any) -> bool:
     """Whether a transformers cache is keys and values alone."""
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-    known = (DynamicLayer, DynamicSlidingWindowLayer)
-    return type(cache) is DynamicCache and len(cache.layers) > 0 and all(type(x) in known for x in cache.layers)
+    plain_layers = (DynamicLayer, DynamicSlidingWindowLayer)
+    return type(cache) is DynamicCache and len(cache.layers) > 0 and all(type(x) in plain_layers for x in cache.layers)
 
 
-def _spread(cache: Any, first_layer: int, n_rows: int) -> None:
+def _expand_rows(cache: Any, first_layer: int, n_rows: int) -> None:
     """Expand the layers from `first_layer` on to `n_rows` rows, without copying."""
     for layer in cache.layers[first_layer:]:
         if layer.keys is not None:  # some models reuse the keys of another layer
             layer.keys, layer.values = (x.expand(n_rows, -1, -1, -1) for x in (layer.keys, layer.values))
 
 
-def _with_room(cache: Any, n_rows: int, room: int) -> Any:
+def _reserve(cache: Any, n_rows: int, room: int) -> Any:
     """The cache with `n_rows` rows, and memory for `room` further positions in layers without a sliding window."""
     from transformers.cache_utils import DynamicLayer
 
-    _spread(cache, 0, n_rows)
+    _expand_rows(cache, 0, n_rows)
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and layer.keys is not None:
-            cache.layers[i] = _roomy_layer()(layer.keys, layer.values, room)
+            cache.layers[i] = _preallocated_layer()(layer.keys, layer.values, room)
     return cache
 
 
 @functools.cache
-def _roomy_layer() -> Any:
+def _preallocated_layer() -> Any:
     """The class, made on first use: importing transformers takes seconds."""
     from transformers.cache_utils import DynamicLayer
 
-    class RoomyLayer(DynamicLayer):
+    class PreallocatedLayer(DynamicLayer):
         """Writes keys and values in place; `keys` and `values` are views of the filled part."""
 
         def __init__(self, keys: Tensor, values: Tensor, room: int) -> None:
             super().__init__()
             self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-            self._memory = tuple(_roomy(x, room) for x in (keys, values))
+            self._memory = tuple(_copy_with_room(x, room) for x in (keys, values))
             self._fill(keys.shape[2])
 
         def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -375,10 +378,10 @@ def _roomy_layer() -> Any:
             self.keys, self.values = keys, values
             return keys, values
 
-    return RoomyLayer
+    return PreallocatedLayer
 
 
-def _roomy(x: Tensor, room: int) -> Tensor:
+def _copy_with_room(x: Tensor, room: int) -> Tensor:
     n_rows, heads, length, width = x.shape
     memory = x.new_empty(n_rows, heads, length + room, width)
     memory[:, :, :length] = x

@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 POSITIONS: tuple[Positions, ...] = get_args(Positions)
-_SPANS = ("all", "generated", "prompt")  # of any prompt; the others are of chats
+_PLAIN_POSITIONS = ("all", "generated", "prompt")  # of any prompt; the others are of chats
 
 
 class Operator(Protocol):
@@ -65,26 +65,25 @@ class AddVectors:
 
     def apply(self, x: Tensor) -> Tensor:
         if x.shape[0] != self.n_rows or x.shape[-1] != self.vectors.shape[1]:
-            said = f"activations of shape {tuple(x.shape)} met steering vectors of shape {tuple(self.vectors.shape)}"
-            raise ShapeMismatch(f"{said}; expected as many rows and the same width.")
+            problem = f"activations of shape {tuple(x.shape)} met steering vectors of shape {tuple(self.vectors.shape)}"
+            raise ShapeMismatch(f"{problem}; expected as many rows and the same width.")
         # float64 models stay float64; half-precision ones are summed in float32.
-        wide = torch.promote_types(x.dtype, torch.float32)
-        vectors = self.vectors.to(device=x.device, dtype=wide)
-        return (x.to(wide) + vectors[:, None, :]).to(x.dtype)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        vectors = self.vectors.to(device=x.device, dtype=dtype)
+        return (x.to(dtype) + vectors[:, None, :]).to(x.dtype)
 
 
 NO_FEATURE = -1
-"""Fills up rows that set fewer features than others."""
+"""Padding of rows that set fewer features than others."""
 
 
 @dataclass(frozen=True, eq=False)
 class SetFeatures:
-    """Sets features to given activations and keeps the SAE's error: x becomes x + (target - activation) * decoder
-    row.
+    """Sets features to given activations, keeping the SAE's error: x becomes x + (target - activation) * decoder row.
 
     This equals decoding the changed activations and adding the error back (Templeton et al. 2024, "Golden Gate
     Claude"). At attention sinks (mostly a text's first token) the residual is tens of times longer and the SAE's
-    activations mean nothing, so activations longer than `norm_limit` (see `NormLimit`) are left unchanged.
+    activations are meaningless, so activations longer than `norm_limit` (see `NormLimit`) are left unchanged.
 
     Attributes:
         sae: In the units of the model's activations.
@@ -112,20 +111,20 @@ class SetFeatures:
     def apply(self, x: Tensor) -> Tensor:
         if x.shape[0] != self.n_rows:
             raise ShapeMismatch(f"activations of {x.shape[0]} rows met {self.n_rows} rows of features to set.")
-        wide = torch.promote_types(x.dtype, torch.float32)
-        at_sae = x.to(self.sae.W_dec.device)  # the SAE stays where it was loaded, whatever the model runs on
-        features, targets = self.features.to(at_sae.device), self.targets.to(at_sae.device)
-        known = features.clamp_min(0)
-        # One position at a time over all rows: the activations of all features of a long prompt would not fit.
-        change = torch.empty(*x.shape[:2], features.shape[1], device=at_sae.device)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        x_sae = x.to(self.sae.W_dec.device)  # the SAE stays where it was loaded, whatever the model runs on
+        features, targets = self.features.to(x_sae.device), self.targets.to(x_sae.device)
+        ids = features.clamp_min(0)
+        # One position of all rows at a time: the activations of all features on a long prompt do not fit in memory.
+        change = torch.empty(*x.shape[:2], features.shape[1], device=x_sae.device)
         for position in range(x.shape[1]):
-            acts = self.sae.encode(at_sae[:, position]).gather(1, known)
+            acts = self.sae.encode(x_sae[:, position]).gather(1, ids)
             change[:, position] = targets - acts
         change *= (features != NO_FEATURE)[:, None, :]
-        change *= (at_sae.to(wide).norm(dim=-1) <= self.norm_limit)[:, :, None]
-        along = self.sae.directions(known) if self.along is None else self.along.to(at_sae.device)
-        moved = torch.einsum("rpf,rfd->rpd", change, along) * self.sae.output_scale(at_sae)
-        return (x.to(wide) + moved.to(x.device, wide)).to(x.dtype)
+        change *= (x_sae.to(dtype).norm(dim=-1) <= self.norm_limit)[:, :, None]
+        along = self.sae.directions(ids) if self.along is None else self.along.to(x_sae.device)
+        moved = torch.einsum("rpf,rfd->rpd", change, along) * self.sae.output_scale(x_sae)
+        return (x.to(dtype) + moved.to(x.device, dtype)).to(x.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,10 +132,10 @@ class Intervention:
     """An operator and the positions at which it acts; never a BOS token in front of a prompt.
 
     `positions` is "all"; "prompt": the prompt's positions but the last (as in the paper's code); "generated": the rest,
-    that is those that predict a generated token; or, of a chat whose `parts` are given (see `Encoded`), the part that
-    one side says. What is read counts where it stands ("system", "user", "template", "special"), what the assistant
-    writes where it is predicted: "assistant" is "generated" and the assistant's earlier turns, "first_assistant" the
-    position before the first token of each.
+    that is those that predict a generated token; or, for a chat with `parts` (see `Encoded`), one part of it. Parts
+    that are read ("system", "user", "template", "special") are their own positions; those that the assistant writes are
+    the positions that predict them: "assistant" is "generated" and the assistant's earlier turns, "first_assistant" the
+    position before the first token of each turn.
     """
 
     operator: Operator
@@ -152,20 +151,20 @@ class Intervention:
 
     def edit(self, prompt_length: int, n_bos: int = 0) -> PositionedEdit:
         """The callable for `saeffect.lm.edited`; rows share a prompt of that length, its first `n_bos` tokens BOS.
-        `ConfigError` if there is no position to act at: BOS alone, one token with `positions` "prompt", or none that
-        the side says.
+        `ConfigError` if there is no position to act at: BOS alone, one token with `positions` "prompt", or no token of
+        the part.
         """
-        own = prompt_length - n_bos
-        if own < 1 or (self.positions == "prompt" and own < 2):
-            left_out = "BOS" if own < 1 else "the prompt's last token"
+        n_own = prompt_length - n_bos
+        if n_own < 1 or (self.positions == "prompt" and n_own < 2):
+            left_out = "BOS" if n_own < 1 else "the prompt's last token"
             raise ConfigError(
-                f"positions {self.positions!r} leaves out {left_out}, and the prompt has {own}"
+                f"positions {self.positions!r} leaves out {left_out}, and the prompt has {n_own}"
                 + (" beside BOS." if n_bos else "."),
                 at="positions",
                 fix="use a longer prompt, or positions 'all' or 'generated'.",
             )
         mask = None
-        if self.positions not in _SPANS:
+        if self.positions not in _PLAIN_POSITIONS:
             mask = steered_tokens(self.positions, self.parts, n_bos)
             if not mask.any():
                 raise ConfigError(
@@ -184,12 +183,12 @@ def steered_tokens(positions: str, parts: Parts | None, n_bos: int = 0) -> NDArr
             at="positions",
             fix="set steering.format: chat, or choose all, generated or prompt.",
         )
-    found = has_part(parts, (positions,))
-    if positions in ("assistant", "first_assistant"):  # where they are predicted
-        begun = has_part(parts[-1:], ("assistant",)).any()
-        found = np.append(found[1:], positions == "assistant" or not begun)
-    found[:n_bos] = False
-    return found
+    steered = has_part(parts, (positions,))
+    if positions in ("assistant", "first_assistant"):  # positions that predict them
+        mid_turn = has_part(parts[-1:], ("assistant",)).any()
+        steered = np.append(steered[1:], positions == "assistant" or not mid_turn)
+    steered[:n_bos] = False
+    return steered
 
 
 class PositionedEdit:
@@ -219,44 +218,39 @@ class PositionedEdit:
         return self.positions not in ("all", "generated", "assistant")
 
     def first(self, length: int) -> int:
-        """The first of the next `length` positions that is acted at."""
+        """The first of the next `length` positions that is steered; `length` if none is."""
         if self._mask is None:
             return self.where(length).start
-        return next(iter(self._chosen(length)), length)
+        return next(iter(self._masked_positions(length)), length)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._mask is not None:
-            chosen = self._chosen(x.shape[1])
-            if not chosen:
-                return x
-            changed = x.clone()
-            changed[:, chosen] = self.operator.apply(x[:, chosen])
-            return changed
-        where = self.where(x.shape[1])
-        if where.start >= where.stop:
+        length = x.shape[1]
+        steered = self.where(length) if self._mask is None else self._masked_positions(length)
+        n_steered = len(range(length)[steered]) if isinstance(steered, slice) else len(steered)
+        if n_steered == 0:
             return x
-        if where == slice(0, x.shape[1]):
+        if n_steered == length:
             return self.operator.apply(x)
         changed = x.clone()
-        changed[:, where] = self.operator.apply(x[:, where])
+        changed[:, steered] = self.operator.apply(x[:, steered])
         return changed
 
-    def _chosen(self, length: int) -> list[int]:
-        """By the mask, which of the next `length` positions are acted at."""
+    def _masked_positions(self, length: int) -> list[int]:
+        """The next `length` positions that are steered, by the mask."""
         assert self._mask is not None
-        own = self._mask[self.start : self.start + length]
-        rest = np.full(length - len(own), not self.of_prompt_alone)
-        chosen: list[int] = np.flatnonzero(np.append(own, rest)).tolist()
-        return chosen
+        from_prompt = self._mask[self.start : self.start + length]
+        generated = np.full(length - len(from_prompt), not self.of_prompt_alone)
+        positions: list[int] = np.flatnonzero(np.append(from_prompt, generated)).tolist()
+        return positions
 
     def where(self, length: int) -> slice:
-        """Which of the next `length` positions are acted at."""
-        found = span(self.positions, self.start, length, self.prompt_length)
-        return slice(max(found.start, min(self.n_bos - self.start, length)), found.stop)
+        """Which of the next `length` positions are steered."""
+        steered = span(self.positions, self.start, length, self.prompt_length)
+        return slice(max(steered.start, min(self.n_bos - self.start, length)), steered.stop)
 
 
 def span(positions: Positions, start: int, length: int, prompt_length: int) -> slice:
-    """Which of `length` positions from absolute position `start` on are acted at, BOS apart.
+    """Which of `length` positions from absolute position `start` on are steered, BOS aside.
 
     Example:
         >>> span("prompt", 0, 5, 5), span("generated", 0, 5, 5)  # a prompt of five tokens

@@ -1,4 +1,6 @@
-"""The registry of outcomes, and the measures of generated texts, some by vectors (of words, or the paper's encoder)."""
+"""The registry of outcomes, and measures of generated texts, some by text vectors (of words, or the paper's
+encoder).
+"""
 
 from __future__ import annotations
 
@@ -61,12 +63,12 @@ class RememberedVectors:
 
     def __init__(self, vectors: TextVectors) -> None:
         self._vectors = vectors
-        self._known: dict[str, Vector | None] = vectors._known if isinstance(vectors, RememberedVectors) else {}
+        self._cache: dict[str, Vector | None] = vectors._cache if isinstance(vectors, RememberedVectors) else {}
 
     def mean_vector(self, text: str) -> Vector | None:
-        if text not in self._known:
-            self._known[text] = self._vectors.mean_vector(text)
-        return self._known[text]
+        if text not in self._cache:
+            self._cache[text] = self._vectors.mean_vector(text)
+        return self._cache[text]
 
 
 class MeanPooledEncoder:
@@ -101,8 +103,8 @@ class MeanPooledEncoder:
         encoded = self._tokenizer(
             text, return_tensors="pt", truncation=longest is not None, max_length=longest, add_special_tokens=True
         )
-        inner = len(encoded["input_ids"][0]) - self._tokenizer.num_special_tokens_to_add()
-        if not text.strip() or inner < 1:
+        n_text_tokens = len(encoded["input_ids"][0]) - self._tokenizer.num_special_tokens_to_add()
+        if not text.strip() or n_text_tokens < 1:
             return None
         hidden = self._model(**encoded).last_hidden_state[0].float()
         pooled: Vector = hidden.mean(dim=0).numpy()
@@ -171,8 +173,8 @@ def perplexity(
         logits = lm.model(input_ids=input_ids, use_cache=False).logits[:, len(prompt_ids) - 1 : -1]
         for row, i in enumerate(batch):
             targets = torch.tensor(list(continuations[i]), device=lm.device)
-            surprise = torch.nn.functional.cross_entropy(logits[row, : len(targets)].float(), targets)
-            result[i] = np.exp(surprise.item())
+            loss = torch.nn.functional.cross_entropy(logits[row, : len(targets)].float(), targets)
+            result[i] = np.exp(loss.item())
     return result
 
 
@@ -185,18 +187,18 @@ def measure_texts(
     *,
     with_prompt: bool = False,
 ) -> list[dict[str, Any]]:
-    """Text, similarity to its reference, distinct2 and perplexity of each continuation (token ids) of a prompt;
-    `with_prompt`, the similarity is that of prompt and text together, as in the paper.
+    """Text, similarity to its reference, distinct2 and perplexity of each continuation (token ids) of a prompt.
+    `with_prompt`: the similarity is that of prompt and text together, as in the paper.
     """
-    # Features share the unsteered texts: score each different text once.
-    different = list(dict.fromkeys(tuple(ids) for ids in outputs))
-    surprise = dict(zip(different, perplexity(lm, lm.encode_prompt(prompt), different).tolist(), strict=True))
+    # Features share the unsteered texts: each unique text is scored once.
+    unique = list(dict.fromkeys(tuple(ids) for ids in outputs))
+    perplexities = dict(zip(unique, perplexity(lm, lm.encode_prompt(prompt), unique).tolist(), strict=True))
     records: list[dict[str, Any]] = []
     for ids, reference in zip(outputs, references, strict=True):
         text = lm.decode(list(ids))
         scored = prompt_text(prompt) + text if with_prompt else text
         record = {"text": text, "similarity": similarity(scored, reference, vectors), "distinct2": distinct_2(ids)}
-        records.append(record | {"perplexity": surprise[tuple(ids)]})
+        records.append(record | {"perplexity": perplexities[tuple(ids)]})
     return records
 
 
@@ -212,15 +214,16 @@ def keyword_score(text: str, top_tokens: Sequence[str]) -> float:
         >>> keyword_score("Drug trials test a drug", [" drug", "Ġdose"])
         0.4
     """
-    words, wanted = text_words(text), _words_of(top_tokens)
-    return sum(word in wanted for word in words) / len(words) if words and wanted else math.nan
+    words, top_words = text_words(text), _token_words(top_tokens)
+    return sum(word in top_words for word in words) / len(words) if words and top_words else math.nan
 
 
 def off_list_score(text: str, top_tokens: Sequence[str], vocabulary: Collection[str]) -> float:
     """Share of a text's words that are in the domain's vocabulary but not among the feature's top tokens.
 
-    Steering puts the top tokens in, so only other domain words show a wider effect. Nor do words count that begin with
-    a top token of three letters or more (" cardi" excludes "cardiac"). NaN without words or vocabulary.
+    Steering promotes the top tokens themselves, so only other domain words show a wider effect. Words that begin with a
+    top token of three letters or more do not count either (" cardi" excludes "cardiac"). NaN without words or
+    vocabulary.
 
     Example:
         >>> off_list_score("A drug for cancer patients", [" drug"], {"drug", "cancer"})
@@ -229,13 +232,13 @@ def off_list_score(text: str, top_tokens: Sequence[str], vocabulary: Collection[
     words = text_words(text)
     if not words or not vocabulary:
         return math.nan
-    own = _words_of(top_tokens)
-    stems = tuple(token for token in own if len(token) >= 3)
-    found = (word for word in words if word in vocabulary)
-    return sum(word not in own and not word.startswith(stems) for word in found) / len(words)
+    top_words = _token_words(top_tokens)
+    stems = tuple(token for token in top_words if len(token) >= 3)
+    domain_words = (word for word in words if word in vocabulary)
+    return sum(word not in top_words and not word.startswith(stems) for word in domain_words) / len(words)
 
 
-def _words_of(top_tokens: Sequence[str]) -> set[str]:
+def _token_words(top_tokens: Sequence[str]) -> set[str]:
     return {word for token in top_tokens if (word := normalise_token(token)) and any(map(str.isalnum, word))}
 
 
@@ -269,7 +272,7 @@ class Outcome:
         object.__setattr__(self, "column", self.column or self.name)
 
     def under(self, operator: str) -> Outcome:
-        """The same under an operator: for "ablate", what should rise should fall.
+        """The same outcome under an operator: with "ablate", outcomes that should rise should fall.
 
         Example:
             >>> outcome_named("similarity").under("ablate").alternative
@@ -307,7 +310,7 @@ _BUILT_IN = (
 )
 # fmt: on
 OUTCOMES = {outcome.name: outcome for outcome in _BUILT_IN}
-"""Every outcome by name, the usual primary one first; a new entry is known to study files, tests and reports."""
+"""Every outcome by name, the usual primary one first; study files, tests and reports use new entries too."""
 
 
 def outcome_named(name: str) -> Outcome:
@@ -330,12 +333,12 @@ def score_texts(
     none).
     """
     top = {int(f): list(tokens) for f, tokens in zip(features["feature"], features["top_tokens"], strict=True)}
-    known = RememberedVectors(vectors)
-    other = shuffled_references(list(top), seed)
+    cached = RememberedVectors(vectors)
+    other_of = shuffled_references(list(top), seed)
     if "members" in features:
         members = {int(f): set(ids) for f, ids in zip(features["feature"], features["members"], strict=True)}
-        other = {f: None if o is None or members[f] & members[o] else o for f, o in other.items()}
-    reference = {f: None if o is None else join_tokens(top[o]) for f, o in other.items()}
+        other_of = {f: None if o is None or members[f] & members[o] else o for f, o in other_of.items()}
+    reference = {f: None if o is None else join_tokens(top[o]) for f, o in other_of.items()}
     texts = list(zip(trials["feature"].tolist(), trials["text"].tolist(), strict=True))
     scores = {
         outcome.column: [
@@ -345,17 +348,17 @@ def score_texts(
         if outcome.score is not None
     }
     scores["similarity_shuffled"] = [
-        similarity(text, words, known) if isinstance(text, str) and (words := reference[f]) is not None else math.nan
+        similarity(text, words, cached) if isinstance(text, str) and (words := reference[f]) is not None else math.nan
         for f, text in texts
     ]
     scored = pd.DataFrame(scores, index=trials.index, dtype=np.float64)
-    compared = trials["feature"].map({f: -1 if o is None else o for f, o in other.items()})
+    compared = trials["feature"].map({f: -1 if o is None else o for f, o in other_of.items()})
     return pd.concat([trials, scored], axis=1).assign(shuffled_feature=compared.astype(np.int64))
 
 
 def shuffled_references(features: Sequence[int], seed: int) -> dict[int, int | None]:
-    """For each feature another one at random, never its own and none used twice; None if there is no other. If texts
-    come as near to another domain feature's top tokens, steering evokes the domain at most.
+    """For each feature another one at random, none twice; None if there is no other. Where texts are as similar to
+    the top tokens of another domain feature, steering evokes at most the domain.
 
     Example:
         >>> shuffled_references([4, 9], seed=0), shuffled_references([4], seed=0)
@@ -364,6 +367,6 @@ def shuffled_references(features: Sequence[int], seed: int) -> dict[int, int | N
     ordered = sorted(int(f) for f in features)
     if len(ordered) < 2:
         return dict.fromkeys(ordered, None)
-    # Each gets the next of a random cycle, so none gets itself.
+    # The next one in a random cycle, so that no feature gets itself.
     cycle = np.random.default_rng([seed, 17]).permutation(ordered).tolist()
     return dict(sorted(zip(cycle, [*cycle[1:], cycle[0]], strict=True)))

@@ -25,7 +25,7 @@ __all__ = [
     "control_label",
     "matched_features",
     "random_direction",
-    "turned",
+    "redraw_directions",
 ]
 
 UNSTEERED = "unsteered"
@@ -35,9 +35,9 @@ SHUFFLED = "shuffled"
 
 
 class DrawDirection(Protocol):
-    """Gives the unit vector that replaces a decoder row, float32 `[d_model]`, of its arguments alone: the row, the
-    study's seed, the feature (or number of the set) that it is the placebo of, and, for trials, `draw` = (prompt,
-    sample).
+    """Returns the unit vector that replaces a decoder row, float32 `[d_model]`; a function of its arguments alone: the
+    row, the study's seed, the feature (or number of the set) that it is a placebo of, and, for trials, `draw` =
+    (prompt, sample).
     """
 
     def __call__(self, row: Tensor, *, seed: int, feature: int, draw: tuple[int, ...]) -> Tensor: ...
@@ -45,7 +45,7 @@ class DrawDirection(Protocol):
 
 @dataclass(frozen=True)
 class Placebo:
-    """A kind of placebo, which either draws a direction or pushes other features of the SAE.
+    """A kind of placebo: a drawn direction, or other features of the SAE.
 
     Attributes:
         name: In study files; also the condition of its trials.
@@ -65,21 +65,17 @@ class Placebo:
             raise ConfigError(f"placebo {self.name!r} must have either a direction or a column.")
 
 
-def _random(row: Tensor, *, seed: int, feature: int, draw: tuple[int, ...]) -> Tensor:
-    return random_direction(len(row), seed=seed, feature=feature, draw=draw)
-
-
 PLACEBOS: dict[str, Placebo] = {
     placebo.name: placebo
     for placebo in (
-        Placebo("random", "random direction", direction=_random),
+        Placebo("random", "random direction", direction=lambda row, **trial: random_direction(len(row), **trial)),
         Placebo("matched", "matched placebo", column="matched"),
     )
 }
-"""Every kind of placebo by name; a new entry is known to study files, trials, tests and reports."""
+"""Every kind of placebo by name; study files, trials, tests and reports use new entries too."""
 
 BASELINES = {"prompt": "prompt that names it", "mean_difference": "difference of means"}
-"""What steering must beat to be worth it: name, and what reports call it. See `run_baselines`."""
+"""Alternatives that steering must beat, with their names in reports; see `run_baselines`."""
 
 
 def control_label(name: str) -> str:
@@ -96,12 +92,14 @@ def random_direction(d_model: int, *, seed: int, feature: int, draw: tuple[int, 
     return torch.from_numpy((normal / np.linalg.norm(normal)).astype(np.float32))
 
 
-def turned(rows: Tensor, direction: DrawDirection, *, seed: int, feature: int, draw: tuple[int, ...] = ()) -> Tensor:
-    """Directions of the lengths of `rows` `[n, d_model]` and with their mutual angles, but drawn anew."""
+def redraw_directions(
+    rows: Tensor, direction: DrawDirection, *, seed: int, feature: int, draw: tuple[int, ...] = ()
+) -> Tensor:
+    """Randomly drawn vectors with the lengths and mutual angles of `rows` `[n, d_model]`."""
     if len(rows) == 1:
         return direction(rows[0], seed=seed, feature=feature, draw=draw)[None] * rows.norm()
     drawn = [direction(row, seed=seed, feature=feature, draw=(*draw, i)) for i, row in enumerate(rows[: rows.shape[1]])]
-    # rows = triangle.T @ frame.T: another frame, drawn anew, keeps all lengths and angles.
+    # rows = triangle.T @ frame.T: with another frame all lengths and angles stay.
     triangle = torch.linalg.qr(rows.double().T).R
     frame = torch.linalg.qr(torch.stack(drawn).double().T).Q
     return (triangle.T @ frame.T).float()
@@ -136,14 +134,14 @@ def matched_features(
 
 
 def _coordinates(table: pd.DataFrame) -> npt.NDArray[np.float64]:
-    """Standardised logarithms `[d_sae, 3]`, 0 where there is nothing to compare."""
+    """Standardised logarithms `[d_sae, 3]`, 0 where they are undefined or all equal."""
     columns = []
     for name in _MATCHED_ON:
         values = table[name].to_numpy(dtype=np.float64)
-        known = (values > 0) & np.isfinite(values)
+        positive = (values > 0) & np.isfinite(values)
         logs = np.zeros(len(values))
-        logs[known] = np.log(values[known])
-        spread = logs[known].std() if known.any() else 0.0
-        # Unit decoder rows differ by rounding alone, which is no difference between features.
-        columns.append(np.where(known, logs, 0.0) / spread if spread > 1e-6 else np.zeros(len(values)))
+        logs[positive] = np.log(values[positive])
+        spread = logs[positive].std() if positive.any() else 0.0
+        # Unit decoder rows differ by rounding only.
+        columns.append(np.where(positive, logs, 0.0) / spread if spread > 1e-6 else np.zeros(len(values)))
     return np.stack(columns, axis=1)

@@ -1,4 +1,4 @@
-"""The inputs that all steps of steering share: site, plan and feature table."""
+"""Inputs of all steps of steering: site, plan and feature table."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class SteeringPlan(Sampling, InterventionConfig):
 
     @field_validator("placebos")
     @classmethod
-    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _check_placebos(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         unknown = [name for name in value if name not in PLACEBOS]
         if unknown:
             raise unknown_name("placebo", unknown[0], PLACEBOS, at="placebos")
@@ -86,14 +86,14 @@ class SteeringPlan(Sampling, InterventionConfig):
     def from_section(cls, section: SteeringConfig, *, seed: int, **changes: Any) -> Self:
         """The plan of a study's steering section, with some keys changed."""
         keys = (*InterventionConfig.model_fields, *SamplingConfig.model_fields)
-        given = {key: getattr(section, key) for key in keys} | {"unit": section.unit, "seed": seed}
-        return cls(**given | changes)
+        values = {key: getattr(section, key) for key in keys} | {"unit": section.unit, "seed": seed}
+        return cls(**values | changes)
 
     @property
     def features_at_once(self) -> int:
         """How many features fill a batch, beside one unsteered row a sample; at least 1."""
-        each = len(self.conditions) * len(self.doses) * self.samples
-        return max(1, (self.batch_size - self.samples) // each)
+        rows_per_feature = len(self.conditions) * len(self.doses) * self.samples
+        return max(1, (self.batch_size - self.samples) // rows_per_feature)
 
     @property
     def placebo_columns(self) -> tuple[str, ...]:
@@ -107,7 +107,7 @@ class SteeringPlan(Sampling, InterventionConfig):
 
 
 def check_names(section: SteeringConfig) -> None:
-    """Refuse (`UnknownName`) unregistered placebos, baselines and outcomes of a steering section."""
+    """`UnknownName` for an unregistered placebo, baseline or outcome of a steering section."""
     registries: dict[str, Mapping[str, object]] = {"placebos": PLACEBOS, "baselines": BASELINES, "outcomes": OUTCOMES}
     for key, registry in registries.items():
         for name in getattr(section, key):
@@ -116,8 +116,8 @@ def check_names(section: SteeringConfig) -> None:
 
 
 def check_features(site: Site, features: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
-    """The feature table sorted by feature, after checking that it can be steered. With a column members (list of
-    int) each row is a set of features steered at once, and feature any number for it. `EmptySelection`: no features;
+    """The checked feature table, sorted by feature. With a column members (list of int) each row is a set of features
+    steered at once, and feature is its number. `EmptySelection`: no features;
     `ShapeMismatch`: a column is missing, a feature is repeated, or the decoder has no such row.
     """
     missing = [name for name in ("feature", *columns) if name not in features]
@@ -162,26 +162,26 @@ def features_together(
             raise ShapeMismatch(f"there is no feature {unknown[0]}; they run to {table.index.max()}.", at="together")
         row: dict[str, Any] = {"feature": number, "members": [int(f) for f in members]}
         for column in ("top_tokens", "top_token_ids"):
-            row[column] = _in_turn([list(table.at[f, column]) for f in members])
+            row[column] = _interleave([list(table.at[f, column]) for f in members])
         if matched is not None:
             row["matched"] = _joint_placebos([list(matched.get(int(f), ())) for f in members])
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _in_turn(lists: Sequence[Sequence[Any]]) -> list[Any]:
-    found = [values[i] for i in range(max(map(len, lists))) for values in lists if i < len(values)]
-    return list(dict.fromkeys(found))
+def _interleave(lists: Sequence[Sequence[Any]]) -> list[Any]:
+    interleaved = [values[i] for i in range(max(map(len, lists))) for values in lists if i < len(values)]
+    return list(dict.fromkeys(interleaved))
 
 
 def _joint_placebos(lists: Sequence[Sequence[int]]) -> list[list[int]]:
-    """As many sets of placebos as each member has; a set has one of each member's, all different."""
-    found = []
+    """Sets with one placebo of each member, all different; at most as many as the member with the fewest has."""
+    sets = []
     for first in range(min(map(len, lists))):
         chosen: list[int] = []
         for placebos in lists:
-            fresh = [p for p in (*placebos[first:], *placebos[:first]) if p not in chosen]
-            chosen += fresh[:1]
+            unused = [p for p in (*placebos[first:], *placebos[:first]) if p not in chosen]
+            chosen += unused[:1]
         if len(chosen) == len(lists):
-            found.append(chosen)
-    return found
+            sets.append(chosen)
+    return sets

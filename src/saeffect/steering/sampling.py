@@ -35,7 +35,7 @@ __all__ = [
 _FIRST_TRIES = (16, 128, 1024)
 # Tokens per block maximum in the search for the most probable ones.
 _BLOCK = 64
-_NOISE_AT_ONCE = 1 << 16  # draws
+_NOISE_CHUNK = 1 << 16  # draws
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -46,7 +46,7 @@ Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class NoiseCell:
-    """What the sampling noise of a row depends on; rows with equal cells share it."""
+    """Determines the sampling noise of a row; rows with equal cells have equal noise."""
 
     seed: int
     prompt: str
@@ -59,9 +59,9 @@ def exponential_noise(cell: NoiseCell, step: int, d_vocab: int, *, device: torch
 
 
 def _noise(cells: Sequence[NoiseCell], step: int, d_vocab: int, device: torch.device | str) -> Tensor:
-    """`exponential_noise`, a cell a row; several at once where the vocabulary is small."""
+    """`exponential_noise` with one row a cell; several cells at once if the vocabulary is small."""
     blocks = torch.arange((d_vocab + 3) // 4, device=device)[None]
-    n = max(1, _NOISE_AT_ONCE // d_vocab)
+    n = max(1, _NOISE_CHUNK // d_vocab)
     parts = [
         _exponential(torch.stack(philox(*_counter(cells[i : i + n], step, blocks)), dim=-1).flatten(1)[:, :d_vocab])
         for i in range(0, len(cells), n)
@@ -70,7 +70,7 @@ def _noise(cells: Sequence[NoiseCell], step: int, d_vocab: int, device: torch.de
 
 
 def exponential_noise_at(cells: Sequence[NoiseCell], step: int, ids: Tensor) -> Tensor:
-    """`exponential_noise` at tokens `ids` (int64 `[rows, n]`) only, a cell a row."""
+    """`exponential_noise` at tokens `ids` (int64 `[rows, n]`) only, one cell a row."""
     # One call gives the words of four neighbouring tokens.
     words = philox(*_counter(cells, step, ids >> 2))
     word = ids & 3
@@ -92,7 +92,7 @@ def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
     for number in range(_ROUNDS):
         if number:
             k, l = (k + _KEY_STEPS[0]) & _MASK, (l + _KEY_STEPS[1]) & _MASK  # noqa: E741
-        # A product of two 32-bit words wraps around to a negative int64, with the right 64 bits all the same.
+        # A product of two 32-bit words can wrap around to a negative int64; its 64 bits are still right.
         first, second = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]
         a, b, c, d = ((second >> 32) & _MASK) ^ b ^ k, second & _MASK, ((first >> 32) & _MASK) ^ d ^ l, first & _MASK
     return a, b, c, d
@@ -100,13 +100,13 @@ def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
 
 def _counter(cells: Sequence[NoiseCell], step: int, blocks: Tensor) -> tuple[Words, tuple[Tensor, Tensor]]:
     """Counter and key for blocks of four tokens, `[cells, n]`."""
-    names = torch.tensor([_name(cell) for cell in cells], device=blocks.device).view(-1, 4)
-    k, l, c, d = names.unsqueeze(-1).unbind(1)  # noqa: E741
+    cell_words = torch.tensor([_cell_words(cell) for cell in cells], device=blocks.device).view(-1, 4)
+    k, l, c, d = cell_words.unsqueeze(-1).unbind(1)  # noqa: E741
     return (blocks, torch.full_like(c, step), c, d), (k, l)
 
 
 @functools.lru_cache(maxsize=4096)
-def _name(cell: NoiseCell) -> tuple[int, ...]:
+def _cell_words(cell: NoiseCell) -> tuple[int, ...]:
     digest = hashlib.blake2b(repr((cell.seed, cell.prompt, cell.sample)).encode(), digest_size=16).digest()
     return tuple(int.from_bytes(digest[i : i + 4], "little") for i in range(0, 16, 4))
 
@@ -133,8 +133,8 @@ class Sampling(SamplingConfig):
 
     @property
     def as_published(self) -> bool:
-        """Whether texts are sampled and scored as the paper's code did: BOS is steered like the prompt, the penalty
-        counts BOS and prompt, special tokens may be drawn and do not end a text, no noise is shared, and the
+        """Whether texts are sampled and scored as in the paper's code: BOS is steered like the prompt, the penalty
+        counts BOS and prompt, special tokens may be drawn and do not end a text, rows share no noise, and the
         similarity is that of prompt and continuation to the tokens as the vocabulary spells them (`Ġdrug`).
         """
         return self.protocol == "paper"
@@ -171,15 +171,15 @@ def next_tokens(logits: Tensor, cells: Sequence[NoiseCell], step: int, sampling:
         return _most_probable(logits)
     scaled = logits if sampling.temperature == 1 else logits / sampling.temperature
     if sampling.top_p == 1:
-        number = {cell: i for i, cell in enumerate(dict.fromkeys(cells))}
-        noise = _noise(list(number), step, scaled.shape[1], scaled.device)
-        noise_row = torch.tensor([number[cell] for cell in cells], device=scaled.device)
+        index = {cell: i for i, cell in enumerate(dict.fromkeys(cells))}
+        noise = _noise(list(index), step, scaled.shape[1], scaled.device)
+        noise_row = torch.tensor([index[cell] for cell in cells], device=scaled.device)
         return (scaled - noise.log_()[noise_row]).argmax(dim=-1)
     return _draw_from_nucleus(scaled, cells, step, sampling.top_p)
 
 
 def _draw_from_nucleus(scaled: Tensor, cells: Sequence[NoiseCell], step: int, top_p: float) -> Tensor:
-    """Gumbel-max within the top_p set, searched among a few tokens first and all only if needed."""
+    """Gumbel-max within the top_p set; a few tokens are searched first, the whole vocabulary only if needed."""
     n_rows, d_vocab = scaled.shape
     chosen = torch.full((n_rows,), -1, dtype=torch.int64, device=scaled.device)
     pending = torch.arange(n_rows, device=scaled.device)
@@ -191,23 +191,23 @@ def _draw_from_nucleus(scaled: Tensor, cells: Sequence[NoiseCell], step: int, to
         )
     for n_tried in (*(n for n in _FIRST_TRIES if n < d_vocab), d_vocab):
         rows = scaled if len(pending) == n_rows else scaled[pending]
-        ids = _most_probable_first(rows, n_tried)
+        ids = _top_sorted(rows, n_tried)
         values = rows.gather(1, ids)
         mass = (values - total[pending]).exp().double()
         # A token stays if those before it do not reach top_p yet; the first always does.
-        kept = mass.cumsum(dim=-1) - mass < top_p
-        # Ties are common in half precision, and some with the last one tried were left out: the set is known only if
-        # it ends strictly above them.
-        n_kept = kept.sum(dim=-1, keepdim=True)
-        known = (values.gather(1, n_kept - 1) > values[:, -1:])[:, 0] | (n_tried == d_vocab)
+        in_nucleus = mass.cumsum(dim=-1) - mass < top_p
+        # Ties are common in half precision, and tokens equal to the last one tried may be left out: the set is complete
+        # only if it ends strictly above that one.
+        nucleus_sizes = in_nucleus.sum(dim=-1, keepdim=True)
+        complete = (values.gather(1, nucleus_sizes - 1) > values[:, -1:])[:, 0] | (n_tried == d_vocab)
         # Nothing beyond the largest set needs noise.
-        width = int(n_kept[known].max()) if bool(known.any()) else 0
-        ids, values, kept = ids[known, :width], values[known, :width], kept[known, :width]
+        width = int(nucleus_sizes[complete].max()) if bool(complete.any()) else 0
+        ids, values, in_nucleus = ids[complete, :width], values[complete, :width], in_nucleus[complete, :width]
         if len(ids):
-            noise = exponential_noise_at([cells[i] for i in pending[known].tolist()], step, ids)
-            best = (values - noise.log_()).masked_fill_(~kept, -math.inf).argmax(dim=-1, keepdim=True)
-            chosen[pending[known]] = ids.gather(1, best)[:, 0]
-        pending = pending[~known]
+            noise = exponential_noise_at([cells[i] for i in pending[complete].tolist()], step, ids)
+            best = (values - noise.log_()).masked_fill_(~in_nucleus, -math.inf).argmax(dim=-1, keepdim=True)
+            chosen[pending[complete]] = ids.gather(1, best)[:, 0]
+        pending = pending[~complete]
         if len(pending) == 0:
             break
     return chosen
@@ -220,27 +220,27 @@ def _most_probable(logits: Tensor) -> Tensor:
     return torch.where(is_best, ids, logits.shape[-1]).amin(dim=-1)
 
 
-def _most_probable_first(logits: Tensor, n: int) -> Tensor:
-    """Ids of the n largest logits of each row, in falling order, ties to lower ids except for the last."""
+def _top_sorted(logits: Tensor, n: int) -> Tensor:
+    """Ids of the n largest logits of each row, largest first, ties to lower ids except for the last."""
     if n >= logits.shape[1]:
         return logits.sort(dim=-1, descending=True, stable=True).indices
-    ids = _largest(logits, n).sort(dim=-1).values
+    ids = _top_unsorted(logits, n).sort(dim=-1).values
     order = logits.gather(1, ids).sort(dim=-1, descending=True, stable=True).indices
     return ids.gather(1, order)
 
 
-def _largest(logits: Tensor, n: int) -> Tensor:
+def _top_unsorted(logits: Tensor, n: int) -> Tensor:
     """Ids of the n largest logits of each row, unordered; all lie in the n blocks with the largest maxima."""
     d_vocab = logits.shape[1]
     n_blocks = d_vocab // _BLOCK
     if n * 4 > n_blocks:
         return logits.topk(n, dim=-1).indices
     # A block is every n_blocks-th token: maxima over that axis run along memory.
-    whole = n_blocks * _BLOCK
-    maxima = logits[:, :whole].unflatten(1, (_BLOCK, n_blocks)).amax(dim=1)
+    n_blocked = n_blocks * _BLOCK
+    maxima = logits[:, :n_blocked].unflatten(1, (_BLOCK, n_blocks)).amax(dim=1)
     block = maxima.topk(n, dim=-1).indices
-    stride = torch.arange(0, whole, n_blocks, device=logits.device)
+    stride = torch.arange(0, n_blocked, n_blocks, device=logits.device)
     ids = (block[:, :, None] + stride).flatten(1)
-    rest = torch.arange(whole, d_vocab, device=logits.device).expand(len(logits), -1)
-    ids = torch.cat([ids, rest], dim=1)
+    remainder = torch.arange(n_blocked, d_vocab, device=logits.device).expand(len(logits), -1)
+    ids = torch.cat([ids, remainder], dim=1)
     return ids.gather(1, logits.gather(1, ids).topk(n, dim=-1).indices)

@@ -28,10 +28,10 @@ __all__ = [
     "TRIAL_COLUMNS",
     "direct_effects",
     "features_of_process",
-    "in_order",
     "kl_divergence",
     "next_log_probabilities",
     "run_trials",
+    "sort_trials",
 ]
 
 TRIAL_COLUMNS = (
@@ -61,7 +61,7 @@ def run_trials(
             int), and optionally members (see `features_together`). The whole selection, also on a resume.
         done: Rows that an earlier call with equal arguments gave to `on_chunk`, in any process.
         on_chunk: Called with the rows of each finished chunk; two processes must not write the same file.
-        progress: Called in the first process after every token, with rows done (also resumed and partial) and in all.
+        progress: Called in the first process after every token with (done, total) in rows, resumed ones included.
 
     One row per feature, prompt, sample, condition and dose, in that order: `TRIAL_COLUMNS`. dose in the plan's unit (0
     for unsteered); coefficient, the multiple of the decoder row of that length (placebos get a vector of equal length;
@@ -71,14 +71,14 @@ def run_trials(
     """
     needed = ["top_tokens", "top_token_ids"] if plan.as_published else ["top_tokens"]
     actions = actions_of(site, features, plan, needed)
-    run = _Run(actions, RememberedVectors(vectors))
+    run = _TrialRun(actions, RememberedVectors(vectors))
     if join() == 1:
         return run.table(actions.table, done, on_chunk, progress)
-    mine = actions.table.iloc[features_of_process(len(actions.table), plan, *rank_and_world())]
-    rows = run.table(mine, done, on_chunk, progress if is_first() else None) if len(mine) else None
-    everything = pd.concat([own for own in from_all(rows) if own is not None], ignore_index=True)
-    # Rows of a feature are in order already and come from one process.
-    return everything.sort_values("feature", kind="stable", ignore_index=True)
+    own_features = actions.table.iloc[features_of_process(len(actions.table), plan, *rank_and_world())]
+    rows = run.table(own_features, done, on_chunk, progress if is_first() else None) if len(own_features) else None
+    trials = pd.concat([part for part in from_all(rows) if part is not None], ignore_index=True)
+    # The rows of a feature come from one process, in order.
+    return trials.sort_values("feature", kind="stable", ignore_index=True)
 
 
 def features_of_process(n_features: int, plan: SteeringPlan, rank: int, world: int) -> list[int]:
@@ -87,7 +87,7 @@ def features_of_process(n_features: int, plan: SteeringPlan, rank: int, world: i
 
 
 @dataclass(frozen=True, eq=False)
-class _Run:
+class _TrialRun:
     actions: Actions
     vectors: TextVectors
 
@@ -103,27 +103,27 @@ class _Run:
         progress: Progress | None,
     ) -> pd.DataFrame:
         """The trials of some features, chunk by chunk."""
-        plan, at_once = self.plan, self.plan.features_at_once
+        plan, n_chunk = self.plan, self.plan.features_at_once
         rows_each = len(plan.prompts) * plan.samples * (1 + len(plan.conditions) * len(plan.doses))
         finished = self._finished(done)
         frames: list[pd.DataFrame] = []
-        for first in range(0, len(features), at_once):
-            chunk = features.iloc[first : first + at_once]
+        for first in range(0, len(features), n_chunk):
+            chunk = features.iloc[first : first + n_chunk]
 
-            def so_far(share: float, before: int = first, n: int = len(chunk)) -> None:
+            def report(share: float, before: int = first, n: int = len(chunk)) -> None:
                 if progress is not None:
                     progress(before * rows_each + int(share * n * rows_each), len(features) * rows_each)
 
             if done is not None and set(chunk["feature"]) <= finished:
                 frames.append(done[done["feature"].isin(chunk["feature"])])
             else:
-                frames.append(self._chunk(chunk, so_far))
+                frames.append(self._chunk(chunk, report))
                 if on_chunk is not None:
                     on_chunk(frames[-1])
-            so_far(1.0)
-        return self._ordered(pd.concat(frames, ignore_index=True))
+            report(1.0)
+        return self._sorted(pd.concat(frames, ignore_index=True))
 
-    def _chunk(self, features: pd.DataFrame, so_far: Callable[[float], None]) -> pd.DataFrame:
+    def _chunk(self, features: pd.DataFrame, report_share: Callable[[float], None]) -> pd.DataFrame:
         plan, samples = self.plan, range(self.plan.samples)
         references = self._references(features)
         steered = [
@@ -133,31 +133,31 @@ class _Run:
             for condition in self._conditions(feature)
             for dose in plan.doses
         ]
-        twins = [(feature, sample, UNSTEERED, 0.0) for feature in references for sample in samples]
-        # The first feature's unsteered rows serve for all, but where each has noise of its own.
+        unsteered = [(feature, sample, UNSTEERED, 0.0) for feature in references for sample in samples]
+        # Features share the first one's unsteered rows, except as published, where each has its own noise.
         shared = 1 if plan.as_published else len(references)
-        generated = (twins if plan.as_published else twins[: plan.samples]) + steered
+        generated = (unsteered if plan.as_published else unsteered[: plan.samples]) + steered
         records: list[dict[str, Any]] = []
         for prompt, text in enumerate(plan.prompts):
 
-            def tokens(n: int, of: int, before: int = prompt) -> None:
-                so_far((before + n / of) / len(plan.prompts))
+            def report_tokens(n: int, of: int, before: int = prompt) -> None:
+                report_share((before + n / of) / len(plan.prompts))
 
-            outputs = self._generate(text, [ActionRow(f, c, d, (prompt, s)) for f, s, c, d in generated], tokens)
-            n_twins = len(twins) // shared
-            outputs = outputs[:n_twins] * shared + outputs[n_twins:]
-            layout = twins + steered
-            about = [references[feature] for feature, *_ in layout]
+            outputs = self._generate(text, [ActionRow(f, c, d, (prompt, s)) for f, s, c, d in generated], report_tokens)
+            n_unsteered = len(unsteered) // shared
+            outputs = outputs[:n_unsteered] * shared + outputs[n_unsteered:]
+            layout = unsteered + steered
+            layout_references = [references[feature] for feature, *_ in layout]
             measured = measure_texts(
-                self.actions.site.lm, text, outputs, about, self.vectors, with_prompt=plan.as_published
+                self.actions.site.lm, text, outputs, layout_references, self.vectors, with_prompt=plan.as_published
             )
             records += [
                 {"feature": feature, "prompt": prompt, "sample": sample, "condition": condition, "dose": dose}
                 | {"coefficient": self.actions.coefficient(feature, dose)}
-                | found
-                for (feature, sample, condition, dose), found in zip(layout, measured, strict=True)
+                | measures
+                for (feature, sample, condition, dose), measures in zip(layout, measured, strict=True)
             ]
-        return self._ordered(pd.DataFrame(records))
+        return self._sorted(pd.DataFrame(records))
 
     def _generate(self, prompt: Prompt, rows: list[ActionRow], progress: Progress) -> list[list[int]]:
         plan, site = self.plan, self.actions.site
@@ -173,26 +173,26 @@ class _Run:
         )
 
     def _noise(self, prompt: Prompt, row: ActionRow) -> NoiseCell:
-        named = prompt_name(prompt)
-        own = f"{named}\n{row.feature} {row.condition} {row.dose}" if self.plan.as_published else named
-        return NoiseCell(self.plan.seed, own, row.draw[1])
+        key = prompt_name(prompt)
+        noise_key = f"{key}\n{row.feature} {row.condition} {row.dose}" if self.plan.as_published else key
+        return NoiseCell(self.plan.seed, noise_key, row.draw[1])
 
     def _references(self, features: pd.DataFrame) -> dict[int, str]:
-        """What the texts of each feature are compared with."""
+        """The text that the texts of each feature are compared with: its top tokens."""
         if self.plan.as_published:
-            spelled = self.actions.site.lm.tokenizer.convert_ids_to_tokens
+            to_strings = self.actions.site.lm.tokenizer.convert_ids_to_tokens
             ids = zip(features["feature"], features["top_token_ids"], strict=True)
-            return {int(f): " ".join(spelled([int(i) for i in own])) for f, own in ids}
+            return {int(f): " ".join(to_strings([int(i) for i in ids_of_feature])) for f, ids_of_feature in ids}
         return {int(f): join_tokens(t) for f, t in zip(features["feature"], features["top_tokens"], strict=True)}
 
     def _conditions(self, feature: int) -> list[str]:
         return [c for c in self.plan.conditions if not self.actions.obstacle(feature, c)]
 
-    def _ordered(self, trials: pd.DataFrame) -> pd.DataFrame:
+    def _sorted(self, trials: pd.DataFrame) -> pd.DataFrame:
         missing = [name for name in TRIAL_COLUMNS if name not in trials]
         if missing:
             raise ShapeMismatch(f"the finished trials lack the column(s) {', '.join(missing)}.", at="done")
-        ordered = in_order(trials[list(TRIAL_COLUMNS)], (UNSTEERED, *self.plan.conditions))
+        ordered = sort_trials(trials[list(TRIAL_COLUMNS)], (UNSTEERED, *self.plan.conditions))
         return ordered.astype(dict.fromkeys(("feature", "prompt", "sample"), "int64"))
 
     def _finished(self, done: pd.DataFrame | None) -> set[int]:
@@ -200,13 +200,13 @@ class _Run:
         finished: set[int] = set()
         if done is None or done.empty:
             return finished
-        places = [(prompt, s) for prompt in range(len(self.plan.prompts)) for s in range(self.plan.samples)]
+        cells = [(prompt, s) for prompt in range(len(self.plan.prompts)) for s in range(self.plan.samples)]
         for feature, rows in done[done["feature"].isin(list(self.actions.members))].groupby("feature"):
             number = int(feature)  # type: ignore[call-overload]
             settings = [(c, float(dose)) for c in self._conditions(number) for dose in self.plan.doses]
-            wanted = [(*place, *setting) for place in places for setting in [(UNSTEERED, 0.0), *settings]]
-            found = rows[["prompt", "sample", "condition", "dose"]].itertuples(index=False, name=None)
-            if sorted(found) == sorted(wanted):
+            planned = [(*cell, *setting) for cell in cells for setting in [(UNSTEERED, 0.0), *settings]]
+            present = rows[["prompt", "sample", "condition", "dose"]].itertuples(index=False, name=None)
+            if sorted(present) == sorted(planned):
                 finished.add(number)
         return finished
 
@@ -214,7 +214,7 @@ class _Run:
 def direct_effects(
     site: Site, features: pd.DataFrame, plan: SteeringPlan, *, progress: Progress | None = None
 ) -> pd.DataFrame:
-    """How much likelier steering makes a feature's top tokens as the next token: no sampling, no noise.
+    """How much steering raises the log-probability of a feature's top tokens as the next token; without sampling.
 
     `features` need top_token_ids (list of int) in place of top_tokens. The random placebo of a prompt is that of its
     sample 0. One row per feature, prompt, condition and dose, in that order: feature, prompt, condition, dose,
@@ -248,7 +248,7 @@ def direct_effects(
             if progress is not None:
                 progress(len(records), len(layout) * len(plan.prompts))
     result = pd.DataFrame(records, columns=["feature", "prompt", "condition", "dose", "delta_logprob", "kl"])
-    return in_order(result, plan.conditions)
+    return sort_trials(result, plan.conditions)
 
 
 @torch.inference_mode()
@@ -281,7 +281,7 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     return terms.sum(dim=-1).clamp_min(0)
 
 
-def in_order(rows: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:
+def sort_trials(rows: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:
     """Rows by feature, prompt, sample (if any), condition in the given order, and dose."""
     keys = [name for name in ("feature", "prompt", "sample") if name in rows]
     rank = rows["condition"].map({condition: i for i, condition in enumerate(conditions)})

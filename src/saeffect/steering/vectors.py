@@ -16,13 +16,13 @@ from saeffect.lm.hooks import parse_hook
 
 __all__ = ["SteeringVector", "control_layer", "joint_vector", "write_gguf_vector", "write_safetensors_vector"]
 
-# Where adding a vector is adding it to what leaves the block.
+# Hooks at which adding a vector adds it to the output of the block.
 _SAME_AS_POST = ("hook_resid_post", "hook_mlp_out")
 
 
 @dataclass(frozen=True, eq=False)
 class SteeringVector:
-    """What one intervention of the operator "add" adds at a hook, ready to be added.
+    """The vector that one intervention with the operator "add" adds at a hook.
 
     Attributes:
         vector: float32 `[d_model]`, in the activation's units: along the sum of `rows`, of length dose x `mean_norm`.
@@ -73,8 +73,8 @@ def write_safetensors_vector(vector: SteeringVector, path: Path) -> None:
 
 
 def control_layer(hook: str) -> int:
-    """N of the tensor `direction.N`, which llama.cpp adds to what leaves block N (from 0). ConfigError for hooks
-    that no such vector stands for: within a block, and before or after block 0, which llama.cpp does not steer.
+    """N of the tensor `direction.N`, which llama.cpp adds to the output of block N (from 0). ConfigError for hooks
+    without an equivalent: within a block, and before or after block 0, which llama.cpp does not steer.
 
     Example:
         >>> control_layer("blocks.8.hook_resid_pre"), control_layer("blocks.8.hook_resid_post")
@@ -119,7 +119,7 @@ def write_gguf_vector(vector: SteeringVector, path: Path, *, architecture: str) 
 
 
 def joint_vector(rows: Tensor, length: float) -> Tensor:
-    """A vector of that length along the sum of decoder rows `[n, d_model]`, float32, as the operator "add" has it."""
+    """A vector of that length along the sum of decoder rows `[n, d_model]`, float32, as the operator "add" uses it."""
     total = rows.float().sum(dim=0)
     norm = float(total.norm())
     if not norm > 0 or not torch.isfinite(total).all():

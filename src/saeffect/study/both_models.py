@@ -1,8 +1,8 @@
 """Each arm's features read on the text in both models: where they fire, how strongly, and what they suppress.
 
-A finished run knows its features in the model that their SAE belongs to. This reads the study's text once with the
-other model too and keeps, in `cache/` of the run directory, what pages about single features show. No number of the
-study depends on it.
+A finished run has measured its features only in the model that their SAE belongs to. This reads the study's text with
+the other model, too, and stores in `cache/` of the run directory what the pages of single features show. No number of
+the study depends on it.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ __all__ = [
     "N_BINS",
     "ActivationHistograms",
     "both_models_files",
-    "features_made_of",
+    "features_fingerprint",
     "other_arm",
     "read_both_models",
     "refuse_changed",
-    "refuse_own_code",
+    "refuse_remote_code",
     "special_mask",
 ]
 
@@ -55,41 +55,42 @@ def other_arm(study: Study, arm: str) -> str:
 
 
 def both_models_files(folder: Path, arm: str, other: str) -> tuple[Path, Path]:
-    """Where the tables about an arm's features and their contexts are, or would be; names tell of what was read.
+    """Paths of the tables about an arm's features and their contexts, whether written or not; the file names hold a
+    hash of what is read.
 
-    In the run directory, else, where that cannot be written to, in the user's cache. NotFound if the arm's features
-    are not there yet.
+    In the run directory, or in the user's cache if that cannot be written. NotFound if the arm has no features yet.
     """
     try:
-        found = read_manifest(folder)
-        made_of = [features_made_of(found, folder, arm), found["arms"][other]["model"], found["text_sha256"]]
+        manifest = read_manifest(folder)
+        model, text = manifest["arms"][other]["model"], manifest["text_sha256"]
+        digest = fingerprint([VERSION, features_fingerprint(manifest, folder, arm), model, text])
     except (NotFound, KeyError) as error:
-        raise _not_there_yet(folder, arm) from error
-    name = f"both-{arm}-{fingerprint([VERSION, *made_of])[:16]}"
+        raise _features_missing(folder, arm) from error
+    name = f"both-{arm}-{digest[:16]}"
     names = (f"{name}.parquet", f"{name}-contexts.parquet")
     inside, outside = folder / "cache", cache_folder() / "both-models"
-    for place in (inside, outside):
-        if all((place / name).is_file() for name in names):
-            return place / names[0], place / names[1]
-    place = inside if os.access(inside if inside.is_dir() else folder, os.W_OK) else outside
-    return place / names[0], place / names[1]
+    for parent in (inside, outside):
+        if all((parent / name).is_file() for name in names):
+            return parent / names[0], parent / names[1]
+    parent = inside if os.access(inside if inside.is_dir() else folder, os.W_OK) else outside
+    return parent / names[0], parent / names[1]
 
 
-def features_made_of(manifest: dict[str, Any], folder: Path, arm: str) -> str:
-    """The fingerprint of what an arm's features were made of; NotFound where the run has none yet."""
-    if (note := manifest["stages"].get(f"features {arm}")) is None:
-        raise _not_there_yet(folder, arm)
-    return str(note["fingerprint"])
+def features_fingerprint(manifest: dict[str, Any], folder: Path, arm: str) -> str:
+    """Fingerprint of the inputs of an arm's features; NotFound if the run has none yet."""
+    if (stage := manifest["stages"].get(f"features {arm}")) is None:
+        raise _features_missing(folder, arm)
+    return str(stage["fingerprint"])
 
 
-def _not_there_yet(folder: Path, arm: str) -> NotFound:
+def _features_missing(folder: Path, arm: str) -> NotFound:
     fix = "let the study run on to this stage."
     return NotFound(f"the features of {arm} are not there yet.", at=str(folder), fix=fix)
 
 
 @torch.inference_mode()
 def read_both_models(folder: Path | str, log: Log = SILENT) -> list[Path]:
-    """Write what is missing for the arms of a run; arms that are there are not read again.
+    """Write the missing tables of a run's arms; existing ones are not computed again.
 
     Of features: bottom_tokens, bottom_weights (least first, on the scale of the top tokens); for this model and, as
     `_beside`, the other: density, mean and maximum of activations; `top` and counts [N_BINS] of a histogram of
@@ -100,18 +101,18 @@ def read_both_models(folder: Path | str, log: Log = SILENT) -> list[Path]:
     NotFound: the run has no features yet. ConfigError: a model or SAE is not the one that the run read. InUse: another
     process is writing these files.
     """
-    place = Path(folder)
-    study = Study.open(place / "study.yaml")
-    manifest = read_manifest(place)
+    run_folder = Path(folder)
+    study = Study.open(run_folder / "study.yaml")
+    manifest = read_manifest(run_folder)
     written: list[Path] = []
     for name in study.ordered_arms():
         if f"features {name}" not in manifest["stages"]:
             continue
         other = other_arm(study, name)
-        files = both_models_files(place, name, other)
+        files = both_models_files(run_folder, name, other)
         if all(file.is_file() for file in files):
             continue
-        refuse_own_code(study, name, other)
+        refuse_remote_code(study, name, other)
         for arm in (name, other):
             refuse_changed(study, arm, manifest)
         with sole_writer(files[0].parent):
@@ -122,9 +123,9 @@ def read_both_models(folder: Path | str, log: Log = SILENT) -> list[Path]:
 
 def refuse_changed(study: Study, arm: str, manifest: dict[str, Any]) -> None:
     """ConfigError if a model or SAE is not the one that the run read."""
-    known, now = manifest.get("arms", {}).get(arm, {}), study.identities[arm]
+    recorded, current = manifest.get("arms", {}).get(arm, {}), study.identities[arm]
     for part in ("model", "sae"):
-        if known.get(part) != now[part]:
+        if recorded.get(part) != current[part]:
             raise ConfigError(
                 f"the {part} of {arm} is not the one that the run read.",
                 at=study.at("arms", arm, part),
@@ -132,9 +133,9 @@ def refuse_changed(study: Study, arm: str, manifest: dict[str, Any]) -> None:
             )
 
 
-def refuse_own_code(study: Study, *arms: str) -> None:
-    """ConfigError if a model of these arms would run Python code of its own: who reads a finished run need not have
-    made it. SAEFFECT_TRUST_REMOTE_CODE=1 lets it.
+def refuse_remote_code(study: Study, *arms: str) -> None:
+    """ConfigError if a model of these arms would run its repository's Python code, since a finished run may come from
+    somebody else. SAEFFECT_TRUST_REMOTE_CODE=1 allows it.
     """
     for name in arms:
         if study.arm(name).model.trust_remote_code and os.environ.get("SAEFFECT_TRUST_REMOTE_CODE") != "1":
@@ -147,29 +148,30 @@ def refuse_own_code(study: Study, *arms: str) -> None:
 
 def _read_arm(study: Study, name: str, other: str, log: Log) -> tuple[pd.DataFrame, pd.DataFrame]:
     arm = study.open_arm(name, log)
-    found = _bottom_tokens(study, arm)
+    bottom = _bottom_tokens(study, arm)
     reason = _obstacle(study, arm, other)
     config, rows = study.config.features, study.rows()
     collectors = {
-        which: ExampleCollector(len(arm.W_dec), config.examples, config.window, beside=not reason)
-        for which in ((name,) if reason else (name, other))
+        read_by: ExampleCollector(len(arm.W_dec), config.examples, config.window, beside=not reason)
+        for read_by in ((name,) if reason else (name, other))
     }
-    bars = ActivationHistograms(len(arm.W_dec), 1 if reason else 2)
+    histograms = ActivationHistograms(len(arm.W_dec), 1 if reason else 2)
     special = special_mask(arm.lm)
     for batch in _batches(study, arm, None if reason else other, log):
         sources = [rows.names[i] for i in rows.sources[batch.start : batch.start + len(batch.ids)]]
-        for (which, collector), acts, kept in zip(collectors.items(), batch.acts, batch.kept, strict=True):
-            beside = None if reason else batch.acts[which == name]  # of the other one
-            # A special token, such as the end of a text, is no context that says anything.
+        for (read_by, collector), acts, kept in zip(collectors.items(), batch.acts, batch.kept, strict=True):
+            beside = None if reason else batch.acts[read_by == name]  # of the other model
+            # Contexts that peak at a special token, such as the end of a text, say nothing.
             collector.update(acts, batch.ids, kept & ~special[batch.ids], sources=sources, beside=beside)
-        bars.update([acts[kept] for acts, kept in zip(batch.acts, batch.kept, strict=True)])
+        histograms.update([acts[kept] for acts, kept in zip(batch.acts, batch.kept, strict=True)])
     contexts = []
-    for which, collector in collectors.items():
-        table = collector.result(arm.lm.token_strings()).assign(chosen_in=which)
-        if which != name:
+    for read_by, collector in collectors.items():
+        table = collector.result(arm.lm.token_strings()).assign(chosen_in=read_by)
+        if read_by != name:
             table = table.rename(columns={"activations": "activations_beside", "activations_beside": "activations"})
         contexts.append(table)
-    return pd.concat([found, bars.result()], axis=1).assign(reason=reason), pd.concat(contexts, ignore_index=True)
+    features = pd.concat([bottom, histograms.result()], axis=1).assign(reason=reason)
+    return features, pd.concat(contexts, ignore_index=True)
 
 
 def special_mask(lm: LanguageModel) -> Tensor:
@@ -204,7 +206,7 @@ def _obstacle(study: Study, arm: Arm, other: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """Rows from `start` without BOS: ids [B, S], and for one or two models acts [B, S, d_sae] and kept [B, S]."""
+    """Rows from `start`, without BOS: ids [B, S], and by model acts [B, S, d_sae] and kept [B, S]."""
 
     start: int
     ids: Tensor
@@ -216,8 +218,8 @@ def _batches(study: Study, arm: Arm, other: str | None, log: Log) -> Iterator[_B
     rows = study.rows()
     limit = arm.norm_limit(rows)
     models = [arm.lm, *([study.open_model(other, log)] if other else ())]
-    texts = [study.residuals.batches(lm, arm.hook, rows) for lm in models]
-    for parts in zip(*texts, strict=True):
+    streams = [study.residuals.batches(lm, arm.hook, rows) for lm in models]
+    for parts in zip(*streams, strict=True):
         start, ids, _ = parts[0]
         n_bos = arm.lm.n_bos(rows.ids[start])
         counts = rows.counts_of(start, len(ids))
@@ -227,10 +229,9 @@ def _batches(study: Study, arm: Arm, other: str | None, log: Log) -> Iterator[_B
 
 
 class ActivationHistograms:
-    """Streaming histograms of activations above 0, one a feature and model, on a scale that the models share.
+    """Streaming histograms of activations above 0 by feature and model; both models share a feature's scale.
 
-    The scale of a feature doubles when an activation lies above it; bars are then joined in pairs, so counts stay
-    exact.
+    A feature's scale doubles when an activation exceeds it; bars are then merged in pairs, so counts stay exact.
 
     Example:
         >>> bars = ActivationHistograms(d_sae=1, n_models=2)
@@ -247,26 +248,26 @@ class ActivationHistograms:
         self._tokens = np.zeros(n_models, dtype=np.int64)
 
     def update(self, acts: list[Tensor]) -> None:
-        """Add activations, for each model [n, d_sae] of the tokens that count in it."""
-        highest = np.max([part.amax(dim=0).float().cpu().numpy() for part in acts if len(part)] or [self._top], axis=0)
-        self._widen(highest.astype(np.float64))
-        for model, part in enumerate(acts):
-            at = (part > 0).nonzero(as_tuple=True)
-            value, feature = part[at].double().cpu().numpy(), at[1].cpu().numpy()
-            # The upper end belongs to a bar: (low, high].
-            place = np.clip(np.ceil(value / self._top[feature] * N_BINS).astype(np.int64) - 1, 0, N_BINS - 1)
-            np.add.at(self._counts[model], (feature, place), 1)
+        """Add each model's activations, [n, d_sae], of the n tokens that count in it."""
+        peaks = [model_acts.amax(dim=0).double().cpu().numpy() for model_acts in acts if len(model_acts)]
+        self._widen(np.max(peaks or [self._top], axis=0))
+        for model, model_acts in enumerate(acts):
+            active = (model_acts > 0).nonzero(as_tuple=True)
+            value, feature = model_acts[active].double().cpu().numpy(), active[1].cpu().numpy()
+            # A bar includes its upper end: (low, high].
+            bar = np.clip(np.ceil(value / self._top[feature] * N_BINS).astype(np.int64) - 1, 0, N_BINS - 1)
+            np.add.at(self._counts[model], (feature, bar), 1)
             np.add.at(self._sum[model], feature, value)
             np.maximum.at(self._max[model], feature, value)
-            self._tokens[model] += len(part)
+            self._tokens[model] += len(model_acts)
 
     def _widen(self, highest: np.ndarray) -> None:
-        new = (self._top == 0) & (highest > 0)
-        self._top[new] = highest[new]
-        while len(wide := np.flatnonzero(highest > self._top)):
-            pairs = self._counts[:, wide].reshape(len(self._counts), len(wide), N_BINS // 2, 2).sum(axis=3)
-            self._counts[:, wide, : N_BINS // 2], self._counts[:, wide, N_BINS // 2 :] = pairs, 0
-            self._top[wide] *= 2
+        unset = (self._top == 0) & (highest > 0)
+        self._top[unset] = highest[unset]
+        while len(too_high := np.flatnonzero(highest > self._top)):
+            pairs = self._counts[:, too_high].reshape(len(self._counts), len(too_high), N_BINS // 2, 2).sum(axis=3)
+            self._counts[:, too_high, : N_BINS // 2], self._counts[:, too_high, N_BINS // 2 :] = pairs, 0
+            self._top[too_high] *= 2
 
     def result(self) -> pd.DataFrame:
         """One row a feature: top, and for each model (the second `_beside`) density, mean, maximum, counts."""

@@ -71,23 +71,23 @@ def check_study(study: Study, out: Path | str | None = None, log: Log = SILENT) 
     training = check_training(study)
     if training is not None:
         lines.append(training)
-    seen: list[ModelConfig] = []
+    checked: list[ModelConfig] = []
     for name, arm in config.arms.items():
         lines += _check_arm(study, name, log)
         base = arm.model.model_copy(update={"adapter": None})
-        if base not in seen:  # most arms share one
-            seen.append(base)
-            place = f"{study.at('arms', name)}.model"
-            check_weights(locate_model(base, at=place), base, place)
-        further = open_seeds(study, name) if config.arms[name].more_saes else []
-        if further:
-            lines.append(f"arm {name}: further seeds {', '.join(seed.name for seed in further)}")
+        if base not in checked:  # most arms share one
+            checked.append(base)
+            location = f"{study.at('arms', name)}.model"
+            check_weights(locate_model(base, at=location), base, location)
+        seeds = open_seeds(study, name) if config.arms[name].more_saes else []
+        if seeds:
+            lines.append(f"arm {name}: further seeds {', '.join(seed.name for seed in seeds)}")
     if not study.has_saes:
         _check_sizes(study)
     lines += _check_tokenizers(study)
     with placed(study.at("text")):
-        begins, others = beginning(study.prepend_bos, study.bos_words, study.tokens.tokenizer, study.chat)
-    lines.append(f"{begins}; otherwise: {others}" if others else begins)
+        start, conflicts = beginning(study.prepend_bos, study.bos_words, study.tokens.tokenizer, study.chat)
+    lines.append(f"{start}; otherwise: {conflicts}" if conflicts else start)
     if study.chat is not None:
         lines.append(f"chats are written by {template_words(study)}")
     with placed(study.at("comparison", "tests")):
@@ -96,7 +96,7 @@ def check_study(study: Study, out: Path | str | None = None, log: Log = SILENT) 
     with placed(study.at("selection", "vocabulary")):
         vocabulary = load_vocabulary(config.selection.vocabulary)
     if vocabulary.words:
-        lines.append(f"vocabulary {vocabulary.name}: {_matchable(study, vocabulary)}")
+        lines.append(f"vocabulary {vocabulary.name}: {_vocabulary_words(study, vocabulary)}")
     with placed(study.at("coherence", "embeddings")):
         vectors = load_embeddings(config.coherence.embeddings)
     lines.append(f"embeddings {vectors.name}: {len(vectors):,} words")
@@ -136,13 +136,13 @@ def _check_arm(study: Study, name: str, log: Log) -> list[str]:
         parse_hook(hook, shape.n_layers, at=f"{at}.hook")
     if shape is not None and sae is not None and not hook.endswith(HOOK_Z):  # whose width only the model shows
         require_width(sae.cfg, shape.d_model, hook, arm.model.path, at=f"{at}.sae")
-    basis = "no SAE" if sae is None else f"{sae.cfg.architecture} SAE, {sae.cfg.d_in} × {sae.cfg.d_sae:,}"
-    first = f"arm {name} ({arm.role}): {basis}, at {hook}"
-    doubts = (adapter, _same_files(study, name, model), _no_device(arm.model, f"{at}.model"))
-    return [first, *(f"warning: arm {name}: {line}" for line in doubts if line)]
+    sae_text = "no SAE" if sae is None else f"{sae.cfg.architecture} SAE, {sae.cfg.d_in} × {sae.cfg.d_sae:,}"
+    first = f"arm {name} ({arm.role}): {sae_text}, at {hook}"
+    warnings = (adapter, _same_files(study, name, model), _missing_device(arm.model, f"{at}.model"))
+    return [first, *(f"warning: arm {name}: {line}" for line in warnings if line)]
 
 
-def _no_device(config: ModelConfig, at: str) -> str | None:
+def _missing_device(config: ModelConfig, at: str) -> str | None:
     """A line if this machine lacks the model's device; no error, since the study may run on another one."""
     resolve_device(config.device, at=at)
     try:
@@ -154,13 +154,13 @@ def _no_device(config: ModelConfig, at: str) -> str | None:
 
 def _check_adapter(config: ModelConfig, model: Path | str, at: str) -> str | None:
     """Open an adapter and compare it with a local base model; a line if it names another base."""
-    place, where = locate_adapter(config, at=at), f"{at}.adapter"
-    if place is None:
+    folder, location = locate_adapter(config, at=at), f"{at}.adapter"
+    if folder is None:
         return None
-    adapter = read_adapter(place, where)
+    adapter = read_adapter(folder, location)
     if isinstance(model, Path) and (model / "config.json").is_file() and not config.trust_remote_code:
         with quiet_transformers(), loading_errors(config, at, model):
-            require_fit(adapter, load_config(model, config, at), where)
+            require_fit(adapter, load_config(model, config, at), location)
     return adapter.other_base(config.path)
 
 
@@ -170,20 +170,20 @@ def _same_files(study: Study, name: str, model: Path | str) -> str | None:
     control = arms[study.control].model
     if arms[name].role != "treatment" or control.adapter or arms[name].model.adapter:
         return None
-    other = locate_model(control)
-    if not isinstance(model, Path) or not isinstance(other, Path):
+    control_path = locate_model(control)
+    if not isinstance(model, Path) or not isinstance(control_path, Path):
         return None
-    ours, theirs = _weight_files(model), _weight_files(other)
-    if not ours or len(ours) != len(theirs):
+    model_files, control_files = _weight_files(model), _weight_files(control_path)
+    if not model_files or len(model_files) != len(control_files):
         return None
-    if not all(filecmp.cmp(a, b, shallow=False) for a, b in zip(ours, theirs, strict=True)):
+    if not all(filecmp.cmp(a, b, shallow=False) for a, b in zip(model_files, control_files, strict=True)):
         return None
     return "its weights are those of the control, so nothing can come from fine-tuning"
 
 
 def _weight_files(model: Path) -> list[Path]:
-    there = [model] if model.is_file() else sorted(p for p in model.iterdir() if p.suffix in (".safetensors", ".gguf"))
-    return [path for path in there if path.is_file()]
+    files = [model] if model.is_file() else sorted(p for p in model.iterdir() if p.suffix in (".safetensors", ".gguf"))
+    return [path for path in files if path.is_file()]
 
 
 def _check_steering(study: Study) -> list[str]:
@@ -196,10 +196,10 @@ def _check_steering(study: Study) -> list[str]:
             _check_prompt(study, key, prompt)
     for name, sets in steering.together.items():
         d_sae = study.sae_config(name).d_sae
-        beyond = [feature for members in sets for feature in members if not 0 <= feature < d_sae]
-        if beyond:
+        invalid = [feature for members in sets for feature in members if not 0 <= feature < d_sae]
+        if invalid:
             raise ConfigError(
-                f"there is no feature {beyond[0]}; the SAE has features 0 to {d_sae - 1}.",
+                f"there is no feature {invalid[0]}; the SAE has features 0 to {d_sae - 1}.",
                 at=study.at("steering", "together", name),
             )
     if steering.outcome_encoder is not None:
@@ -209,35 +209,39 @@ def _check_steering(study: Study) -> list[str]:
     return [f"steering: {steering.operator}, tested against {placebos}; outcomes: {', '.join(steering.outcomes)}"]
 
 
-def _matchable(study: Study, vocabulary: Vocabulary) -> str:
+def _vocabulary_words(study: Study, vocabulary: Vocabulary) -> str:
     """How many words can be a top token; the others are not single tokens."""
-    known = known_tokens(study.tokens.tokenizer)  # of which the highest may be in the billions
-    never = vocabulary.unmatched(token_texts(study.tokens.tokenizer, known))
-    examples = f"such as {', '.join(never[:3])}" if never else ""
-    if len(never) == len(vocabulary):
+    names = known_tokens(study.tokens.tokenizer)  # of which the highest may be in the billions
+    unmatched = vocabulary.unmatched(token_texts(study.tokens.tokenizer, names))
+    examples = f"such as {', '.join(unmatched[:3])}" if unmatched else ""
+    if len(unmatched) == len(vocabulary):
         raise EmptySelection(
-            f"not one of the {len(never):,} words is a token of these models, {examples}; no feature could match.",
+            f"not one of the {len(unmatched):,} words is a token of these models, {examples}; no feature could match.",
             at=study.at("selection", "vocabulary"),
             fix="use words as they stand in texts, one a line; most tokenizers have only common words whole.",
         )
-    n = f"{len(vocabulary):,} words"
-    return f"{n}, of which {len(never):,} can never match, no token being one of them, {examples}" if never else n
+    text = f"{len(vocabulary):,} words"
+    return (
+        f"{text}, of which {len(unmatched):,} can never match, no token being one of them, {examples}"
+        if unmatched
+        else text
+    )
 
 
 def _check_disk(study: Study, out: Path) -> str:
-    place = out.absolute()
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir():
-        message = f"{place} is a file, so no run can be written there."
+    existing = out.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        message = f"{existing} is a file, so no run can be written there."
         raise ConfigError(message, at="--out", fix="choose another folder.")
     # Six contexts of some 33 tokens a feature dominate: about 2 kB each after compression.
     arms = study.config.arms if study.has_saes else ()
     needed = 2_000 * sum(study.sae_config(name).d_sae for name in arms) + 50_000_000
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(existing).free
     if free < needed:
         message = f"{free / 1e6:.0f} MB are free, about {needed / 1e6:.0f} MB are needed."
-        raise ConfigError(message, at=str(place), fix="make room.")
+        raise ConfigError(message, at=str(existing), fix="make room.")
     return f"disk: about {needed / 1e6:.0f} MB needed, {free / 1e9:.0f} GB free"
 
 
@@ -258,41 +262,41 @@ def _check_tokenizers(study: Study) -> list[str]:
     return lines + _check_embedded(study, shapes)
 
 
-def _check_prompt(study: Study, key: str, chosen: Prompt) -> None:
+def _check_prompt(study: Study, key: str, prompt: Prompt) -> None:
     """Refuse a prompt without positions to steer and write at."""
-    steering, at, prompt = study.steering, study.at("steering", key), prompt_text(chosen)
+    steering, at, text = study.steering, study.at("steering", key), prompt_text(prompt)
     lm = study.reader
     with placed(at):
-        ids = lm.encode_prompt(chosen)
+        ids = lm.encode_prompt(prompt)
         if steering.positions not in ("all", "generated", "prompt"):
-            steered = steered_tokens(steering.positions, lm.prompt_parts(chosen), lm.n_bos(ids))
+            steered = steered_tokens(steering.positions, lm.prompt_parts(prompt), lm.n_bos(ids))
             if not steered.any():
                 raise ConfigError(
-                    f"no token of the prompt {prompt[:60]!r} is at positions: {steering.positions}.",
+                    f"no token of the prompt {text[:60]!r} is at positions: {steering.positions}.",
                     fix="give prompts that have such a turn, or choose other positions.",
                 )
-    n_own = len(ids) - lm.n_bos(ids)
-    if n_own == 0:
+    n_tokens = len(ids) - lm.n_bos(ids)
+    if n_tokens == 0:
         fix = "write something, or leave it out."
-        raise ConfigError(f"the prompt {prompt!r} has no tokens; expected at least one.", at=at, fix=fix)
-    if n_own == 1 and steering.positions == "prompt":
+        raise ConfigError(f"the prompt {text!r} has no tokens; expected at least one.", at=at, fix=fix)
+    if n_tokens == 1 and steering.positions == "prompt":
         raise ConfigError(
-            f"the prompt {prompt!r} is one token, and positions: prompt steers at all of its tokens but the last;"
+            f"the prompt {text!r} is one token, and positions: prompt steers at all of its tokens but the last;"
             " expected at least two tokens.",
             at=at,
             fix="use a longer prompt, or positions: all or generated.",
         )
     shapes = _shapes(study)
-    longest = len(ids) + steering.max_new_tokens
+    n_total = len(ids) + steering.max_new_tokens
     positions = min((shape.n_positions for shape in shapes.values() if shape.n_positions), default=None)
-    if positions is not None and longest > positions:
+    if positions is not None and n_total > positions:
         raise ConfigError(
-            f"the prompt {prompt[:40]!r} and its text come to {longest:,} tokens, but the model takes {positions:,}.",
+            f"the prompt {text[:40]!r} and its text come to {n_total:,} tokens, but the model takes {positions:,}.",
             at=at,
             fix="use a shorter prompt, or fewer max_new_tokens.",
         )
     for arm, shape in shapes.items():
-        _refuse_unembedded(study, arm, shape, ids, f"the prompt {prompt[:40]!r}", at)
+        _refuse_unembedded(study, arm, shape, ids, f"the prompt {text[:40]!r}", at)
 
 
 def _shapes(study: Study) -> dict[str, ModelShape]:
@@ -305,9 +309,9 @@ def _check_sizes(study: Study) -> None:
     """Without SAEs, whose width is compared with each model's: IncompatibleModels if the models differ in width."""
     widths = {name: (shape.d_model, shape.n_layers) for name, shape in _shapes(study).items()}
     if len(set(widths.values())) > 1:
-        said = ", ".join(f"{name} {width} × {layers}" for name, (width, layers) in widths.items())
+        sizes = ", ".join(f"{name} {width} × {layers}" for name, (width, layers) in widths.items())
         raise IncompatibleModels(
-            f"the models differ in width or depth: {said}.",
+            f"the models differ in width or depth: {sizes}.",
             at=study.at("arms"),
             fix="compare a model with its own fine-tune.",
         )
@@ -316,10 +320,10 @@ def _check_sizes(study: Study) -> None:
 def _check_context(study: Study, shapes: dict[str, ModelShape]) -> None:
     """Refuse rows of the study's or the training text that are longer than a model's positions."""
     for arm, shape in shapes.items():
-        wanted = {"text": study.config.text.context_size} if study.config.text.sources else {}
+        context_sizes = {"text": study.config.text.context_size} if study.config.text.sources else {}
         if study.config.training is not None:
-            wanted["training"] = arm_recipe(study, arm).context_size
-        for section, size in wanted.items():
+            context_sizes["training"] = arm_recipe(study, arm).context_size
+        for section, size in context_sizes.items():
             if shape.n_positions and size > shape.n_positions:
                 raise ConfigError(
                     f"rows of text have {size:,} tokens, but the model of {arm} takes {shape.n_positions:,}.",
@@ -330,17 +334,21 @@ def _check_context(study: Study, shapes: dict[str, ModelShape]) -> None:
 
 def _check_embedded(study: Study, shapes: dict[str, ModelShape]) -> list[str]:
     """Refuse texts with a token that a model has no embedding for; report such tokens that no text has."""
-    known = known_tokens(study.tokens.tokenizer)
-    short = {arm: shape for arm, shape in shapes.items() if shape.d_vocab and max(known) >= shape.d_vocab}
-    if not short:
+    strings = known_tokens(study.tokens.tokenizer)
+    too_small = {arm: shape for arm, shape in shapes.items() if shape.d_vocab and max(strings) >= shape.d_vocab}
+    if not too_small:
         return []
     lm = study.reader
     rows = study_rows(study.config.text, lambda: lm, prepend_bos=study.prepend_bos)
-    for arm, shape in short.items():
+    for arm, shape in too_small.items():
         _refuse_unembedded(study, arm, shape, rows.ids.flatten().tolist(), "the text", study.at("text"))
-    arm, shape = next(iter(short.items()))
-    beyond = [token for i, token in known.items() if i >= (shape.d_vocab or 0)]
-    return [f"{_shown(beyond)} without embedding in the model of {arm} ({shape.d_vocab:,} rows); no text has them"]
+    arm, shape = next(iter(too_small.items()))
+    extra = [token for i, token in strings.items() if i >= (shape.d_vocab or 0)]
+    shown = ", ".join(extra[:3]) + (", ..." if len(extra) > 3 else "")
+    return [
+        f"{len(extra):,} tokens of the tokenizer ({shown}) are without embedding in the model of {arm}"
+        f" ({shape.d_vocab:,} rows); no text has them"
+    ]
 
 
 def _refuse_unembedded(study: Study, arm: str, shape: ModelShape, ids: Iterable[int], what: str, at: str) -> None:
@@ -353,7 +361,3 @@ def _refuse_unembedded(study: Study, arm: str, shape: ModelShape, ids: Iterable[
             at=at,
             fix="take the tokenizer that was saved with the model, or resize the model's embedding and save it.",
         )
-
-
-def _shown(tokens: list[str]) -> str:
-    return f"{len(tokens):,} tokens of the tokenizer ({', '.join(tokens[:3])}{', ...' if len(tokens) > 3 else ''}) are"

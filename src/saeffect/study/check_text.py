@@ -1,4 +1,4 @@
-"""The text of a study, looked at: sources are opened, first rows shown, repeats found; one chat as it is read."""
+"""Check the text of a study: open the sources, show first rows, find repeats, show how one chat is read."""
 
 from __future__ import annotations
 
@@ -20,54 +20,56 @@ from saeffect.study.training import arm_recipe
 
 __all__ = ["chat_lines", "check_text", "duplicates_in_training", "first_rows", "template_words"]
 
-_COUNTED = 2_000_000  # tokens of text; more take minutes, and are hardly too few
-_ROWS = 3  # shown of each source
+_MAX_COUNTED = 2_000_000  # tokens of text; counting more takes minutes, and more is hardly too little
+_N_SHOWN = 3  # shown of each source
 _WIDTH = 76  # characters of a row
 
 
 def check_text(study: Study) -> str:
-    """What the text is called, and what is missing of it; SaeffectError for a source that cannot be read."""
+    """The text's name and how many tokens it lacks; SaeffectError for a source that cannot be read."""
     text = study.config.text
     for index, source in enumerate(text.sources):
         documents = read_corpus(source, chat=text.format == "chat")
         with placed(study.at("text", "sources", str(index))):
             next(documents)
-    called = f"bundled {text.bundled}" if text.bundled else text.called
+    name = f"bundled {text.bundled}" if text.bundled else text.called
     if not all(map(is_local, text.sources)):
-        return f"{called}; not counted, since it is on the hub"
-    start = text.model_copy(update={"tokens": min(text.tokens, _COUNTED)})
+        return f"{name}; not counted, since it is on the hub"
+    sample = text.model_copy(update={"tokens": min(text.tokens, _MAX_COUNTED)})
     lm = study.reader
     with placed(study.at("text")):
-        rows = study_rows(start, lambda: lm, prepend_bos=lm.prepend_bos)
-    short = shortage(text, rows) if len(rows) * rows.ids.shape[1] < start.tokens else ""
-    return f"{called}; only {short}" if short else called
+        rows = study_rows(sample, lambda: lm, prepend_bos=lm.prepend_bos)
+    short = shortage(text, rows) if len(rows) * rows.ids.shape[1] < sample.tokens else ""
+    return f"{name}; only {short}" if short else name
 
 
 def first_rows(study: Study) -> list[str]:
-    """Lines: for each source of text what it consists of, and its first three documents, one a line."""
+    """For each source of text, a line about its files and one for each of its first three documents."""
     text = study.config.text
     if text.bundled is not None:
         lm = LanguageModel(None, study.tokens.tokenizer, "control", prepend_bos=False)
-        start = text.model_copy(update={"tokens": max(256, 16 * text.context_size)})
-        rows = study_rows(start, lambda: lm, prepend_bos=False)
+        sample = text.model_copy(update={"tokens": max(256, 16 * text.context_size)})
+        rows = study_rows(sample, lambda: lm, prepend_bos=False)
         lines = []
         for index, name in enumerate(rows.names):
             lines.append(f"{name}: bundled token ids")
-            of_source = rows.ids[rows.sources == index][:_ROWS]
-            lines += [_shown(number, lm.decode(row.tolist())) for number, row in enumerate(of_source, start=1)]
+            of_source = rows.ids[rows.sources == index][:_N_SHOWN]
+            lines += [_row_line(number, lm.decode(row.tolist())) for number, row in enumerate(of_source, start=1)]
         return lines
     lines = []
     for index, source in enumerate(text.sources):
-        lines.append(f"{source.name}: {_consists_of(source)}")
+        lines.append(f"{source.name}: {_describe_source(source)}")
         with placed(study.at("text", "sources", str(index))):
-            shown = islice(read_corpus(source, chat=text.format == "chat"), _ROWS)
-            said = map(_talk, shown) if text.format == "chat" else shown
-            lines += [_shown(number, document) for number, document in enumerate(said, start=1)]
+            documents = islice(read_corpus(source, chat=text.format == "chat"), _N_SHOWN)
+            for number, document in enumerate(documents, start=1):
+                turns = messages_of(document) if text.format == "chat" else []
+                chat = " | ".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+                lines.append(_row_line(number, chat or document))
     return lines
 
 
 def duplicates_in_training(study: Study) -> str:
-    """A warning where held-out documents of the SAEs' training text stand in its training documents; "" for none."""
+    """A warning if held-out documents of the SAEs' training text are among its training documents; else ""."""
     if study.config.training is None:
         return ""
     recipe = arm_recipe(study, study.control)
@@ -78,26 +80,22 @@ def duplicates_in_training(study: Study) -> str:
         raise error.placed(study.at("training", "text")) from None
 
 
-def _consists_of(source: TextSource) -> str:
-    how = "" if source.field == "text" else f", text from {source.field!r}"
+def _describe_source(source: TextSource) -> str:
+    field_words = "" if source.field == "text" else f", text from {source.field!r}"
     if not is_local(source):
         subset = f", subset {source.subset}" if source.subset else ""
-        return f"dataset {source.path} on the hub, split {source.split}{subset}{how}"
+        return f"dataset {source.path} on the hub, split {source.split}{subset}{field_words}"
     if user_path(source.path).is_file():
-        return f"{source.path}{how}"
+        return f"{source.path}{field_words}"
     try:
         kinds = Counter(format_of(file) for file in source_files(source))
     except SaeffectError:
-        return f"the saved dataset {source.path}{how}"
-    counted = ", ".join(f"{n:,} {kind}" for kind, n in sorted(kinds.items()))
-    return f"{source.path} ({counted}){how}"
+        return f"the saved dataset {source.path}{field_words}"
+    counts = ", ".join(f"{n:,} {kind}" for kind, n in sorted(kinds.items()))
+    return f"{source.path} ({counts}){field_words}"
 
 
-def _talk(document: str) -> str:
-    return " | ".join(f"{message['role']}: {message['content']}" for message in messages_of(document))
-
-
-def _shown(number: int, document: str) -> str:
+def _row_line(number: int, document: str) -> str:
     line = printable_text(" ".join(document[: 20 * _WIDTH].split()))
     return f"  {number}  {line if len(line) <= _WIDTH else line[: _WIDTH - 1] + '…'}"
 
@@ -107,39 +105,39 @@ _PIECE = 160  # characters of a piece
 
 
 def template_words(study: Study) -> str:
-    """Whose chat template writes the study's conversations, and which arms have another or none of their own."""
+    """Which chat template writes the study's conversations, and which arms have another one or none."""
     assert study.chat is not None
-    ours, others = study.chat.template.strip(), []
-    for arm, own in study.tokens.templates.items():
-        if own is None:
-            others.append(f"{arm} has none of its own")
-        elif own.strip() != ours:
-            others.append(f"{arm}'s own is another one")
-    return "; ".join([f"the chat template {study.chat.origin}", *others])
+    study_template, notes = study.chat.template.strip(), []
+    for arm, template in study.tokens.templates.items():
+        if template is None:
+            notes.append(f"{arm} has none of its own")
+        elif template.strip() != study_template:
+            notes.append(f"{arm}'s own is another one")
+    return "; ".join([f"the chat template {study.chat.origin}", *notes])
 
 
 def chat_lines(study: Study) -> list[str]:
-    """What share of the conversations is at the chosen positions, and the first conversation, piece by piece.
+    """What share of the conversations' tokens is at the chosen positions, and the first conversation, piece by piece.
 
-    EmptySelection: none of the first tokens of rows is at the positions. SaeffectError: a conversation is none.
+    EmptySelection: none of the first tokens of rows is at the positions. SaeffectError: a document is no conversation.
     """
     text = study.config.text
     lm = study.reader
-    n_tokens = n_counted = n_early = n_beyond = n = 0
-    early = study.config.changes.tokens_per_row
+    n_tokens = n_counted = n_counted_early = n_unread = n = 0
+    n_read = study.config.changes.tokens_per_row
     first: Encoded | None = None
     for index, source in enumerate(text.sources):
         if not is_local(source):
             continue
         with placed(study.at("text", "sources", str(index))):
             for document in islice(read_corpus(source, chat=True), _CHATS_COUNTED):
-                found = lm.encode_chat(with_system(messages_of(document), text.system))
-                first = first or found
+                encoded = lm.encode_chat(with_system(messages_of(document), text.system))
+                first = first or encoded
                 n += 1
-                n_tokens += len(found.ids)
-                n_counted += int(has_part(found.parts, text.positions).sum())
-                n_early += int(has_part(found.parts[:early], text.positions).sum())
-                n_beyond += max(0, len(found.ids) - text.context_size)
+                n_tokens += len(encoded.ids)
+                n_counted += int(has_part(encoded.parts, text.positions).sum())
+                n_counted_early += int(has_part(encoded.parts[:n_read], text.positions).sum())
+                n_unread += max(0, len(encoded.ids) - text.context_size)
     if first is None:
         return []
     if not n_counted:
@@ -148,9 +146,9 @@ def chat_lines(study: Study) -> list[str]:
             at=study.at("text", "positions"),
             fix="choose others.",
         )
-    if not n_early:
+    if not n_counted_early:
         raise EmptySelection(
-            f"models are compared on the first {early} tokens of rows, and no conversation has a token at positions:"
+            f"models are compared on the first {n_read} tokens of rows, and no conversation has a token at positions:"
             f" {', '.join(text.positions)} there.",
             at=study.at("changes", "tokens_per_row"),
             fix="make it larger.",
@@ -159,18 +157,19 @@ def chat_lines(study: Study) -> list[str]:
         f"chats: {n_tokens / n:,.0f} tokens on average, {n_counted / n_tokens:.0%} of them at positions:"
         f" {', '.join(text.positions)} (first {n:,} conversations)"
     ]
-    if n_beyond:
+    if n_unread:
         lines.append(
-            f"warning: {n_beyond / n_tokens:.0%} of the tokens lie beyond a row's {text.context_size:,} and are not"
+            f"warning: {n_unread / n_tokens:.0%} of the tokens lie beyond a row's {text.context_size:,} and are not"
             " read; text.context_size makes rows longer"
         )
     counted = has_part(first.parts, text.positions)
     lines.append("the first conversation as it is read (* counts):")
-    at = 0
+    position = 0
     for piece in segments(lm.tokenizer, first):
         shown = printable_text(piece.text).replace("\n", "\\n")
-        shown = shown if len(shown) <= _PIECE else f"{shown[: _PIECE // 2]} ... {shown[-_PIECE // 2 :]}"
-        mark = "*" if counted[at : at + piece.n].any() else " "
+        if len(shown) > _PIECE:
+            shown = f"{shown[: _PIECE // 2]} ... {shown[-_PIECE // 2 :]}"
+        mark = "*" if counted[position : position + piece.n].any() else " "
         lines.append(f" {mark} {piece.who:9} | {shown}")
-        at += piece.n
+        position += piece.n
     return lines

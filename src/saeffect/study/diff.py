@@ -1,4 +1,4 @@
-"""The study of two models that `saeffect diff` is asked for: what was typed becomes a study file."""
+"""The study that `saeffect diff` runs: the arguments become a study file."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ from saeffect.study.study import Study
 __all__ = ["DiffRequest", "diff_study", "same_model", "write_study"]
 
 _BUNDLED_TEXT = "smollm2-sampled"
-_ROWS, _CONTEXT = 240, 80  # of text: what a trace reads, and rows beyond it to put features back on
-_NULLS_OF = ("bundled:smollm2-135m-instruct", "bundled:medical-lora", "bundled:smollm2-control")
-_BUNDLED_NULLS = "smollm2-medical"
+_ROWS, _CONTEXT = 240, 80  # of text: those of the trace, and further rows to put features back on
+_BUNDLED_PAIR = ("bundled:smollm2-135m-instruct", "bundled:medical-lora", "bundled:smollm2-control")
+_BUNDLED_NULLS = "bundled:smollm2-medical"
 _HEAD = "# Written by `saeffect diff`; it goes on from here as yours. SHA-256 of the lines below: "
 
 
 @dataclass(frozen=True)
 class DiffRequest:
-    """What was typed.
+    """Arguments of `saeffect diff`.
 
     Attributes:
-        base: The base model: hub id, folder, GGUF file, bundled:<name>, or an adapter's folder (its base and it).
-        tuned: The fine-tuned one, of the same kinds; an adapter alone is put on `base`.
+        base: The base model: hub id, folder, GGUF file, bundled:<name>, or an adapter (applied to the base it names).
+        tuned: The fine-tuned model, of the same kinds; an adapter is applied to `base`.
         sae: An SAE of the base model: folder, bundled:<name>, or on the hub (`saeffect.sae.hub`; org/name/folder too).
         texts: Files, folders or dataset ids, each plain or as name=path; none: the bundled text, for the bundled model.
-        nulls: Folder of null fine-tunes' traces, or bundled:<name>; None: those of the embedded pair, if it is that.
+        nulls: Folder of null fine-tunes' traces, or bundled:<name>; None: the bundled nulls, for the bundled pair.
     """
 
     base: str
@@ -61,14 +61,14 @@ class DiffRequest:
 
 
 def diff_study(request: DiffRequest, source: Path, log: Log = SILENT) -> Study:
-    """The study: two arms read through one SAE, or through none; no steering. `source` is where its file will lie.
+    """A study of two arms with the same SAE, or none, and no steering. `source` is the path of its future file.
 
-    Raises `SaeffectError` for a model, an SAE or a text that is not there, and a text that must be named.
+    Raises `SaeffectError` for a missing model, SAE or text, or if no text is given for a model that is not bundled.
     """
-    base = _model(request.base, None, "BASE")
-    tuned = _model(request.tuned, base, "TUNED")
+    base = _model_keys(request.base, None, "BASE")
+    tuned = _model_keys(request.tuned, base, "TUNED")
     sae = None if request.sae is None else _sae(request.sae)
-    hook = _middle(base, log) if sae is None else None
+    hook = _middle_hook(base, log) if sae is None else None
     arms = {
         role: {"role": role, "model": model, "sae": sae, "hook": hook}
         for role, model in (("control", base), ("treatment", tuned))
@@ -77,12 +77,14 @@ def diff_study(request: DiffRequest, source: Path, log: Log = SILENT) -> Study:
         "name": request.name,
         "title": f"What fine-tuning changed: {request.name}",
         "arms": {role: {key: value for key, value in arm.items() if value is not None} for role, arm in arms.items()},
-        "text": _text(request, base),
+        "text": _text_keys(request, base),
         "gate": {"tokens": 2_048},
         "selection": {"vocabulary": _path(request.vocabulary)},
         "steering": None,
     }
-    nulls = request.nulls or _bundled_nulls(request)
+    # Those of the bundled pair were measured on the bundled text.
+    is_bundled = not request.texts and (request.base, request.tuned, request.sae) == _BUNDLED_PAIR
+    nulls = request.nulls or (_BUNDLED_NULLS if is_bundled else None)
     if nulls is not None:
         values["nulls"] = _path(nulls)
     return Study(StudyConfig.read(values, at="the command"), source)
@@ -96,10 +98,10 @@ def same_model(study: Study) -> bool:
 
 
 def write_study(study: Study) -> None:
-    """Write the study's file; ConfigError, and nothing written, where there is another one that somebody edited."""
+    """Write the study's file; ConfigError, and nothing written, if an edited file of this name exists."""
     path = study.source
-    plain = study.config.model_dump(mode="json", exclude_unset=True)
-    body = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
+    values = study.config.model_dump(mode="json", exclude_unset=True)
+    body = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
     content = with_hash(_HEAD, body)
     if path.exists() and path.read_bytes() != content.encode() and not has_own_hash(path, _HEAD):
         raise ConfigError(
@@ -107,13 +109,14 @@ def write_study(study: Study) -> None:
             at=str(path),
             fix=f"run it: saeffect run {path}; or choose another --out.",
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         temporary.write_text(content, encoding="utf-8")
 
 
-def _model(text: str, base: Mapping[str, Any] | None, at: str) -> dict[str, Any]:
-    """Keys of a `ModelConfig`: a whole model, or an adapter on `base` (None: on the base model that it names)."""
+def _model_keys(text: str, base: Mapping[str, Any] | None, at: str) -> dict[str, Any]:
+    """Keys of a `ModelConfig`: a whole model, or an adapter on `base` (None: on the base model that it names).
+    BadFile for an adapter that names none.
+    """
     if not _is_adapter(text):
         locate_model(ModelConfig(path=text), at=at)
         return {"path": _path(text)}
@@ -122,15 +125,15 @@ def _model(text: str, base: Mapping[str, Any] | None, at: str) -> dict[str, Any]
     folder = (
         bundled_path("adapters", text.removeprefix(BUNDLED), at=at) if text.startswith(BUNDLED) else user_path(text)
     )
-    raw = read_json(folder / ADAPTER_CONFIG) if (folder / ADAPTER_CONFIG).is_file() else None
-    named = raw.get("base_model_name_or_path") if isinstance(raw, dict) else None
-    if not named:
+    adapter_config = read_json(folder / ADAPTER_CONFIG) if (folder / ADAPTER_CONFIG).is_file() else None
+    base_name = adapter_config.get("base_model_name_or_path") if isinstance(adapter_config, dict) else None
+    if not base_name:
         raise BadFile("this adapter names no base model.", at=at, fix="give the base model first, then the adapter.")
-    return {"path": _path(str(named)), "adapter": _path(text)}
+    return {"path": _path(str(base_name)), "adapter": _path(text)}
 
 
 def _is_adapter(text: str) -> bool:
-    """Whether this is an adapter alone; a hub id is looked up where there is a connection."""
+    """Whether this is an adapter without a model; a hub id is looked up if there is a connection."""
     if text.startswith(BUNDLED):
         with contextlib.suppress(ConfigError):
             bundled_path("adapters", text.removeprefix(BUNDLED))
@@ -143,12 +146,12 @@ def _is_adapter(text: str) -> bool:
 
     try:
         return file_exists(text, ADAPTER_CONFIG) and not file_exists(text, "config.json")
-    except Exception:  # no connection, no such repository: loading will say
+    except Exception:  # no connection or no such repository: loading reports it
         return False
 
 
 def _sae(text: str) -> str:
-    """A bundled name, an absolute folder, or the name of one on the hub, which is fetched."""
+    """The SAE as a bundled name, an absolute path, or a name on the hub; fetches the latter."""
     if text.startswith(BUNDLED):
         bundled_path("saes", text.removeprefix(BUNDLED), at="--sae")
         return text
@@ -171,13 +174,13 @@ def _sae(text: str) -> str:
     return HF + text
 
 
-def _middle(base: Mapping[str, Any], log: Log) -> str:
-    """The residual stream halfway through the model, where there is no SAE to name a hook."""
+def _middle_hook(base: Mapping[str, Any], log: Log) -> str:
+    """The residual stream halfway through the model: the hook of a study without SAEs."""
     shape = model_shape(locate_model(ModelConfig(**base), log=log, at="BASE"))
     return f"blocks.{(shape.n_layers if shape else 2) // 2}.hook_resid_pre"
 
 
-def _text(request: DiffRequest, base: Mapping[str, Any]) -> dict[str, Any]:
+def _text_keys(request: DiffRequest, base: Mapping[str, Any]) -> dict[str, Any]:
     if request.texts:
         return {"sources": _sources(request.texts), "tokens": _ROWS * _CONTEXT, "context_size": _CONTEXT}
     if base["path"].startswith(BUNDLED):
@@ -189,28 +192,18 @@ def _text(request: DiffRequest, base: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def _bundled_nulls(request: DiffRequest) -> str | None:
-    """The nulls of the embedded pair, which were measured on the bundled text."""
-    if request.texts or (request.base, request.tuned, request.sae) != _NULLS_OF:
-        return None
-    with contextlib.suppress(ConfigError):
-        bundled_path("nulls", _BUNDLED_NULLS)
-        return BUNDLED + _BUNDLED_NULLS
-    return None
-
-
 def _sources(texts: Sequence[str]) -> list[dict[str, str]]:
     sources = []
     for text in texts:
-        name, sign, path = text.partition("=")
-        if not sign:
+        name, separator, path = text.partition("=")
+        if not separator:
             name, path = Path(text).name.partition(".")[0] or "text", text
         sources.append({"name": name, "path": str(_path(path))})
     return sources
 
 
 def _path(text: str | None) -> str | None:
-    """A path as the study file must have it, absolute; names stay names."""
+    """An existing path made absolute, as the study file needs it; names stay names."""
     if text is None or text.startswith(BUNDLED):
         return text
     path = user_path(text)

@@ -1,4 +1,4 @@
-"""A finished run for Python and notebooks: its answer, tables and figures, read when they are asked for."""
+"""A finished run for Python and notebooks: its answer, tables and figures, read on first use."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ def open_run(folder: Path | str) -> FinishedRun:
           at:  no/such/run
           fix: give a run directory, such as runs/<name>; saeffect run makes one.
     """
-    place = user_path(folder)
-    if not (place / "study.yaml").is_file() or not (place / "report.html").is_file():
+    path = user_path(folder)
+    if not (path / "study.yaml").is_file() or not (path / "report.html").is_file():
         raise NotFound(
             f"there is no finished run in {str(folder)!r}.",
             at=str(folder),
             fix="give a run directory, such as runs/<name>; saeffect run makes one.",
         )
-    return FinishedRun(place)
+    return FinishedRun(path)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of the report. A notebook shows it; `svg` is its text, `path` the file."""
+    """A figure of the report, which a notebook displays; `svg` is its source, `path` its file."""
 
     name: str
     path: Path
@@ -65,21 +65,21 @@ class Picture:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What a run found, in its run directory `folder`. Made by `open_run`."""
+    """The results in the run directory `folder`. Made by `open_run`."""
 
     folder: Path
 
     @cached_property
     def study(self) -> Study:
-        """The study as it was run; its arms can be opened where their models still are."""
+        """The study as it was run; its arms can be opened while their models exist."""
         return Study.open(self.folder / "study.yaml")
 
     @cached_property
     def answer(self) -> Mapping[str, Any]:
         """`headline`, `learned` and `paragraph` (str), `caveats` (list of str); empty for a study without SAEs."""
         path = self.folder / "comparison" / "answer.json"
-        found = read_json(path) if path.is_file() else {}
-        return found if isinstance(found, dict) else {}
+        answer = read_json(path) if path.is_file() else {}
+        return answer if isinstance(answer, dict) else {}
 
     @property
     def headline(self) -> str:
@@ -88,26 +88,26 @@ class FinishedRun:
 
     @cached_property
     def tables(self) -> Mapping[str, pd.DataFrame]:
-        """Every table by name: "contrasts", "table1", "dose_search", and of an arm "control/features"."""
+        """Every table by name, such as "contrasts", "table1", "dose_search"; those of an arm as "control/features"."""
         paths = {path.stem: path for name in _TABLE_FOLDERS for path in sorted((self.folder / name).glob("*.parquet"))}
         paths |= {f"{path.parent.name}/{path.stem}": path for path in sorted(self.folder.glob("arms/*/*.parquet"))}
-        return _Lazy(self.folder, "table", paths, read_table)
+        return _LazyMapping(self.folder, "table", paths, read_table)
 
     @cached_property
     def figures(self) -> Mapping[str, Picture]:
         """Every figure of the report by name, such as "learned" or "contrasts"."""
         paths = {path.stem: path for path in sorted((self.folder / "figures").glob("*.svg"))}
-        return _Lazy(self.folder, "figure", paths, lambda path: Picture(path.stem, path))
+        return _LazyMapping(self.folder, "figure", paths, lambda path: Picture(path.stem, path))
 
     def draw(self, name: str, ax: Axes | None = None) -> list[Axes]:
-        """Draw a figure of the report anew with matplotlib, and give its axes, to be changed: `axes[0].figure`.
+        """Redraw a figure of the report with matplotlib and return its axes, to be changed: `axes[0].figure`.
 
-        With `ax`, which must stand in a grid, it is drawn in that place (a figure of several panels takes it all).
+        With `ax`, which must belong to a subplot grid, it is drawn there (several panels share the place of `ax`).
 
         Raises:
             UnknownName: No such figure.
             Undefined: There is nothing to draw; the message says why.
-            ConfigError: The figure of single arms, with `ax`.
+            ConfigError: `ax` for a figure that consists of one per arm, or without a grid.
         """
         from saeffect.report.figures import FIGURES, draw_figures, drawn_into
         from saeffect.study.stages.compare import read_comparison
@@ -117,7 +117,7 @@ class FinishedRun:
         if kind is not None and ax is not None and name != kind.name:
             raise ConfigError(f"{name} is one of several figures.", at="ax", fix="draw it without ax.")
         if ax is not None and ax.get_subplotspec() is None:
-            raise ConfigError("these axes stand in no grid.", at="ax", fix="take axes that subplots gave.")
+            raise ConfigError("these axes belong to no grid.", at="ax", fix="make them by plt.subplots.")
         run = RunFolder(self.folder, self.study)
         with drawn_into(ax):
             only = () if kind is None else (kind.name,)
@@ -146,8 +146,8 @@ class FinishedRun:
         return "\n".join(parts)
 
 
-class _Lazy(Mapping[str, Any]):
-    """Values by name, each read when it is asked for; `UnknownName` lists the names."""
+class _LazyMapping(Mapping[str, Any]):
+    """Values by name, each read on access; `UnknownName` lists the names."""
 
     def __init__(self, folder: Path, kind: str, paths: Mapping[str, Path], read: Any) -> None:
         self._folder, self._kind, self._paths, self._read = folder, kind, paths, read
@@ -171,9 +171,9 @@ class _Lazy(Mapping[str, Any]):
 
 
 def html_of(lines: Iterable[str], *tables: pd.DataFrame) -> str:
-    """What a notebook shows of a result: lines of text, then tables."""
-    said = (f"<p>{_text(line)}</p>" for line in lines)
-    return "\n".join((*said, *(table.to_html(float_format="{:.4g}".format, border=0) for table in tables)))
+    """A result as HTML for notebooks: lines of text, then tables."""
+    paragraphs = (f"<p>{_text(line)}</p>" for line in lines)
+    return "\n".join((*paragraphs, *(table.to_html(float_format="{:.4g}".format, border=0) for table in tables)))
 
 
 def _text(text: str) -> str:

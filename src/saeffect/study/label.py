@@ -22,7 +22,7 @@ from saeffect.io import fingerprint, remove_leftovers, sole_writer
 from saeffect.lm.endpoint import Endpoint, Question, chat_endpoint
 from saeffect.progress import SILENT, Log
 from saeffect.review.queue import fingerprint_tokens
-from saeffect.study.both_models import features_made_of, refuse_changed
+from saeffect.study.both_models import features_fingerprint, refuse_changed
 from saeffect.study.export import feature_list, group_of
 from saeffect.study.label_contexts import LabelPlan, read_contexts
 from saeffect.study.run_folder import RunFolder, read_manifest
@@ -42,7 +42,7 @@ _COLUMNS = {
 
 @dataclass(frozen=True)
 class Cost:
-    """What will be sent at most: `requests`, each again if the server fails; tokens are estimated from bytes.
+    """The most that will be sent: `requests`, each repeated if the server fails; tokens are estimated from bytes.
 
     `kept` requests were answered before and are not sent; the labels are scored on `n_contexts`.
     """
@@ -71,10 +71,10 @@ class _Task:
 
     def detection(self, label: str) -> list[tuple[Question, int]]:
         """The questions that score a label, and the contexts in each; none for no label."""
-        size, most = self.plan.per_request, self.plan.thinking + _LIST_TOKENS
+        size, limit = self.plan.per_request, self.plan.thinking + _LIST_TOKENS
         parts = [self.texts[i : i + size] for i in range(0, len(self.texts), size)] if label else []
         return [
-            (Question(detection_question(label, part), most + _CHOICE_TOKENS * len(part)), len(part)) for part in parts
+            (Question(detection_question(label, part), limit + _CHOICE_TOKENS * len(part)), len(part)) for part in parts
         ]
 
 
@@ -90,9 +90,9 @@ def label(
 ) -> pd.DataFrame:
     """Label features of a run by the language model that the environment names (see `chat_endpoint`).
 
-    Reads the study's text with the arm's model, works out the cost, asks `confirm`, and only then sends: the top tokens
+    Reads the study's text with the arm's model, computes the cost, asks `confirm`, and only then sends: the top tokens
     and strongest contexts of each feature, then its label with other contexts. Answers are kept, so the same call
-    sends nothing again. Stopped at any moment, the labels that are whole are in the table.
+    sends nothing again. If stopped at any moment, the finished labels are in the table.
 
     Args:
         arm: Whose features; the treatment's by default.
@@ -110,17 +110,17 @@ def label(
         InUse: Another process labels this run.
         SaeffectError: As `Endpoint.ask`, `group_of`, `feature_list`, `read_contexts`.
     """
-    place, plan = Path(folder), plan or LabelPlan()
+    run_folder, plan = Path(folder), plan or LabelPlan()
     for key, value in (("contexts", plan.contexts), ("per_request", plan.per_request), ("parallel", plan.parallel)):
         if value < 1:
             raise ConfigError(f"{key} must be at least 1. Got {value} instead.", at=key)
-    run = RunFolder(place, Study.open(place / "study.yaml"))
+    run = RunFolder(run_folder, Study.open(run_folder / "study.yaml"))
     name = arm or run.study.treatment
     run.study.arm(name)
     table = feature_list(run, name, group_of(run, name, features)[:limit] if isinstance(features, str) else features)
-    answers = place / "labels" / "answers"
+    answers = run_folder / "labels" / "answers"
     endpoint = chat_endpoint(answers, log=log)
-    with sole_writer(place / "labels"):
+    with sole_writer(run_folder / "labels"):
         remove_leftovers(answers)
         contexts = _contexts(run, name, table["feature"].tolist(), plan, log)
         tasks = [
@@ -129,11 +129,11 @@ def label(
         ]
         if not confirm(_cost(tasks, endpoint)):
             return pd.DataFrame(columns=list(_COLUMNS)).astype(_COLUMNS)
-        found = _ask(run, name, tasks, endpoint, log)
+        labels = _ask(run, name, tasks, endpoint, log)
     if endpoint.requests:
-        counted = f"the server counted {endpoint.tokens_in:,} tokens in and {endpoint.tokens_out:,} out"
-        log(f"  {endpoint.requests:,} requests were sent; {counted}")
-    return found
+        counts = f"the server counted {endpoint.tokens_in:,} tokens in and {endpoint.tokens_out:,} out"
+        log(f"  {endpoint.requests:,} requests were sent; {counts}")
+    return labels
 
 
 def label_file(folder: Path, arm: str) -> Path:
@@ -150,10 +150,10 @@ def read_labels(folder: Path, arm: str) -> pd.DataFrame:
 
 
 def _contexts(run: RunFolder, arm: str, features: list[int], plan: LabelPlan, log: Log) -> pd.DataFrame:
-    """`read_contexts`, kept under a name made of what was read."""
+    """`read_contexts`, cached under a hash of its inputs."""
     manifest = read_manifest(run.folder)
-    made_of = [VERSION, features_made_of(manifest, run.folder, arm), features, plan.contexts, plan.rows, plan.seed]
-    file = run.path("labels", f"contexts-{arm}-{fingerprint(made_of)[:16]}.parquet")
+    inputs = [VERSION, features_fingerprint(manifest, run.folder, arm), features, plan.contexts, plan.rows, plan.seed]
+    file = run.path("labels", f"contexts-{arm}-{fingerprint(inputs)[:16]}.parquet")
     if not file.is_file():
         refuse_changed(run.study, arm, manifest)
         run.write_table(file, read_contexts(run, arm, features, plan, log))
@@ -176,52 +176,53 @@ def _task(feature: int, top_tokens: list[str], contexts: pd.DataFrame, plan: Lab
 
 
 def _cost(tasks: Sequence[_Task], endpoint: Endpoint) -> Cost:
-    """An upper bound of requests: a label that is not known yet is taken to be as long as can be."""
-    left, kept = list[Question](), 0
+    """An upper bound: a label that is not known yet is taken to have the maximum length."""
+    unanswered, n_answered = list[Question](), 0
     for task in tasks:
         answer = endpoint.kept(task.question)
         text = "x" * LONGEST_LABEL if answer is None else read_label(answer)
         questions = [task.question, *(question for question, _ in task.detection(text))]
         new = [question for question in questions if endpoint.kept(question) is None]
-        left, kept = left + new, kept + len(questions) - len(new)
-    size = sum(len(question.text.encode("utf-8", "replace")) for question in left)
-    n_contexts, tokens_out = sum(len(task.texts) for task in tasks), sum(question.max_tokens for question in left)
+        unanswered, n_answered = unanswered + new, n_answered + len(questions) - len(new)
+    size = sum(len(question.text.encode("utf-8", "replace")) for question in unanswered)
+    n_contexts, tokens_out = sum(len(task.texts) for task in tasks), sum(question.max_tokens for question in unanswered)
     tokens_in = math.ceil(size / _BYTES_PER_TOKEN)
-    return Cost(endpoint.url, endpoint.model, len(tasks), n_contexts, len(left), kept, tokens_in, tokens_out)
+    where = endpoint.url, endpoint.model
+    return Cost(*where, len(tasks), n_contexts, len(unanswered), n_answered, tokens_in, tokens_out)
 
 
 def _ask(run: RunFolder, arm: str, tasks: Sequence[_Task], endpoint: Endpoint, log: Log) -> pd.DataFrame:
-    """Ask, and write the table: also with what there is when something stops the asking."""
+    """Ask, and write the table: also the finished rows if an error stops the asking."""
     file, rows = label_file(run.folder, arm), list[dict[str, Any]]()
-    before = run.read_table(file) if file.is_file() else read_labels(run.folder, arm)
+    existing = run.read_table(file) if file.is_file() else read_labels(run.folder, arm)
     try:
-        for row in _in_threads(lambda task: _labelled(task, endpoint), tasks, endpoint):
+        for row in _in_threads(lambda task: _label_feature(task, endpoint), tasks, endpoint):
             rows.append(row)
             log.progress(f"labels, {arm}", len(rows), len(tasks), "features")
     finally:
-        found = pd.DataFrame(rows, columns=list(_COLUMNS)).astype(_COLUMNS).sort_values("feature", ignore_index=True)
+        labels = pd.DataFrame(rows, columns=list(_COLUMNS)).astype(_COLUMNS).sort_values("feature", ignore_index=True)
         if rows:
-            parts = [part for part in (before[~before["feature"].isin(found["feature"])], found) if len(part)]
+            parts = [part for part in (existing[~existing["feature"].isin(labels["feature"])], labels) if len(part)]
             run.write_table(file, pd.concat(parts).sort_values("feature", ignore_index=True))
-    return found
+    return labels
 
 
-def _labelled(task: _Task, endpoint: Endpoint) -> dict[str, Any]:
-    """The row of a feature."""
+def _label_feature(task: _Task, endpoint: Endpoint) -> dict[str, Any]:
+    """A feature's row of the table."""
     text = read_label(endpoint.ask(task.question))
-    said: list[bool | None] = []
+    choices: list[bool | None] = []
     for question, n in task.detection(text):
-        said += read_choices(endpoint.ask(question), n) or [None] * n
-    score = detect(said, task.active[: len(said)])
+        choices += read_choices(endpoint.ask(question), n) or [None] * n
+    score = detect(choices, task.active[: len(choices)])
     accuracy = {"accuracy": score.accuracy.value, "low": score.accuracy.low, "high": score.accuracy.high}
     reason = score.accuracy.reason if text else "the language model gave no label"
     counts = {name: getattr(score, name) for name in ("n_active", "found", "n_silent", "left", "unanswered")}
-    about = {"feature": task.feature, "seen": task.seen, "shown": task.shown, "label": text, "model": endpoint.model}
-    return about | accuracy | counts | {"reason": reason}
+    facts = {"feature": task.feature, "seen": task.seen, "shown": task.shown, "label": text, "model": endpoint.model}
+    return facts | accuracy | counts | {"reason": reason}
 
 
 def _in_threads(work: Callable[[_Task], Any], tasks: Sequence[_Task], endpoint: Endpoint) -> Iterator[Any]:
-    """Results as they come. Threads are daemons, so that Ctrl-C ends the program without waiting for a server."""
+    """Results in order of completion. Threads are daemons, so Ctrl-C ends the program without waiting for a server."""
     todo, done = queue.SimpleQueue[_Task](), queue.SimpleQueue[Any]()
     for task in tasks:
         todo.put(task)
@@ -239,9 +240,9 @@ def _in_threads(work: Callable[[_Task], Any], tasks: Sequence[_Task], endpoint: 
         for _ in range(min(tasks[0].plan.parallel, len(tasks))):
             threading.Thread(target=run, daemon=True).start()
         for _ in tasks:
-            found = done.get()
-            if isinstance(found, BaseException):
-                raise found
-            yield found
+            result = done.get()
+            if isinstance(result, BaseException):
+                raise result
+            yield result
     finally:
         endpoint.stop()

@@ -1,5 +1,6 @@
-"""Single calls for notebooks, most used in `docs/python.md`: match and steer features, put them back, train, compare
-and report."""
+"""Steps of a study as functions for notebooks (see `docs/python.md`): match and steer features, put them back, train,
+compare, report.
+"""
 
 from __future__ import annotations
 
@@ -103,11 +104,11 @@ def put_back(
     seed: int = 0,
     log: Log = SILENT,
 ) -> pd.DataFrame:
-    """How much of what fine-tuning does at the control's hook is carried by the features that changed most.
+    """The share of fine-tuning's effect at the control's hook that the most changed features carry.
 
     The control's SAE reads both models. Each set of features is put back into the fine-tuned model, and the reverse.
-    `rows` are short ones best: they are the units of the intervals. Without an `order` of all features (from other
-    text, most changed first) features are chosen on one half of the rows and measured on the other.
+    `rows` are the units of the intervals, so many short ones are best. `order` ranks all features, most changed first,
+    by other text; without it, features are chosen on one half of the rows and measured on the other.
 
     Returns what `saeffect.diffing.put_back_shares.put_back_table` does; errors as `sets_of_changed` and `outcomes`.
     """
@@ -115,11 +116,11 @@ def put_back(
     texts = read(control.lm, hook, rows, log), read(treatment.lm, hook, rows, log)
     both = BothRead.of(rows, *texts, control.norm_limit(rows))
     sets = sets_of_changed(both, sae, sizes=sizes, order=order, seed=seed)
-    found = [
+    parts = [
         *outcomes(treatment.lm, sae, hook, both, sets, edited="tuned", log=log),
         *outcomes(control.lm, sae, hook, both, sets, edited="base", log=log),
     ]
-    return put_back_table(pd.concat(found), rows, sets)
+    return put_back_table(pd.concat(parts), rows, sets)
 
 
 def train_sae(
@@ -127,8 +128,8 @@ def train_sae(
 ) -> Mapping[str, Any]:
     """Train the SAE of a recipe, or resume, and write it to `out`; returns the model card's held-out measurements.
 
-    `recipe` has the keys of a recipe file, see `docs/recipe.md`. SAEs of the same model share the activations in
-    `work`. ConfigError for a value out of range, UnknownName for an unknown key; other errors as
+    `recipe` has the keys of a recipe file, see `docs/recipe.md`; `work` is the folder of activations, which SAEs of the
+    same model share. ConfigError for a value out of range, UnknownName for an unknown key; other errors as
     `saeffect.sae.training.recipe.train_from_recipe`.
     """
     checked = recipe if isinstance(recipe, SaeRecipe) else SaeRecipe.read(dict(recipe), at="recipe")
@@ -142,9 +143,9 @@ def compare(run: RunFolder, *, seed: int | None = None, **settings: Any) -> Comp
     is the study's own if None. ConfigError for a setting out of range, UnknownName for an unknown setting or declared
     test, NotFound if a table of the run is missing.
     """
-    own = run.study.config.comparison
-    changed = type(own).read(own.model_dump() | settings, at="comparison")
-    return compare_arms(run, changed, seed=run.study.config.seed if seed is None else seed)
+    section = run.study.config.comparison
+    replaced = type(section).read(section.model_dump() | settings, at="comparison")
+    return compare_arms(run, replaced, seed=run.study.config.seed if seed is None else seed)
 
 
 def write_report(run: RunFolder, comparison: Comparison, path: Path | str) -> Path:

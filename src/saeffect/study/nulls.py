@@ -1,7 +1,7 @@
 """Null fine-tunes: a recipe repeated on text that teaches nothing new, and what each changed in the model.
 
-A folder of nulls holds `nulls.json` (what they are), `null-<k>.safetensors` (what each changed), `own-<n>.jsonl` (texts
-by the base model), and `adapters/null-<k>/lora`, until it is measured or for good. Read `make_nulls` downwards.
+A folder of nulls holds `nulls.json` (what they are), `null-<k>.safetensors` (what each changed), `own.jsonl` (texts
+by the base model), and `adapters/null-<k>/lora`, deleted once measured unless kept. Read `make_nulls` first.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from saeffect.config import ChangesConfig, TextSource
 from saeffect.config_chat import ChatKeys, as_chat
-from saeffect.diffing.nulls import CARD, NAME, another_measurement, null_files, read_nulls, smallest_p
+from saeffect.diffing.nulls import CARD, NAME, mismatch_error, null_files, read_nulls, smallest_p
 from saeffect.diffing.standardised import FEWEST_NULLS
 from saeffect.diffing.trace import Trace, Tracer
 from saeffect.errors import BadFile, ConfigError, EmptySelection, InUse, SaeffectError, placed
@@ -50,7 +50,7 @@ __all__ = [
 
 Kind = Literal["own", "general"]
 
-_KINDS = {"own": "the base model's own samples", "general": "held-out general text"}
+_TEXT_LABELS = {"own": "the base model's own samples", "general": "held-out general text"}
 _STEMS = (
     "Once upon a time",
     "According to the report,",
@@ -59,18 +59,18 @@ _STEMS = (
     "He looked up and",
     "Many people believe",
 )
-_LENGTH = 96  # tokens of a text, its stem included
+_TEXT_LENGTH = 96  # tokens of a text, its stem included
 _BATCH = 128  # texts of one stem, written at once; one file
-_POOL = 5.0  # times what one null reads, so that each reads other texts: two share a fifth
-_SHARE = 1 / 8  # of memory, for what the base model computes
+_POOL_FACTOR = 5.0  # own texts, in units of what one null reads: two nulls share a fifth
+_MEMORY_SHARE = 1 / 8  # of memory, for what the base model computes
 _EVALUATION_ROWS = 8  # perplexities are for the card alone
-# What may differ between nulls of one folder.
-_FREE = {"text", "control_text", "field", "licence", "checkpoint_every", "evaluation_rows", "seed", "model"}
+# Keys of the recipe that may differ between nulls of one folder.
+_FREE_KEYS = {"text", "control_text", "field", "licence", "checkpoint_every", "evaluation_rows", "seed", "model"}
 
 
 @dataclass(frozen=True)
 class NullsResult:
-    """The folder, the nulls that are measured, those with an adapter only, and those that another process makes."""
+    """The folder; which nulls are measured, which have only an adapter, and which another process is making."""
 
     folder: Path
     measured: tuple[int, ...]
@@ -88,10 +88,10 @@ def make_nulls(
     keep_adapters: bool = False,
     log: Log = SILENT,
 ) -> NullsResult:
-    """Make nulls 1 to `n` in `out`; those that are there stay as they are.
+    """Make nulls 1 to `n` in `out`; existing ones stay as they are.
 
-    Each is the recipe with a seed of its own, on texts of its own. Stopped at any moment, the same call goes on from
-    there and ends with the same numbers. Several processes may make the same call: each makes what no other is at.
+    Each null has its own seed and texts. If stopped at any moment, the same call resumes and ends with the same
+    numbers. Several processes may make the same call: they share the nulls between them.
 
     `text` is "own", what the base model writes, or "general", the recipe's `control_text`. `study` says what the nulls
     are measured on; without one the adapters are kept (tens of MB each), and a later call with a study measures them.
@@ -105,27 +105,27 @@ def make_nulls(
     if text == "general" and recipe.control_text is None:
         fix = "give it one, or leave --null-text out: the base model's own samples."
         raise ConfigError("the recipe has no control_text for nulls to read.", at="control_text", fix=fix)
-    folder = _Folder(Path(out), recipe, text)
-    folder.refuse_others()
+    folder = _NullFolder(Path(out), recipe, text)
+    folder.refuse_other_recipe()
     tracer = None if study is None else _tracer(recipe, study, log)
-    folder.refuse_measured(tracer)
-    made: dict[str, list[int]] = {"measured": [], "trained": [], "elsewhere": []}
+    folder.refuse_other_measurement(tracer)
+    by_status: dict[str, list[int]] = {"measured": [], "trained": [], "elsewhere": []}
     for k in range(1, n + 1):
-        made[_make(folder, k, tracer, keep_adapters, log)].append(k)
-    return NullsResult(folder.path, *(tuple(made[name]) for name in ("measured", "trained", "elsewhere")))
+        by_status[_make_null(folder, k, tracer, keep_adapters, log)].append(k)
+    return NullsResult(folder.path, *(tuple(by_status[name]) for name in ("measured", "trained", "elsewhere")))
 
 
 def null_recipe(recipe: FinetuneConfig, k: int, own: Path | None) -> FinetuneConfig:
     """The recipe of null `k`; `own` is the file with the base model's texts, None for the recipe's `control_text`.
 
-    The perplexity on the recipe's own text is measured beside: a null should leave it alone.
+    The recipe's text becomes the control text, on which a null should not change the perplexity.
     """
     return recipe.model_copy(
         update={
             "seed": recipe.seed + k,
             "text": recipe.control_text if own is None else TextSource(path=str(own)),
             "control_text": recipe.text,
-            "licence": _KINDS["general" if own is None else "own"],
+            "licence": _TEXT_LABELS["general" if own is None else "own"],
             "evaluation_rows": min(recipe.evaluation_rows, _EVALUATION_ROWS),
         }
     )
@@ -137,7 +137,7 @@ def training_tokens(recipe: FinetuneConfig) -> int:
 
 
 def study_tracer(study: Study, log: Log = SILENT) -> Tracer:
-    """What measures fine-tunes of the study's control model, with the control's SAE (if any) on its first rows of text.
+    """The tracer of fine-tunes of the study's control model, with the control's SAE, if any, on the first rows of text.
 
     EmptySelection for a text of one row.
     """
@@ -173,28 +173,26 @@ def nulls_folder(study: Study) -> Path | None:
 
 
 def check_nulls(study: Study) -> str:
-    """How many nulls the study has, and what follows, in words; what `read_nulls` raises. Runs no model."""
+    """A line about the number of nulls and the smallest p that it allows. Runs no model; errors as `read_nulls`."""
     folder = nulls_folder(study)
     if folder is None:
         return "nulls: none, so nothing says which changes are usual"
     control, text = study.control, study.config.text
     config, changes = study.config.arms[control].model, study.config.changes
-    made_by, measured, unsaid = None, None, "; the study's text is on the hub, so they are compared when it runs"
+    made_by, measured_on = None, None
+    not_compared = "; the study's text is on the hub, so they are compared when it runs"
     if all(map(is_local, text.sources)):
         lm = dataclasses.replace(study.reader, identity=model_identity(config))
-        short = (
-            text
-            if text.bundled
-            else text.model_copy(update={"tokens": min(text.tokens, changes.rows * text.context_size)})
-        )
+        n_tokens = min(text.tokens, changes.rows * text.context_size)
+        sample = text if text.bundled else text.model_copy(update={"tokens": n_tokens})
         with placed(study.at("text")):
-            rows = traced_rows(study_rows(short, lambda: lm, prepend_bos=study.prepend_bos), changes)
+            rows = traced_rows(study_rows(sample, lambda: lm, prepend_bos=study.prepend_bos), changes)
         sae = load_sae(study.sae_folder(control)) if study.has_saes else None
         tracer = Tracer(lm, sae, study.hook(control), rows, NormLimit(1.0, 1.0))
-        made_by, measured, unsaid = tracer.made_by, tracer.measured_on, ""
-    n = len(read_nulls(folder, made_by, measured=measured, at=study.at("nulls")))
-    few = f", and nothing is named by fewer than {FEWEST_NULLS}" if n < FEWEST_NULLS else ""
-    return f"nulls: {n}; by counting them alone p is never below {smallest_p(n):.2g}{few}{unsaid}"
+        made_by, measured_on, not_compared = tracer.made_by, tracer.measured_on, ""
+    n = len(read_nulls(folder, made_by, measured=measured_on, at=study.at("nulls")))
+    few_note = f", and nothing is named by fewer than {FEWEST_NULLS}" if n < FEWEST_NULLS else ""
+    return f"nulls: {n}; by counting them alone p is never below {smallest_p(n):.2g}{few_note}{not_compared}"
 
 
 def _tracer(recipe: FinetuneConfig, study: Study, log: Log) -> Tracer:
@@ -207,64 +205,64 @@ def _tracer(recipe: FinetuneConfig, study: Study, log: Log) -> Tracer:
             fix="take the recipe of a fine-tune of the control; save a control with an adapter as a whole model first.",
         )
     tracer = dataclasses.replace(study_tracer(study, log), residuals=Residuals(0))  # no stage reads a null again
-    # The base model's logits and layers are needed for every null: kept where there is room.
+    # Every null needs the base model's logits and layers; they are kept if memory allows.
     size = tracer.rows.ids.size * (tracer.base.d_vocab + tracer.base.n_layers * tracer.base.d_model)
-    return dataclasses.replace(tracer, keep=size * tracer.base.dtype.itemsize <= machine_memory() * _SHARE)
+    return dataclasses.replace(tracer, keep=size * tracer.base.dtype.itemsize <= machine_memory() * _MEMORY_SHARE)
 
 
-def _make(folder: _Folder, k: int, tracer: Tracer | None, keep_adapters: bool, log: Log) -> str:
-    """Train and measure one null, unless it is there; which list of `NullsResult` it belongs to."""
-    end = "trained" if tracer is None else "measured"
+def _make_null(folder: _NullFolder, k: int, tracer: Tracer | None, keep_adapters: bool, log: Log) -> str:
+    """Train and measure one null, unless that is done; returns the list of `NullsResult` that it belongs to."""
+    status = "trained" if tracer is None else "measured"
     if folder.is_finished(k, tracer):
-        return end
-    place = folder.adapter(k).parent
+        return status
+    adapter_folder = folder.adapter(k).parent
     try:
-        with sole_writer(place):
+        with sole_writer(adapter_folder):
             if folder.is_finished(k, tracer):  # by another process, meanwhile
-                return end
-            log(f"null {k}: {_KINDS[folder.kind]}")
+                return status
+            log(f"null {k}: {_TEXT_LABELS[folder.kind]}")
             started = time.monotonic()
-            own = _own_texts(folder, log) if folder.kind == "own" else None
-            result = finetune(null_recipe(folder.recipe, k, own), folder.adapter(k), log=log.named(f"null {k}"))
-            folder.note(k, result, time.monotonic() - started, tracer)
+            texts = _own_texts(folder, log) if folder.kind == "own" else None
+            result = finetune(null_recipe(folder.recipe, k, texts), folder.adapter(k), log=log.named(f"null {k}"))
+            folder.record(k, result, time.monotonic() - started, tracer)
             if tracer is None:
-                return end
+                return status
             _measure(folder, k, tracer).save(folder.trace(k))
             if not keep_adapters:
                 remove_adapter(folder.adapter(k))
     except InUse:
-        log(f"null {k} is in the hands of another process")
+        log(f"null {k} is being made by another process")
         return "elsewhere"
-    for empty in (place, place.parent):
+    for empty in (adapter_folder, adapter_folder.parent):
         with contextlib.suppress(OSError):  # what others left there stays
             empty.rmdir()
     return "measured"
 
 
-def _measure(folder: _Folder, k: int, tracer: Tracer) -> Trace:
+def _measure(folder: _NullFolder, k: int, tracer: Tracer) -> Trace:
     model = folder.recipe.model.model_copy(update={"adapter": str(folder.adapter(k).resolve())})
     lm, base = load_language_model(model), tracer.base
-    alike = {"tokenizer": base.tokenizer, "shared": base.shared, "prepend_bos": base.prepend_bos}
-    return tracer.trace(dataclasses.replace(lm, **alike), f"null-{k}")
+    tokens = {"tokenizer": base.tokenizer, "shared": base.shared, "prepend_bos": base.prepend_bos}
+    return tracer.trace(dataclasses.replace(lm, **tokens), f"null-{k}")
 
 
-def _own_texts(folder: _Folder, log: Log) -> Path:
-    """The file with what the base model writes after `_STEMS`, written once for all nulls, batch by batch."""
+def _own_texts(folder: _NullFolder, log: Log) -> Path:
+    """The file of texts that the base model writes after `_STEMS`, made once for all nulls, batch by batch."""
     recipe, path = folder.recipe, folder.path / "own.jsonl"
     if path.is_file():
         return path
-    n_batches = max(1, math.ceil(_POOL * training_tokens(recipe) / (_LENGTH * _BATCH)))
-    with sole_writer(folder.path / "own", wait=lambda: log("another process lets the base model write; waiting")):
+    n_batches = max(1, math.ceil(_POOL_FACTOR * training_tokens(recipe) / (_TEXT_LENGTH * _BATCH)))
+    with sole_writer(folder.path / "own", wait=lambda: log("waiting for another process to write texts")):
         if path.is_file():
             return path
         parts = [folder.path / "own" / f"{index}.json" for index in range(n_batches)]
         lm: LanguageModel | None = None
         texts: list[Any] = []
         for index, part in enumerate(parts):
-            if (found := _kept(part)) is None:
+            if (batch := _read_batch(part)) is None:
                 lm = lm or lm_for_chats(load_language_model(recipe.model, log=log, at="model"), recipe)
-                write_json(part, found := _written(lm, index))
-            texts += found
+                write_json(part, batch := _write_batch(lm, index))
+            texts += batch
             log.progress("the base model writes", (index + 1) * _BATCH, n_batches * _BATCH, "texts")
         with atomic_path(path) as temporary:
             temporary.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
@@ -275,31 +273,31 @@ def _own_texts(folder: _Folder, log: Log) -> Path:
     return path
 
 
-def _kept(part: Path) -> list[Any] | None:
-    """The texts of a finished batch; None without one, or where it is damaged."""
+def _read_batch(part: Path) -> list[Any] | None:
+    """The texts of a finished batch; None if it is missing or damaged."""
     with contextlib.suppress(SaeffectError):
-        found = read_json(part)
-        return found if isinstance(found, list) else None
+        texts = read_json(part)
+        return texts if isinstance(texts, list) else None
     return None
 
 
-def _written(lm: LanguageModel, index: int) -> list[Any]:
-    """Texts after a stem; of a model of chats conversations in which a user says the stem and the model answers."""
-    # Nothing is cut off the distribution: on average such text teaches the model exactly nothing.
+def _write_batch(lm: LanguageModel, index: int) -> list[Any]:
+    """Texts that begin with a stem; of a chat model, conversations in which it answers the stem."""
+    # Sampled from the full distribution: on average such text teaches the model exactly nothing.
     stem = _STEMS[index % len(_STEMS)]
-    chat, asked = lm.chat is not None, as_chat(stem, None, at="")
-    start, prompt = lm.encode(stem), lm.encode_prompt(asked if chat else stem)
-    room = _LENGTH if lm.n_positions is None else min(_LENGTH, lm.n_positions)
-    n = max(1, room - len(prompt))
+    chat, conversation = lm.chat is not None, as_chat(stem, None, at="")
+    start, prompt = lm.encode(stem), lm.encode_prompt(conversation if chat else stem)
+    length = _TEXT_LENGTH if lm.n_positions is None else min(_TEXT_LENGTH, lm.n_positions)
+    n = max(1, length - len(prompt))
     sampling = Sampling(max_new_tokens=n, temperature=1.0, top_p=1.0, frequency_penalty=0.0, allow_end=chat)
     cells = [NoiseCell(0, stem, index * _BATCH + i) for i in range(_BATCH)]
     rows = generate(lm, "blocks.0.hook_resid_pre", prompt, cells, sampling, batch_size=_BATCH)
     texts = [lm.decode(row if chat else start + row) for row in rows]
-    return [[*map(dict, asked), {"role": "assistant", "content": text}] for text in texts] if chat else texts
+    return [[*map(dict, conversation), {"role": "assistant", "content": text}] for text in texts] if chat else texts
 
 
 @dataclass(frozen=True, eq=False)
-class _Folder:
+class _NullFolder:
     """The files of a folder of nulls."""
 
     path: Path
@@ -319,9 +317,9 @@ class _Folder:
             raise BadFile("this is no card of nulls.", at=str(path), fix="restore it, or choose another --out.")
         return card
 
-    def refuse_others(self) -> None:
-        """ConfigError if the folder holds nulls of another recipe, or files that nothing speaks for."""
-        card, ours = self.card(), self.shared
+    def refuse_other_recipe(self) -> None:
+        """ConfigError if the folder holds nulls of another recipe, or nulls without a card."""
+        card, recipe = self.card(), self.shared
         if not card:
             if null_files(self.path):
                 raise ConfigError(
@@ -330,19 +328,19 @@ class _Folder:
                     fix="restore it, or choose another --out.",
                 )
             return
-        theirs = card.get("recipe")
-        if theirs != ours:
-            theirs = theirs if isinstance(theirs, dict) else {}
-            unlike = [key for key in ours if theirs.get(key) != ours[key]]
-            differs = "; ".join(f"{key}: {theirs.get(key)} there, {ours[key]} here" for key in unlike)
+        recorded = card.get("recipe")
+        if recorded != recipe:
+            recorded = recorded if isinstance(recorded, dict) else {}
+            different = [key for key in recipe if recorded.get(key) != recipe[key]]
+            differs = "; ".join(f"{key}: {recorded.get(key)} there, {recipe[key]} here" for key in different)
             raise ConfigError(
                 f"the nulls in this folder are of another recipe ({differs}).",
                 at=str(self.path),
                 fix="choose another --out.",
             )
 
-    def refuse_measured(self, tracer: Tracer | None) -> None:
-        """ConfigError if nulls are there that were measured on something else (or, without a tracer, at all)."""
+    def refuse_other_measurement(self, tracer: Tracer | None) -> None:
+        """ConfigError if the folder has nulls measured on something else (without a tracer: any measured nulls)."""
         for path in null_files(self.path).values():
             if tracer is None:
                 raise ConfigError(
@@ -352,10 +350,10 @@ class _Folder:
                 )
             with contextlib.suppress(BadFile):  # a damaged one is made again
                 if Trace.load(path).made_by != tracer.made_by:
-                    raise another_measurement(self.path, path.name, tracer.measured_on, at=str(self.path))
+                    raise mismatch_error(self.path, path.name, tracer.measured_on, at=str(self.path))
 
     def is_finished(self, k: int, tracer: Tracer | None) -> bool:
-        """Whether the null's trace (without a tracer: its adapter) is there and whole, and on the card."""
+        """Whether the null is on the card and its trace (without a tracer: its adapter) is complete."""
         if str(k) not in self.card().get("nulls", {}):
             return False
         if tracer is None:
@@ -365,11 +363,11 @@ class _Folder:
         except BadFile:
             return False
 
-    def note(self, k: int, result: FinetuneResult, seconds: float, tracer: Tracer | None) -> None:
-        """Add a null to the card, before its trace is written: what is in the folder is always on the card."""
+    def record(self, k: int, result: FinetuneResult, seconds: float, tracer: Tracer | None) -> None:
+        """Add a null to the card; called before its trace is written, so that every trace is on the card."""
         names = {"training": f"the null's own ({self.kind})", "control": "the recipe's"}
         entry = {
-            "text": _KINDS[self.kind],
+            "text": _TEXT_LABELS[self.kind],
             "seed": self.recipe.seed + k,
             "perplexity": {names[name]: list(pair) for name, pair in result.perplexity.items()},
             "minutes": round(seconds / 60, 1),
@@ -377,9 +375,9 @@ class _Folder:
         }
         with sole_writer(self.path, wait=lambda: None):
             card = self.card()
-            before = card.setdefault("nulls", {}).get(str(k), {})
-            # An adapter that was there takes no time to train again.
-            entry["minutes"] = max(entry["minutes"], before.get("minutes", 0))
+            previous = card.setdefault("nulls", {}).get(str(k), {})
+            # A finished adapter is not trained again, which takes no time.
+            entry["minutes"] = max(entry["minutes"], previous.get("minutes", 0))
             card["nulls"][str(k)] = entry
             card["recipe"] = self.shared
             if tracer is not None:
@@ -388,9 +386,9 @@ class _Folder:
 
     @functools.cached_property
     def shared(self) -> dict[str, Any]:
-        """What all nulls of a folder share of the recipe, without local paths."""
-        of_chats = {*ChatKeys.model_fields, "loss"} if self.recipe.format == "text" else {"chat_template"}
-        plain = self.recipe.model_dump(mode="json", exclude=_FREE | of_chats)
+        """The settings that all nulls of a folder share, without local paths."""
+        excluded = {*ChatKeys.model_fields, "loss"} if self.recipe.format == "text" else {"chat_template"}
+        settings = self.recipe.model_dump(mode="json", exclude=_FREE_KEYS | excluded)
         path = Path(self.recipe.model.path)
         name = path.name if path.is_absolute() else self.recipe.model.path
-        return plain | {"model": name, "model_sha256": model_identity(self.recipe.model)}
+        return settings | {"model": name, "model_sha256": model_identity(self.recipe.model)}

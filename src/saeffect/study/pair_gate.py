@@ -1,4 +1,4 @@
-"""Is an SAE good on a model, and still on its fine-tune? `gate_pair` opens what was typed, `judge_pair` measures."""
+"""Does an SAE fit a model, and its fine-tune? `gate_pair` opens models, SAE and text; `judge_pair` measures."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from saeffect.study.texts import study_rows
 __all__ = ["GateRequest", "PairGate", "gate_pair", "judge_pair"]
 
 _CONTEXT = 256
-_WORSE = 0.02  # of the CE loss score: a change that mends may cost so much of it
-_DRIFT = 1.5  # times as much unexplained on the fine-tuned model as on the base model
-_KEPT = 0.9  # share of positions that a recorded norm limit keeps, unless it is of something else
-_BETTER = 0.5  # nats a token, by which other tokens or another beginning must be better
+_MAX_SCORE_LOSS = 0.02  # of the CE loss score, that a change which mends may cost
+_MAX_DRIFT = 1.5  # ratio of unexplained variance on the fine-tuned model to that on the base model
+_MAX_MEDIAN = 0.9  # of a recorded norm limit; with a larger median norm the limit belongs to something else
+_MIN_GAIN = 0.5  # nats a token, by which another tokenizer or BOS must be better
 _ROWS_CHECKED = 8
 WARM_START = Change(
     "drift",
@@ -49,14 +49,14 @@ WARM_START = Change(
 
 @dataclass(frozen=True)
 class GateRequest:
-    """What was typed: models and texts as for `saeffect diff`.
+    """Arguments of `saeffect gate`; models and texts as for `saeffect diff`.
 
     Attributes:
         hook: Where the SAE reads; None: where its cfg.json says, else where it fits best.
-        field: Of the texts: a field or a template; None: the usual one.
+        field: Field or template of the texts; None: the default one.
         chat: Whether the texts are conversations, which the chat template writes.
-        positions: Of chats, the tokens that count, see docs/chat.md.
-        tokens: To measure on.
+        positions: Which tokens of chats count, see docs/chat.md.
+        tokens: Number of tokens to measure on.
     """
 
     model: str
@@ -73,14 +73,14 @@ class GateRequest:
 
 @dataclass(frozen=True, eq=False)
 class PairGate:
-    """What the gate found.
+    """Result of the gate.
 
     Attributes:
         hook: Where the SAE was read.
         fits, on_text: By model, "base" and perhaps "tuned": the fit, and what `model_on_text` measures.
-        trained: Values that the SAE's own card has, by their names in `Fit.values`.
-        changes: What is wrong and what to do about it, likeliest first; empty if nothing is.
-        mismatch: What was tried, and what mends; None if the text itself is not the model's.
+        trained: Values recorded in the SAE's card, by their names in `Fit.values`.
+        changes: What is wrong and how to fix it, likeliest first; empty if nothing is.
+        mismatch: What was tried, and what mends; None if the text itself does not fit the model.
         score_after: CE loss score with the change that mends; NaN without one.
     """
 
@@ -114,19 +114,19 @@ class PairGate:
         return pd.DataFrame({**columns, "trained": pd.Series(self.trained, dtype=float)}, index=[*columns["base"]])
 
     def _repr_html_(self) -> str:
-        said = [f"{change.found}: {change.fix}" for change in self.changes]
-        if not said:
-            said = ["The SAE fits." if self.ok else "The SAE does not fit, and no change that was tried mends it."]
-        return html_of(said, self.table().dropna(axis=1, how="all"), self.by_position())
+        lines = [f"{change.found}: {change.fix}" for change in self.changes]
+        if not lines:
+            lines = ["The SAE fits." if self.ok else "The SAE does not fit, and no change that was tried mends it."]
+        return html_of(lines, self.table().dropna(axis=1, how="all"), self.by_position())
 
     def by_position(self) -> pd.DataFrame:
         """`PositionSums.table` of each model, with the column model in front."""
         parts = [fit.positions.table().assign(model=name) for name, fit in self.fits.items()]
-        found = pd.concat(parts, ignore_index=True)
-        return found[["model", *(column for column in found if column != "model")]]
+        table = pd.concat(parts, ignore_index=True)
+        return table[["model", *(column for column in table if column != "model")]]
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it in plain values, for a JSON file."""
+        """All results as JSON-able values."""
         return {
             "ok": self.ok,
             "hook": self.hook,
@@ -143,22 +143,22 @@ class PairGate:
 def gate_pair(request: GateRequest, limits: GateConfig | None = None, log: Log = SILENT) -> PairGate:
     """Open models, SAE and text, and judge them.
 
-    Raises `SaeffectError` for what is not there, an SAE of another width, or models with different tokenizers.
+    Raises `SaeffectError` for missing files, an SAE of another width, or models with different tokenizers.
     """
-    typed = DiffRequest(request.model, request.tuned or request.model, request.sae, request.texts, name="gate")
-    study = diff_study(typed, Path("the command"), log)
+    diff_request = DiffRequest(request.model, request.tuned or request.model, request.sae, request.texts, name="gate")
+    study = diff_study(diff_request, Path("the command"), log)
     control, treatment = study.pair
     folder = study.sae_folder(control)
     sae = load_sae(folder, at="SAE")
     context = min(int(sae.cfg.metadata.get("context_size") or _CONTEXT), _CONTEXT)
-    text = _text(request, study.config.text, context)
+    text = _text_config(request, study.config.text, context)
     study = Study(study.config.model_copy(update={"text": text}), study.source)
     models = {"base": study.open_model(control, log)}
     lm = models["base"]
     if lm.n_positions is not None and lm.n_positions < context:
         text = text.model_copy(update={"context_size": lm.n_positions})
-    reads = request.hook or sae.cfg.hook_name or "the residual stream"
-    require_width(sae.cfg, hook_width(lm, reads), reads, lm.name, at="SAE")
+    hook_words = request.hook or sae.cfg.hook_name or "the residual stream"
+    require_width(sae.cfg, hook_width(lm, hook_words), hook_words, lm.name, at="SAE")
     if request.tuned is not None:
         models["tuned"] = study.open_model(treatment, log)
 
@@ -174,12 +174,12 @@ def gate_pair(request: GateRequest, limits: GateConfig | None = None, log: Log =
     return judge_pair(models, sae, hook, rows, limits=limits, tokenizers=tokenizers, log=log)
 
 
-def _text(request: GateRequest, text: TextConfig, context: int) -> TextConfig:
-    """The text as it was asked for. ConfigError: positions of what is no chat, or chats of bundled text."""
+def _text_config(request: GateRequest, text: TextConfig, context: int) -> TextConfig:
+    """The study's text with the options of the request. ConfigError: positions without chats, or bundled chats."""
     sources = [source.model_dump(exclude_unset=True) for source in text.sources]
-    named = {} if request.field is None else {"field": request.field}
+    field = {} if request.field is None else {"field": request.field}
     values: dict[str, Any] = (
-        {"sources": [source | named for source in sources]} if sources else {"bundled": text.bundled}
+        {"sources": [source | field for source in sources]} if sources else {"bundled": text.bundled}
     )
     values |= {"format": "chat" if request.chat else "text", "positions": request.positions, "bos": request.bos}
     return TextConfig.read(values | {"tokens": max(request.tokens, 2 * context), "context_size": context}, at="--text")
@@ -197,102 +197,105 @@ def judge_pair(
 ) -> PairGate:
     """Measure an SAE on a base model (and perhaps its fine-tune "tuned"), and look for what is wrong.
 
-    `hook` None is the one where it explains most; `rows_of` gives rows of text in a model's tokens; `tokenizers` are
-    further ones to try, by name. Errors as `capture`; ConfigError without a hook if the SAE fits none.
+    `hook` None takes the one where the SAE explains most; `rows_of` gives rows of text in a model's tokens;
+    `tokenizers` are others to try, by name. Errors as `capture`; ConfigError without a hook if the SAE fits none.
     """
     limits, base = limits or GateConfig(), models["base"]
     rows = rows_of(base)
     base.refuse_rows(rows.ids)
-    hook = hook or _likeliest_hook(base, sae, rows, log)
+    hook = hook or _best_hook(base, sae, rows, log)
     log(f"measuring on {rows.ids.size:,} tokens at {hook}")
     fits, on_text = {}, {}
     for name, lm in models.items():
         fits[name] = measure_fit(lm, sae, hook, rows.ids, _limit(lm, sae, hook, rows), counts=rows.counts)
         on_text[name] = model_on_text(lm, rows, fits[name].losses.by_row["clean"], rows)
         log(f"  {name}: explained variance {fits[name].explained_variance:.3f}")
-    changes, mismatch, score = _of_text(base, rows_of, on_text["base"], tokenizers or {}), None, float("nan")
+    changes, mismatch, score = _text_changes(base, rows_of, on_text["base"], tokenizers or {}), None, float("nan")
     if not changes:
         log("trying other ways to read it")
         mismatch = find_mismatch(base, sae, hook, rows.ids, log, counts=rows.counts)
         score = _score(base, mismatch, rows) if mismatch else score
-        if not score < fits["base"].values()["ce_loss_score"] - _WORSE:
+        if not score < fits["base"].values()["ce_loss_score"] - _MAX_SCORE_LOSS:
             changes = mismatch.changes
-    found = PairGate(
-        sae, hook, limits, rows, fits, on_text, _trained(sae), tuple(changes), mismatch if changes else None, score
+    result = PairGate(
+        sae, hook, limits, rows, fits, on_text, _card_values(sae), tuple(changes), mismatch if changes else None, score
     )
-    if not changes and "tuned" in models and not found.failed("base") and _drifted(found):
-        found = dataclasses.replace(found, changes=(WARM_START,))
-    return found
+    if not changes and "tuned" in models and not result.failed("base") and _drifted(result):
+        result = dataclasses.replace(result, changes=(WARM_START,))
+    return result
 
 
 def _limit(lm: LanguageModel, sae: SparseAutoencoder, hook: str, rows: TokenRows) -> NormLimit:
-    """The SAE's recorded limit, unless it would leave out what is no outlier here."""
-    own = first_limit(lm, hook, rows.ids[:_ROWS_CHECKED])
+    """The SAE's recorded limit, unless it would exclude ordinary positions of this model."""
+    measured = first_limit(lm, hook, rows.ids[:_ROWS_CHECKED])
     meta = sae.cfg.metadata
     if not (meta.get("norm_limit") and meta.get("mean_norm")):
-        return own
+        return measured
     recorded = NormLimit(float(meta["mean_norm"]), float(meta["norm_limit"]))
-    return recorded if own.median_norm <= _KEPT * recorded.limit else own
+    return recorded if measured.median_norm <= _MAX_MEDIAN * recorded.limit else measured
 
 
-def _likeliest_hook(lm: LanguageModel, sae: SparseAutoencoder, rows: TokenRows, log: Log) -> str:
+def _best_hook(lm: LanguageModel, sae: SparseAutoencoder, rows: TokenRows, log: Log) -> str:
     log("the SAE names no hook; looking where it fits")
-    found = scan_hooks(lm, Reading(sae), rows.head(_ROWS_CHECKED), log=log)
-    place = max(found, key=lambda hook: found[hook])
-    if not found[place] > 0:
+    scores = scan_hooks(lm, Reading(sae), rows.head(_ROWS_CHECKED), log=log)
+    best = max(scores, key=lambda hook: scores[hook])
+    if not scores[best] > 0:
         raise ConfigError(
-            f"the SAE names no hook, and explains nothing at any of {len(found)} hooks of {lm.name}.",
+            f"the SAE names no hook, and explains nothing at any of {len(scores)} hooks of {lm.name}.",
             at="--hook",
             fix="name the one that it was trained at, such as --hook blocks.8.hook_resid_pre.",
         )
-    return place
+    return best
 
 
-def _of_text(
+def _text_changes(
     lm: LanguageModel,
     rows_of: Callable[[LanguageModel], TokenRows],
     measured: Mapping[str, Any],
     tokenizers: Mapping[str, Any],
 ) -> tuple[Change, ...]:
-    """What is wrong between the model and the text, before any SAE: the tokenizer, or how texts begin."""
+    """What is wrong between model and text, whatever the SAE: the tokenizer, or BOS."""
     complaint = complaint_about_model(measured)
     if not complaint:
         return ()
-    has = measured["prepend_bos"]
-    here, other = (measured[f"ce_{word}_bos"] for word in (("with", "without") if has else ("without", "with")))
-    if here - other > _BETTER and math.exp(other) < max(measured["unigram_perplexity"].values()):
-        fix = f"say bos: {'never' if has else 'always'} (--bos), and take SAEs trained on text read alike."
+    has_bos = measured["prepend_bos"]
+    now, other = ("with", "without") if has_bos else ("without", "with")
+    ce_now, ce_other = measured[f"ce_{now}_bos"], measured[f"ce_{other}_bos"]
+    if ce_now - ce_other > _MIN_GAIN and math.exp(ce_other) < max(measured["unigram_perplexity"].values()):
+        fix = f"say bos: {'never' if has_bos else 'always'} (--bos), and take SAEs trained on text read alike."
         return (Change("bos", f"BOS: {complaint}", fix),)
-    found = f"other tokenizer: {complaint}"
+    problem = f"other tokenizer: {complaint}"
     for name, tokenizer in tokenizers.items():
-        with_it = dataclasses.replace(lm, tokenizer=tokenizer)
-        rows = rows_of(with_it)
+        other_lm = dataclasses.replace(lm, tokenizer=tokenizer)
+        rows = rows_of(other_lm)
         if int(rows.ids.max(initial=0)) >= lm.d_vocab:
             continue
-        losses = text_losses(with_it, torch.from_numpy(rows.ids.astype(np.int64)))
-        theirs = model_on_text(with_it, rows, losses, rows)["perplexity"]
-        if all(math.log(measured["perplexity"][source]) - math.log(theirs[source]) > _BETTER for source in theirs):
-            said = ", ".join(f"{value:,.4g} on {source}" for source, value in theirs.items())
-            return (Change("tokenizer", f"{found}; with the tokenizer of {name} it is {said}", f"use that of {name}."),)
+        losses = text_losses(other_lm, torch.from_numpy(rows.ids.astype(np.int64)))
+        perplexities = model_on_text(other_lm, rows, losses, rows)["perplexity"]
+        gains = [math.log(measured["perplexity"][name]) - math.log(value) for name, value in perplexities.items()]
+        if min(gains) > _MIN_GAIN:
+            values = ", ".join(f"{value:,.4g} on {source}" for source, value in perplexities.items())
+            problem += f"; with the tokenizer of {name} it is {values}"
+            return (Change("tokenizer", problem, f"use that of {name}."),)
     fix = "put the tokenizer that the model was trained with into its folder; or look at its weights."
-    return (Change("tokenizer", found, fix),)
+    return (Change("tokenizer", problem, fix),)
 
 
 def _other_tokenizers(sae: SparseAutoencoder, lm: LanguageModel) -> dict[str, Any]:
-    """The tokenizer of the model that the SAE names, if it lies on this machine and is another one."""
+    """The tokenizer of the model that the SAE names, if that is another model and on this machine."""
     name = sae.cfg.metadata.get("model_name")
     if not name or str(name) == lm.name:
         return {}
     config = ModelConfig(path=str(name))
     try:
-        place = locate_model(config)
-        return {str(name): load_tokenizer(place, config)} if isinstance(place, Path) else {}
+        source = locate_model(config)
+        return {str(name): load_tokenizer(source, config)} if isinstance(source, Path) else {}
     except SaeffectError:
         return {}
 
 
 def _score(lm: LanguageModel, mismatch: Mismatch, rows: TokenRows) -> float:
-    """CE loss score with the changes that mend; NaN where it is undefined, or the text itself is to change."""
+    """CE loss score with the changes that mend; NaN if it is undefined or the text itself must change."""
     if mismatch.prepend_bos is not None:
         return float("nan")
     head = rows.head(_ROWS_CHECKED)
@@ -304,17 +307,17 @@ def _score(lm: LanguageModel, mismatch: Mismatch, rows: TokenRows) -> float:
         return float("nan")
 
 
-def _drifted(found: PairGate) -> bool:
-    base, tuned = (found.fits[name].explained_variance for name in ("base", "tuned"))
-    return found.failed("tuned") or (1 - tuned) > _DRIFT * (1 - base)
+def _drifted(result: PairGate) -> bool:
+    base, tuned = (result.fits[name].explained_variance for name in ("base", "tuned"))
+    return result.failed("tuned") or (1 - tuned) > _MAX_DRIFT * (1 - base)
 
 
-def _trained(sae: SparseAutoencoder) -> dict[str, float]:
-    """What the SAE's card says of its own training, under our names."""
+def _card_values(sae: SparseAutoencoder) -> dict[str, float]:
+    """Values recorded in the SAE's card, by their names in `Fit.values`."""
     meta = sae.cfg.metadata
     held_out = meta.get("held_out")
-    found = dict(held_out) if isinstance(held_out, dict) else {}
-    found |= {"mean_norm": meta["mean_norm"]} if meta.get("mean_norm") else {}
+    recorded = dict(held_out) if isinstance(held_out, dict) else {}
+    recorded |= {"mean_norm": meta["mean_norm"]} if meta.get("mean_norm") else {}
     names = ("explained_variance", "ce_loss_score", "ce_clean", "ce_sae", "ce_zero", "l0", "l2_ratio", "mean_norm")
-    numbers = {name: found[name] for name in names if name in found}
+    numbers = {name: recorded[name] for name in names if name in recorded}
     return {k: float(v) for k, v in numbers.items() if isinstance(v, int | float) and not isinstance(v, bool)}

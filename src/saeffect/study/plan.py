@@ -1,8 +1,8 @@
 """What a study will take: tokens, operations, memory, disk and time of each stage, before anything is computed.
 
-No weights are needed, of models or of SAEs that the study trains itself: sizes come from configurations, speeds from
-`saeffect.study.rates`. What each stage does is here once more, as numbers of tokens; for its work on tables there are
-seconds that were measured on the bundled study.
+Needs no weights, neither of models nor of SAEs that the study trains itself: sizes come from configurations, speeds
+from `saeffect.study.rates`. Each stage's work is modelled here as numbers of tokens, its work on tables as seconds
+that were measured on the bundled study.
 """
 
 from __future__ import annotations
@@ -38,27 +38,27 @@ from saeffect.study.training import arm_folder, arm_recipe
 
 __all__ = ["Plan", "plan_study"]
 
-# Seconds of work on tables, of 4,608 features and 49,152 tokens where these are named (`rates.table_speed`).
+# Seconds of work on tables, for `_MEASURED_FEATURES` features and `_MEASURED_TOKENS` tokens (`rates.table_speed`).
 _START, _FEATURES, _EXAMPLES, _SMALL, _SELECT, _MATCH = 18.0, 2.0, 2.0, 0.3, 0.5, 1.5
 _VOCABULARY = 2.5  # of 49,152 tokens, decoded once for each model
-_NAMING, _A_NULL, _PUT_BACK, _SCORES, _COMPARE, _REPORT = 8.0, 0.8, 6.0, 1.0, 10.0, 18.0
-_FEATURES_THERE, _TOKENS_THERE = 4_608, 49_152
+_NAMING, _ONE_NULL, _PUT_BACK, _SCORES, _COMPARE, _REPORT = 8.0, 0.8, 6.0, 1.0, 10.0, 18.0
+_MEASURED_FEATURES, _MEASURED_TOKENS = 4_608, 49_152
 _DOMAIN = 0.06  # share of features that are of the domain, as in the bundled study
 _GROUPS = 4  # named groups that are put back, three and all together
-_STREAM = 1.5  # the trace keeps every block's output, and probabilities of both models
+_TRACE_SOFTMAXES = 1.5  # the trace keeps every block's output, and probabilities of both models
 _CROSSED_TOKENS = 32_768
-_SAVED, _AN_ARM, _A_FEATURE = 20_000_000, 1_000_000, 1_500  # bytes of a run: its page and figures, an arm, a feature
+_RUN_BYTES, _ARM_BYTES, _FEATURE_BYTES = 20_000_000, 1_000_000, 1_500  # page and figures, an arm, a feature
 _PASSES = 3  # a training step costs as much as so many encodings and decodings
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What a study will take.
+    """Prediction of what a study takes.
 
     Attributes:
-        table: A row a stage, in order: stage; tokens (read or written by models); flop; memory, in bytes, at most and
-            of one process; disk, in bytes, added; seconds.
-        lines: What was measured, and what was taken for granted.
+        table: A row a stage, in order: stage; tokens (read or written by models); flop; memory (peak of one process)
+            and disk (added), in bytes; seconds.
+        lines: What was measured, and what is assumed.
         gpus: Processes that share the stages that can be shared.
     """
 
@@ -76,10 +76,10 @@ class Plan:
 
 
 def plan_study(study: Study, *, gpus: int = 1, out: Path | None = None, log: Log = SILENT) -> Plan:
-    """Predict what `run_study` takes, and before it `train_sae` for SAEs that are not there yet.
+    """Predict what `run_study` takes, and before it `train_sae` for missing SAEs.
 
-    Takes half a minute, most of it measuring. Times hold for a machine like this one, within a factor of two where
-    nothing else runs; what the text holds less than the study asks for is not looked up.
+    Takes half a minute, most of it measuring. Times hold for a machine like this one, within a factor of two if
+    nothing else runs; the text is taken to have as many tokens as the study asks for.
 
     Args:
         gpus: Processes, each with a device of its own.
@@ -101,44 +101,44 @@ class _Planner:
         self._study, self._config, self._gpus = study, study.config, gpus
         self._shapes: dict[object, ModelRates] = {}
         self._log = log
-        there = next(place for place in (out.absolute(), *out.absolute().parents) if place.is_dir())
-        self._free = shutil.disk_usage(there).free
+        existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.is_dir())
+        self._free = shutil.disk_usage(existing).free
         self._load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
         log("measuring this machine")
-        self._disk, self._speed = DiskRates(there), table_speed()
+        self._disk, self._speed = DiskRates(existing), table_speed()
         self._arms = study.ordered_arms()
         self._control, self._treatment = study.pair
         self._models = {name: self._rates(name) for name in self._arms}
         self._saes = {name: self._sae(name) for name in self._arms} if study.has_saes else {}
-        self._held: list[tuple[ModelConfig, int]] = []
+        self._loaded: list[tuple[ModelConfig, int]] = []
         self._most_bytes = Residuals().most_bytes
-        self._known: dict[tuple[object, str], int] = {}  # whose activations are kept, the oldest first; bytes
-        self._traced: dict[tuple[object, str], int] = {}  # of which so many tokens were read by the trace
+        self._kept: dict[tuple[object, str], int] = {}  # bytes of kept activations, the oldest first
+        self._traced: dict[tuple[object, str], int] = {}  # tokens that the trace has read
 
     def _rates(self, arm: str) -> ModelRates:
         config, at = self._config.arms[arm].model, self._study.at("arms", arm, "model")
-        place = locate_model(config, log=self._log, at=at)
-        key = (model_shape(place) or str(place), config.dtype, config.device, config.quantize)
+        source = locate_model(config, log=self._log, at=at)
+        key = (model_shape(source) or str(source), config.dtype, config.device, config.quantize)
         if key not in self._shapes:
             self._log(f"measuring {config.path}, without its weights")
             self._shapes[key] = ModelRates(config, self._config.text.context_size, at=at)
         return self._shapes[key]
 
     def _sae(self, arm: str) -> SaeConfig:
-        if not self._trained_first(arm):
+        if not self._is_trained_first(arm):
             return self._study.sae_config(arm)
         recipe = arm_recipe(self._study, arm)
         return SaeConfig(recipe.sae.architecture, self._models[arm].d_model, recipe.sae.d_sae, k=recipe.sae.k)
 
-    def _trained_first(self, arm: str) -> bool:
+    def _is_trained_first(self, arm: str) -> bool:
         folder = arm_folder(self._study, arm)
         return folder is not None and not folder.exists() and self._config.training is not None
 
     def _hook(self, arm: str) -> tuple[str, int]:
         """An arm's hook, and how many blocks run before it."""
-        named = self._config.arms[arm].hook if self._trained_first(arm) else self._study.hook(arm)
-        point = parse_hook(str(named), self._models[arm].n_layers)
-        return str(named), point.layer + (point.kind != "hook_resid_pre")
+        hook = self._config.arms[arm].hook if self._is_trained_first(arm) else self._study.hook(arm)
+        point = parse_hook(str(hook), self._models[arm].n_layers)
+        return str(hook), point.layer + (point.kind != "hook_resid_pre")
 
     @cached_property
     def _encode(self) -> float:
@@ -158,32 +158,32 @@ class _Planner:
 
     def _wide(self, seconds: float, arm: str) -> float:
         """Seconds on tables of features."""
-        return self._table(seconds * self._saes[arm].d_sae / _FEATURES_THERE)
+        return self._table(seconds * self._saes[arm].d_sae / _MEASURED_FEATURES)
 
     def lines(self) -> Iterator[str]:
         for m in self._shapes.values():
-            a_token = m.n_layers * m.layer + m.logits
-            flop = 2 * (m.n_layers * m.block + m.head) / a_token
+            seconds = m.n_layers * m.layer + m.logits
+            flop = 2 * (m.n_layers * m.block + m.head) / seconds
             yield (
                 f"model of {m.n_layers} blocks, {m.d_model} wide, {m.n_bytes / 1e9:.3g} GB, on {m.device.type} in"
-                f" {str(m.dtype).removeprefix('torch.')}: reads {1 / a_token:,.0f} tokens/s ({flop / 1e12:.3g} TFLOP/s)"
+                f" {str(m.dtype).removeprefix('torch.')}: reads {1 / seconds:,.0f} tokens/s ({flop / 1e12:.3g} TFLOP/s)"
             )
         if self._gpus > 1 and any(m.device.type == "cpu" for m in self._shapes.values()):
-            yield "measured on the CPU, and shared by as many machines like this one; on one with GPUs, measure there"
+            yield f"measured on this CPU, for {self._gpus} such machines; to plan for GPUs, run this where they are"
         if self._load > (os.cpu_count() or 1) / 2:
             yield f"other programs keep this machine busy (load {self._load:.1f}): times are too long"
         yield f"disk: {self._disk.write / 1e6:,.0f} MB/s written, {self._free / 1e9:,.0f} GB free"
         if self._config.steering is not None and self._config.steering.max_features is None:
-            yield f"taken for granted: {_DOMAIN:.0%} of the features are of the domain, and all of them are steered"
+            yield f"assumed: {_DOMAIN:.0%} of the features are of the domain, and all of them are steered"
 
     def stages(self) -> Iterator[StageCost]:
         """In the order of `run_study`."""
         for arm in self._arms if self._saes else ():
-            if self._trained_first(arm):
+            if self._is_trained_first(arm):
                 yield self._train(arm)
         yield self._start()
         if not self._saes:
-            yield from (self._trace(), self._changes(), self._fixed("report", _REPORT / 3, disk=_SAVED / 4))
+            yield from (self._trace(), self._changes(), self._fixed("report", _REPORT / 3, disk=_RUN_BYTES / 4))
             return
         for arm in self._arms:
             yield self._gate(arm)
@@ -208,7 +208,7 @@ class _Planner:
         if self._config.comparison.crossed:
             yield self._cross()
         yield self._fixed("compare", _COMPARE * self._config.comparison.n_boot / 2_000)
-        yield self._fixed("report", _REPORT, disk=_SAVED)
+        yield self._fixed("report", _REPORT, disk=_RUN_BYTES)
 
     def _fixed(self, name: str, seconds: float, disk: float = 0.0) -> StageCost:
         return StageCost(name, seconds=self._table(seconds), disk=disk)
@@ -217,14 +217,14 @@ class _Planner:
         """Load models that are not in memory, as `Study.open_model` keeps them."""
         for arm in arms:
             config, size = self._config.arms[arm].model, self._models[arm].n_bytes
-            if all(config != held for held, _ in self._held):
-                if len(self._held) > 1 or sum(n for _, n in self._held) > SHARE_OF_A_MODEL * machine_memory():
-                    self._held.clear()
-                self._held.append((config, size))
-                # Read and hashed, and an adapter merged and compared.
+            if all(config != loaded for loaded, _ in self._loaded):
+                if len(self._loaded) > 1 or sum(n for _, n in self._loaded) > SHARE_OF_A_MODEL * machine_memory():
+                    self._loaded.clear()
+                self._loaded.append((config, size))
+                # Read, hashed, and with an adapter merged and compared.
                 stage.seconds += size / self._disk.read * (3 if config.adapter else 2) + self._table(1.0)
         saes = sum(8 * sae.d_in * sae.d_sae for name, sae in self._saes.items() if name in arms)
-        stage.memory = max(stage.memory, saes + sum(n for _, n in self._held))
+        stage.memory = max(stage.memory, saes + sum(n for _, n in self._loaded))
 
     def _train(self, arm: str) -> StageCost:
         recipe, m, sae = arm_recipe(self._study, arm), self._models[arm], self._saes[arm]
@@ -241,8 +241,8 @@ class _Planner:
         stage.seconds /= self._gpus
         stage.memory += 4 * 8 * sae.d_in * sae.d_sae  # weights, gradients and both moments
         # The SAE, and the checkpoints: weights and both moments in float32, one more while the newest is written.
-        kept = getattr(torch, recipe.dtype).itemsize + 3 * 4 * (config.keep_checkpoints + 1)
-        stage.disk += kept * 2 * sae.d_in * sae.d_sae
+        parameter_bytes = getattr(torch, recipe.dtype).itemsize + 3 * 4 * (config.keep_checkpoints + 1)
+        stage.disk += parameter_bytes * 2 * sae.d_in * sae.d_sae
         return stage
 
     def _start(self) -> StageCost:
@@ -251,40 +251,40 @@ class _Planner:
         return stage
 
     def _read_text(self, stage: StageCost, arm: str) -> None:
-        """The study's text up to an arm's hook, unless it was read."""
-        hook, before = self._hook(arm)
+        """Read the study's text up to an arm's hook, unless its activations are kept."""
+        hook, n_blocks = self._hook(arm)
         key, m = (self._config.arms[arm].model, hook), self._models[arm]
         size = self._config.text.tokens * m.d_model * m.dtype.itemsize
-        if key not in self._known:
+        if key not in self._kept:
             self._open(stage, arm)
-            stage.read(m, self._config.text.tokens - self._traced.get(key, 0), before)
-            stage.seconds += self._table(_VOCABULARY * m.d_vocab / _TOKENS_THERE)
+            stage.read(m, self._config.text.tokens - self._traced.get(key, 0), n_blocks)
+            stage.seconds += self._table(_VOCABULARY * m.d_vocab / _MEASURED_TOKENS)
             if size <= self._most_bytes:  # see `Residuals`
-                while sum(self._known.values()) + size > self._most_bytes:
-                    del self._known[next(iter(self._known))]
-                self._known[key] = size
-        stage.memory = max(stage.memory, 8 * self._saes[arm].d_in * self._saes[arm].d_sae) + sum(self._known.values())
+                while sum(self._kept.values()) + size > self._most_bytes:
+                    del self._kept[next(iter(self._kept))]
+                self._kept[key] = size
+        stage.memory = max(stage.memory, 8 * self._saes[arm].d_in * self._saes[arm].d_sae) + sum(self._kept.values())
 
     def _gate(self, arm: str) -> StageCost:
         stage, m, sae = StageCost(f"gate {arm}"), self._models[arm], self._saes[arm]
         self._open(stage, arm)
         tokens, after = min(self._config.gate.tokens, self._config.text.tokens), m.n_layers - self._hook(arm)[1]
-        stage.read(m, tokens * 1.5, m.n_layers, logits=1)  # as it is, and parts with another beginning
+        stage.read(m, tokens * 1.5, m.n_layers, logits=1)  # clean, and part of it with or without BOS
         stage.read(m, tokens * 2, after, logits=1)
         stage.encode(tokens, sae, self._encode, 5)
         return stage
 
     def _features(self, arm: str, more: int = 0) -> StageCost:
-        """An arm's features, or those of so many further SAEs."""
+        """An arm's features, or those of `more` further SAEs."""
         stage, m, sae = StageCost(f"{'seeds' if more else 'features'} {arm}"), self._models[arm], self._saes[arm]
         self._read_text(stage, arm)
         n = more or 1
         products = 2 * m.d_model * m.d_vocab * sae.d_sae * n
         stage.flop += products
-        stage.seconds += products / self._product + self._wide(_FEATURES, arm) * n * m.d_vocab / _TOKENS_THERE
+        stage.seconds += products / self._product + self._wide(_FEATURES, arm) * n * m.d_vocab / _MEASURED_TOKENS
         stage.encode(self._config.text.tokens, sae, self._encode, n)
         stage.seconds += 0 if more else self._wide(_EXAMPLES, arm) * self._config.text.tokens / 19_200
-        stage.disk = n * (_A_FEATURE * sae.d_sae + _AN_ARM)
+        stage.disk = n * (_FEATURE_BYTES * sae.d_sae + _ARM_BYTES)
         return stage
 
     def _match(self) -> StageCost:
@@ -306,7 +306,7 @@ class _Planner:
         self._open(stage, self._control, self._treatment)
         tokens = min(config.rows, text.tokens // text.context_size) * min(config.tokens_per_row, text.context_size)
         texts = len(OPENINGS) * SAMPLES
-        stage.read(m, 2 * tokens, m.n_layers, logits=_STREAM)
+        stage.read(m, 2 * tokens, m.n_layers, logits=_TRACE_SOFTMAXES)
         for _ in range(2):
             stage.write(m, texts, NEW_TOKENS, Sampling(max_new_tokens=NEW_TOKENS, temperature=0.8, top_p=1.0))
         if self._saes:
@@ -322,7 +322,7 @@ class _Planner:
     def _changes(self) -> StageCost:
         nulls, m = nulls_folder(self._study), self._models[self._control]
         n_nulls = len(null_files(nulls)) if nulls is not None else 0
-        stage = self._fixed("changes", _A_NULL * n_nulls * m.d_vocab / _TOKENS_THERE, disk=2 * _AN_ARM)
+        stage = self._fixed("changes", _ONE_NULL * n_nulls * m.d_vocab / _MEASURED_TOKENS, disk=2 * _ARM_BYTES)
         if self._saes:
             stage.seconds += self._wide(_NAMING, self._control)
         return stage
@@ -330,13 +330,13 @@ class _Planner:
     def _put_back(self) -> StageCost:
         config, m, text = self._config.put_back, self._models[self._control], self._config.text
         assert config is not None
-        stage, before = StageCost("put back"), self._hook(self._control)[1]
+        stage, n_blocks = StageCost("put back"), self._hook(self._control)[1]
         self._open(stage, self._control, self._treatment)
         bundled = text.bundled and read_json(bundled_path("texts", text.bundled) / "sources.json")["names"]
         tokens = config.rows * len(bundled or text.sources) * min(config.tokens_per_row, text.context_size)
         sets = sum(2 * (len(sizes) + _GROUPS) + 3 for sizes in (config.sizes, config.sizes_reversed))
-        stage.read(m, 2 * tokens, before)
-        stage.read(m, sets * tokens, m.n_layers - before, logits=1)
+        stage.read(m, 2 * tokens, n_blocks)
+        stage.read(m, sets * tokens, m.n_layers - n_blocks, logits=1)
         stage.encode(tokens, self._saes[self._control], self._encode, sets + 8)
         stage.seconds += self._wide(_PUT_BACK, self._control)
         return stage
@@ -348,12 +348,12 @@ class _Planner:
         prompts = len(config.search_prompts if search else config.prompts)
         samples, doses = (1, len(config.doses)) if search else (config.samples, 1)
         conditions = 1 + (min(1, len(config.placebos)) if search else len(config.placebos))
-        each = samples * conditions * doses
-        at_once = max(1, (config.batch_size - samples) // each)
+        n_texts = samples * conditions * doses
+        at_once = max(1, (config.batch_size - samples) // n_texts)
         sampling = Sampling(max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p)
-        most = math.ceil(math.ceil(features / at_once) / self._gpus) * at_once  # of the process that has most
-        for left in range(min(features, most), 0, -at_once):
-            rows = samples + min(left, at_once) * each
+        n_own = math.ceil(math.ceil(features / at_once) / self._gpus) * at_once  # of the process that has most
+        for n_left in range(min(features, n_own), 0, -at_once):
+            rows = samples + min(n_left, at_once) * n_texts
             for _ in range(prompts):
                 stage.write(m, rows, config.max_new_tokens, sampling, alike=self._hook(arm)[1])
             stage.read(m, prompts * rows * (PROMPT + config.max_new_tokens), m.n_layers, logits=1)
@@ -361,9 +361,9 @@ class _Planner:
         stage.read(m, effects * PROMPT, m.n_layers)
         stage.seconds += effects * (m.logits + 2 * m.softmax) + self._table(_SCORES)
 
-    def _n_tested(self, arm: str, most: int | None) -> int:
-        found = max(1, round(_DOMAIN * self._saes[arm].d_sae))
-        return found if most is None else min(most, found)
+    def _n_tested(self, arm: str, limit: int | None) -> int:
+        n_domain = max(1, round(_DOMAIN * self._saes[arm].d_sae))
+        return n_domain if limit is None else min(limit, n_domain)
 
     def _dose_search(self, config: SteeringConfig) -> StageCost:
         stage = StageCost("dose search")
@@ -382,18 +382,18 @@ class _Planner:
             texts = min(n, config.baseline_features) * len(config.prompts) * config.samples * len(config.baselines)
             alone = config.model_copy(update={"placebos": (), "prompts": config.prompts[:1], "samples": 1})
             self._trials(stage, arm, m, alone, texts)
-        stage.disk = _AN_ARM / 5 + 300 * n * len(config.prompts) * config.samples * (2 + len(config.placebos))
+        stage.disk = _ARM_BYTES / 5 + 300 * n * len(config.prompts) * config.samples * (2 + len(config.placebos))
         return stage
 
     def _cross(self) -> StageCost:
-        stage, asked = StageCost("cross"), set(self._config.comparison.crossed)
+        stage, crossed = StageCost("cross"), set(self._config.comparison.crossed)
         pair = (self._control, self._treatment)
         for sae, model in (pair, pair[::-1]):
             self._open(stage, model)
             m, tokens = self._models[model], min(_CROSSED_TOKENS, self._config.text.tokens)
             stage.read(m, tokens, self._hook(sae)[1])
             stage.encode(tokens, self._saes[sae], self._encode)
-            if self._config.steering is not None and asked & {"steering", "direct_effect"}:
+            if self._config.steering is not None and crossed & {"steering", "direct_effect"}:
                 part = self._steer("cross", sae, self._config.steering, model)
                 stage.tokens, stage.flop = stage.tokens + part.tokens, stage.flop + part.flop
                 stage.seconds += part.seconds

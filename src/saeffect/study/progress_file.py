@@ -1,6 +1,6 @@
-"""`progress.json` in a run directory: what a run that goes on is doing, for whoever looks at the directory.
+"""`progress.json` in a run directory: what a running study is doing, for other programs.
 
-It exists only while a run writes there; a run that was killed leaves it, which its process number tells.
+It exists only while a run writes there; a killed run leaves it behind, which its process number reveals.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _EVERY = 1.0  # seconds between two writings within a stage
 
 @dataclass(frozen=True)
 class RunProgress:
-    """What a run is doing: all its stages by key, such as "steer control", the stage that it is at ("" before the
-    first), and in it `what`, `done` of `total` `unit` ("" if it reports none). Times (when the stage began, when this
-    was written) are in seconds since 1970; the process is `pid` on the machine `host`.
+    """What a run is doing: keys of all its stages, such as "steer control"; the current stage ("" before the first) and
+    its progress, `done` of `total` `unit` of `what` ("" if it reports none). `started` (of the stage) and `updated` are
+    in seconds since 1970; the process is `pid` on the machine `host`.
     """
 
     study: str
@@ -47,7 +47,7 @@ class RunProgress:
     host: str = ""
 
     def is_alive(self) -> bool:
-        """Whether the process still exists; True on another machine, where that cannot be seen."""
+        """Whether the process still exists; True if it is on another machine, which cannot be checked."""
         if self.host != socket.gethostname():
             return True
         try:
@@ -60,8 +60,8 @@ class RunProgress:
 
 
 class ProgressFile:
-    """Writes the file for the block, and removes it at the end; another file of its name stays as it is. That it cannot
-    be written stops no run.
+    """Writes the file during the block and removes it at the end. Leaves a foreign file of this name alone, and ignores
+    errors of writing.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class ProgressFile:
         self._write()
 
     def following(self, log: Log) -> Log:
-        """A log that passes everything on and notes the progress."""
+        """A log that passes everything on to `log` and writes the progress to the file."""
         return Log(log, lambda progress: self._show(progress, log))
 
     def _show(self, progress: Progress, log: Log) -> None:
@@ -111,7 +111,7 @@ class ProgressFile:
 
 
 def read_progress(folder: Path) -> RunProgress | None:
-    """What a run in the directory is doing; None if none is, or the file is no such note."""
+    """What a run in the directory is doing; None without a run, or if the file is something else."""
     try:
         return TypeAdapter(RunProgress).validate_python(read_json(folder / _NAME))
     except (SaeffectError, OSError, ValidationError):

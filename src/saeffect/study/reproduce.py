@@ -1,7 +1,7 @@
 """The figures of Gupta & Sica (2024), computed again from the files that they published. No model is run.
 
-Their repository (github.com/seansica/sae-vector-steering) has no licence, so its files do not come with this package:
-one gives a copy of it. Our functions compute the figures: equation 1, coverage, the statistics of the comparison.
+Their repository (github.com/seansica/sae-vector-steering) has no licence, so its files do not come with this package;
+the user gives a copy. Our functions compute the figures: equation 1, coverage, the statistics of the comparison.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +32,7 @@ AGREES, DIFFERS, NO_FILE, UNPUBLISHED = "agrees", "differs", "no file here", "no
 ROUNDED = "agrees, from rounded figures"
 _REPOSITORY = "https://github.com/seansica/sae-vector-steering"
 _FEATURES, _COHERENCE, _RUNS = "features", "coherence", "runs"
-# Names in their repository, and of single files that were taken out of it.
+# File names in their repository, and of single files copied from it.
 _NAMES = {
     (_FEATURES, "control"): ("features_medical_baseline.json", "paper_features_baseline.json"),
     (_FEATURES, "treatment"): ("features_medical_finetuned.json", "paper_features_finetuned.json"),
@@ -47,7 +47,7 @@ _ARMS = ("control", "treatment")
 
 @dataclass(frozen=True)
 class _Row:
-    """A figure: what the paper prints, ours (NaN without files), and ours from the paper's own rounded figures."""
+    """A figure: the paper's as printed, ours (NaN without files), and ours from the paper's rounded figures."""
 
     place: str
     figure: str
@@ -81,7 +81,7 @@ def reproduce(folder: Path | str, *, embeddings: str | Path | WordVectors = DEFA
     """
     vectors = embeddings if isinstance(embeddings, WordVectors) else load_embeddings(embeddings)
     files = _Published(Path(folder), vectors)
-    if not files.found:
+    if not files.files_by_kind:
         raise NotFound(
             "none of the paper's published files is here.",
             at=str(folder),
@@ -96,31 +96,31 @@ def reproduce(folder: Path | str, *, embeddings: str | Path | WordVectors = DEFA
 
 @dataclass(frozen=True)
 class _Published:
-    """The files that are there, read when asked for; NaN or nothing for those that are not."""
+    """The published files that are present, read on first use."""
 
     folder: Path
     vectors: WordVectors
 
     @cached_property
-    def found(self) -> dict[tuple[str, str], list[Path]]:
+    def files_by_kind(self) -> dict[tuple[str, str], list[Path]]:
         """Paths by (kind, arm)."""
         if not self.folder.is_dir():
             raise NotFound(f"there is no folder {str(self.folder)!r}.", at="FILES", fix=f"git clone {_REPOSITORY}")
-        there = {path.name: path for path in sorted(self.folder.rglob("*"), reverse=True)}
-        found = {key: [there[name] for name in names if name in there] for key, names in _NAMES.items()}
+        by_name = {path.name: path for path in sorted(self.folder.rglob("*"), reverse=True)}
+        files_by_kind = {key: [by_name[name] for name in names if name in by_name] for key, names in _NAMES.items()}
         for arm, name in _RUN_FOLDERS.items():
-            found[_RUNS, arm] = sorted(self.folder.glob(f"**/{name}/*/feature_*.txt"))
-        return {key: paths for key, paths in found.items() if paths}
+            files_by_kind[_RUNS, arm] = sorted(self.folder.glob(f"**/{name}/*/feature_*.txt"))
+        return {key: paths for key, paths in files_by_kind.items() if paths}
 
     @cached_property
     def features(self) -> dict[str, pd.DataFrame]:
         """By arm: feature, top_tokens, top_weights, medical_weights."""
-        return {arm: _features(paths[0]) for (kind, arm), paths in self.found.items() if kind == _FEATURES}
+        return {arm: _features(paths[0]) for (kind, arm), paths in self.files_by_kind.items() if kind == _FEATURES}
 
     @cached_property
     def published_scores(self) -> dict[str, FloatArray]:
         """By arm, the coherence that they computed."""
-        return {arm: _scores_of(paths[0]) for (kind, arm), paths in self.found.items() if kind == _COHERENCE}
+        return {arm: _scores_of(paths[0]) for (kind, arm), paths in self.files_by_kind.items() if kind == _COHERENCE}
 
     @cached_property
     def scores(self) -> dict[str, FloatArray]:
@@ -134,13 +134,13 @@ class _Published:
     @cached_property
     def similarities(self) -> dict[str, FloatArray]:
         """By arm, [n_features, 2]: similarity of the unsteered and of the steered text, in the runs' files."""
-        return {arm: _similarities(paths) for (kind, arm), paths in self.found.items() if kind == _RUNS}
+        return {arm: _similarities(paths) for (kind, arm), paths in self.files_by_kind.items() if kind == _RUNS}
 
 
 def _features(path: Path) -> pd.DataFrame:
     raw = read_json(path)
     if not raw:
-        raise _other_form(path, "features")
+        raise _wrong_format(path, "features")
     try:
         return pd.DataFrame(
             {
@@ -151,60 +151,50 @@ def _features(path: Path) -> pd.DataFrame:
             }
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise _other_form(path, "features with top_words and medical_words") from error
+        raise _wrong_format(path, "features with top_words and medical_words") from error
 
 
 def _scores_of(path: Path) -> FloatArray:
     rows = list(csv.DictReader(decode_utf8(read_bytes(path, "coherence"), at=str(path)).splitlines()))
     if not rows:
-        raise _other_form(path, "features, one a line")
+        raise _wrong_format(path, "features, one a line")
     try:
         return np.array([float(row["coherence_score"]) for row in rows])
     except (KeyError, TypeError, ValueError) as error:
-        raise _other_form(path, "a column coherence_score of numbers") from error
+        raise _wrong_format(path, "a column coherence_score of numbers") from error
 
 
 def _similarities(paths: list[Path]) -> FloatArray:
-    found = [_SCORES.search(decode_utf8(read_bytes(path, "run"), at=str(path))) for path in paths]
-    for path, match in zip(paths, found, strict=True):
+    matches = [_SCORES.search(decode_utf8(read_bytes(path, "run"), at=str(path))) for path in paths]
+    for path, match in zip(paths, matches, strict=True):
         if match is None:
-            raise _other_form(path, "a line 'Semantic Similarity - Baseline: ... | Steered: ...'")
-    return np.array([[float(match[1]), float(match[2])] for match in found if match])
+            raise _wrong_format(path, "a line 'Semantic Similarity - Baseline: ... | Steered: ...'")
+    return np.array([[float(match[1]), float(match[2])] for match in matches if match])
 
 
-def _other_form(path: Path, expected: str) -> BadFile:
+def _wrong_format(path: Path, expected: str) -> BadFile:
     return BadFile(f"this is not the published file: expected {expected}.", at=str(path), fix="copy it again.")
 
 
-def _of(values: dict[str, Any], arm: str, number: Callable[[Any], float]) -> float:
+def _number(values: dict[str, Any], arm: str, number: Callable[[Any], float]) -> float:
     return float(number(values[arm])) if arm in values else math.nan
-
-
-def _percent(share: float) -> float:
-    return 100 * share
 
 
 def _counts(files: _Published) -> Iterator[_Row]:
     """Table 1 and Figure 1: how many features, and their tokens in the medical list."""
     printed = {"control": ("101", "0.39"), "treatment": ("111", "0.43")}
     for arm in _ARMS:
-        n = _of(files.features, arm, len)
+        n = _number(files.features, arm, len)
         yield _Row("Table 1", "medical features", arm, printed[arm][0], n)
         note = f"of {_D_SAE:,} features"
-        yield _Row("Table 1", "medical features, %", arm, printed[arm][1], _percent(n / _D_SAE), note)
+        yield _Row("Table 1", "medical features, %", arm, printed[arm][1], 100 * (n / _D_SAE), note)
 
-    def least(table: pd.DataFrame) -> float:
-        return float(min(map(len, table["medical_weights"])))
-
-    def with_seven(table: pd.DataFrame) -> float:
-        return float(sum(len(weights) >= 7 for weights in table["medical_weights"]))
-
+    n_medical = {arm: [*map(len, table["medical_weights"])] for arm, table in files.features.items()}
     for arm in _ARMS:
-        yield _Row("Figure 1", "fewest medical tokens of a feature", arm, "2", _of(files.features, arm, least))
+        yield _Row("Figure 1", "fewest medical tokens of a feature", arm, "2", _number(n_medical, arm, min))
+    n_with_seven = _number(n_medical, "treatment", lambda counts: sum(n >= 7 for n in counts))
     note = "the text says that no feature of the fine-tuned model has 7 or more"
-    yield _Row(
-        "Figure 1", "features with 7 or more", "treatment", "0", _of(files.features, "treatment", with_seven), note
-    )
+    yield _Row("Figure 1", "features with 7 or more", "treatment", "0", n_with_seven, note)
 
 
 def _scores(files: _Published) -> Iterator[_Row]:
@@ -216,17 +206,17 @@ def _scores(files: _Published) -> Iterator[_Row]:
     numbers: dict[str, Callable[[FloatArray], float]] = {
         "mean": np.mean, "median": np.median, "lowest": np.min, "highest": np.max,
     }  # fmt: skip
-    found: dict[str, dict[str, float]] = {arm: {} for arm in _ARMS}
+    values: dict[str, dict[str, float]] = {arm: {} for arm in _ARMS}
     for arm in _ARMS:
         for name, number in numbers.items():
-            found[arm][name] = _of(files.scores, arm, number)
+            values[arm][name] = _number(files.scores, arm, number)
             place = "Table 2" if name in ("mean", "median") else "Results"
-            yield _Row(place, f"{name} coherence", arm, printed[arm][name], found[arm][name])
+            yield _Row(place, f"{name} coherence", arm, printed[arm][name], values[arm][name])
     note = ""
     if "control" in files.scores and "treatment" not in files.scores:
-        found["treatment"] = {name: float(value) for name, value in printed["treatment"].items()}
+        values["treatment"] = {name: float(value) for name, value in printed["treatment"].items()}
         note = "with the paper's own figures for the fine-tuned model, whose files are not here"
-    control, treatment = found["control"], found["treatment"]
+    control, treatment = values["control"], values["treatment"]
     for name, paper in (("mean", "0.1927"), ("median", "0.2452")):
         yield _Row("Table 2", f"difference of the {name}s", "both", paper, control[name] - treatment[name], note)
     ranges = [arm["highest"] - arm["lowest"] for arm in (control, treatment)]
@@ -237,35 +227,35 @@ def _scores(files: _Published) -> Iterator[_Row]:
 def _weights(files: _Published) -> Iterator[_Row]:
     """Mean and variance of the weights of the tokens in the medical list, which the paper calls activations."""
     printed = {"control": ("2.166", "0.633"), "treatment": ("0.794", "0.018")}
+    weights = {arm: np.concatenate(list(table["medical_weights"])) for arm, table in files.features.items()}
     means, variances = {}, {}
     for arm in _ARMS:
-        means[arm] = _of(files.features, arm, lambda table: np.mean(np.concatenate(list(table["medical_weights"]))))
-        variances[arm] = _of(files.features, arm, lambda table: np.var(np.concatenate(list(table["medical_weights"]))))
+        means[arm] = _number(weights, arm, np.mean)
+        variances[arm] = _number(weights, arm, np.var)
         yield _Row("Word analysis", "mean activation", arm, printed[arm][0], means[arm])
         note = "divided by n, of the tokens in the medical list"
         yield _Row("Word analysis", "variance of activations", arm, printed[arm][1], variances[arm], note)
-    for name, paper, values, which in (("mean", "63.34", means, 0), ("variance", "97.16", variances, 1)):
-        ours = _percent(1 - values["treatment"] / values["control"])
-        rounded = _percent(1 - float(printed["treatment"][which]) / float(printed["control"][which]))
+    for name, paper, values, index in (("mean", "63.34", means, 0), ("variance", "97.16", variances, 1)):
+        ours = 100 * (1 - values["treatment"] / values["control"])
+        rounded = 100 * (1 - float(printed["treatment"][index]) / float(printed["control"][index]))
         yield _Row("Word analysis", f"{name} lower by, %", "both", paper, ours, from_rounded=rounded)
 
 
 def _coverage(files: _Published) -> Iterator[_Row]:
-    """How many of the top tokens the word vectors know. Their code leaves out tokens that are not letters alone."""
+    """The share of top tokens that the word vectors know. The authors' code counts only tokens made of letters."""
 
     def words(table: pd.DataFrame) -> list[str]:
-        every = [normalise_token(token) for tokens in table["top_tokens"] for token in tokens]
-        return [word for word in every if word.isalpha()]
+        normalised = [normalise_token(token) for tokens in table["top_tokens"] for token in tokens]
+        return [word for word in normalised if word.isalpha()]
 
-    def total(table: pd.DataFrame) -> float:
-        return _percent(float(np.mean([files.vectors.row(word) >= 0 for word in words(table)])))
-
-    def unique(table: pd.DataFrame) -> float:
-        return _percent(float(np.mean([files.vectors.row(word) >= 0 for word in set(words(table))])))
+    def coverage(tokens: Iterable[str]) -> float:
+        return 100 * float(np.mean([files.vectors.row(word) >= 0 for word in tokens]))
 
     note = "of top tokens that are letters alone"
-    yield _Row("Discussion", "coverage, unique, %", "control", "84.51", _of(files.features, "control", unique), note)
-    yield _Row("Discussion", "coverage, total, %", "control", "89.99", _of(files.features, "control", total), note)
+    unique = _number(files.features, "control", lambda table: coverage(set(words(table))))
+    total = _number(files.features, "control", lambda table: coverage(words(table)))
+    yield _Row("Discussion", "coverage, unique, %", "control", "84.51", unique, note)
+    yield _Row("Discussion", "coverage, total, %", "control", "89.99", total, note)
 
 
 def _steering(files: _Published) -> Iterator[_Row]:
@@ -277,15 +267,13 @@ def _steering(files: _Published) -> Iterator[_Row]:
         for arm, paper in zip(_ARMS, values, strict=True):
             yield _Row("Table 1", name, arm, paper, math.nan, unpublished, published=False)
 
-    def wins(scores: FloatArray) -> float:
-        return float((scores[:, 1] > scores[:, 0]).sum())
-
     notes = {
         "control": "a coin passes half; the published notebook compares with the fine-tuned model's tokens",
         "treatment": "the first fine-tune, by LoRA",
     }
     for arm, features, passing, share in (("control", "311", "307", "98"), ("treatment", "451", "307", "68")):
-        n, won = _of(files.similarities, arm, len), _of(files.similarities, arm, wins)
+        n = _number(files.similarities, arm, len)
+        won = _number(files.similarities, arm, lambda scores: (scores[:, 1] > scores[:, 0]).sum())
         yield _Row("Appendix", "features steered", arm, features, n, notes[arm])
         yield _Row("Appendix", "passing", arm, passing, won, notes[arm])
-        yield _Row("Appendix", "passing, %", arm, share, _percent(won / n), notes[arm])
+        yield _Row("Appendix", "passing, %", arm, share, 100 * (won / n), notes[arm])

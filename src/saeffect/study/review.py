@@ -1,4 +1,4 @@
-"""The review of a run: its queue, the verdicts that still hold for its features, and their export and import."""
+"""The review of a run: its queue, the verdicts that still apply to its features, and their export and import."""
 
 from __future__ import annotations
 
@@ -22,16 +22,15 @@ _FEATURES, _SELECTION = ["feature", "top_tokens", "n_active"], ["feature", "in_v
 
 @dataclass(frozen=True, eq=False)
 class Standing:
-    """Verdicts on the features as they are: `verdicts` with `COLUMNS`, `BLIND`, kind; `gone`: on how many older ones.
-
-    The rater of an adjudication begins with `ADJUDICATION`.
+    """`verdicts` on the run's present features, with `COLUMNS`, `BLIND` and kind (the rater of an adjudication begins
+    with `ADJUDICATION`); and how many others are on features that are `gone`, replaced by a later run.
     """
 
     verdicts: pd.DataFrame
     gone: int
 
     def missing(self, candidates: Collection[tuple[str, int]]) -> int:
-        """How many of the candidates (arm, feature) nobody has judged."""
+        """How many of the candidates (arm, feature) have no verdict."""
         judged = self.verdicts[self.verdicts["kind"] == "feature"]
         return len(set(candidates) - set(zip(judged["arm"], judged["feature"], strict=True)))
 
@@ -70,9 +69,10 @@ def store_digest(folder: Path | str) -> str | None:
 
 
 def export_verdicts(folder: Path | str, file: Path | str) -> tuple[int, int]:
-    """Write the verdicts on a run's features to a CSV file; how many, and how many are on features that are gone.
+    """Write the verdicts on a run's features to a CSV file; returns their number, and that of verdicts on features that
+    are gone.
 
-    NotFound if there is no run, or nobody has judged; else as `VerdictStore` and `write_verdicts`.
+    NotFound if there is no run or no verdict; other errors as `VerdictStore` and `write_verdicts`.
     """
     features = {arm: _arm_table(folder, arm) for arm in _arms(folder)}
     with VerdictStore(Path(folder) / STORE) as store:
@@ -85,10 +85,10 @@ def export_verdicts(folder: Path | str, file: Path | str) -> tuple[int, int]:
 
 
 def import_verdicts(folder: Path | str, file: Path | str) -> tuple[int, int]:
-    """Add the verdicts of a CSV file to the run's store, all or none; how many were new, and how many there before.
+    """Add the verdicts of a CSV file to the run's store, all or none; returns how many were new and how many were not.
 
-    A verdict that differs from the rater's own goes on top of it: the history keeps both. NotFound: no such file or
-    run, or one of its features is not in the run; others as `read_verdicts` and `VerdictStore`.
+    A verdict that differs from the rater's earlier one replaces it; the history keeps both. NotFound: no such file or
+    run, or a feature that is not in the run; other errors as `read_verdicts` and `VerdictStore`.
     """
     arms = _arms(folder)
     table = read_verdicts(file, arms=arms)
@@ -104,7 +104,7 @@ def import_verdicts(folder: Path | str, file: Path | str) -> tuple[int, int]:
             fix="import verdicts that were given on these SAEs. Nothing was imported.",
         )
     with VerdictStore(Path(folder) / STORE) as store:
-        known = {
+        existing = {
             (r.role, r.rater, r.arm, r.feature, r.seen): (r.verdict, r.label, r.note)
             for r in store.current().itertuples()
         }
@@ -125,7 +125,7 @@ def import_verdicts(folder: Path | str, file: Path | str) -> tuple[int, int]:
                 source=Path(file).name if row.blind else NOT_BLIND,
             )
             key = (given.role, store.find(rater) or rater, arm, number, given.seen)
-            if known.get(key) != (given.verdict, given.label, given.note):
+            if existing.get(key) != (given.verdict, given.label, given.note):
                 added.append((rater, given))
         if added:
             store.record_many(added)

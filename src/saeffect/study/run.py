@@ -44,7 +44,7 @@ from saeffect.study.study import Study
 
 __all__ = ["STAGES", "run_study", "stage_keys"]
 
-_NO_FURTHER_STAGES = ""  # of the first process to the others
+_NO_FURTHER_STAGES = ""  # message of the first process to the others
 
 STAGES = (
     "gate", "features", "coherence", "select", "match", "changes", "put-back", "steer", "cross", "compare", "report",
@@ -69,7 +69,7 @@ def run_study(
         out: The run directory.
         stages: Some of `STAGES`; earlier ones must be up to date.
         redo: Repeat the named stages even if their inputs are unchanged.
-        ready: Called when the study is found sound, before anything is computed.
+        ready: Called once the study is checked, before anything is computed.
 
     Raises:
         UnknownName: An unknown stage.
@@ -82,7 +82,7 @@ def run_study(
     for name in stages:
         if name not in STAGES:
             raise unknown_name("stage", name, STAGES)
-    join()  # together, now: by the first call for help the others would have given up
+    join()  # now: until the first shared stage the other processes would time out
     if not is_first():
         return _help(study, out)
     check_study(study, out, log)
@@ -105,7 +105,7 @@ def stage_keys(study: Study) -> tuple[str, ...]:
 
 
 def _lead(run: RunFolder, stages: Sequence[str], redo: bool, log: Log, progress: ProgressFile) -> None:
-    """The first process: run the stages in order, calling the others to the shared ones."""
+    """The first process: run the stages in order, and announce the shared ones to the others."""
     last = max(STAGES.index(name) for name in stages) if stages else -1
     for step in _method(run.study):
         if step.stage in stages:
@@ -126,7 +126,7 @@ def _lead(run: RunFolder, stages: Sequence[str], redo: bool, log: Log, progress:
 
 @dataclass(frozen=True)
 class _Step:
-    """A stage of one arm or of all; `inputs` is called, and `help` run in the other processes, when its turn comes."""
+    """A stage of one arm or of all; the other processes run `help`."""
 
     stage: str
     name: str
@@ -139,11 +139,11 @@ class _Step:
     def key(self) -> str:
         return f"{self.name} {self.arm}" if self.arm else self.name
 
-    def given(self, run: RunFolder) -> tuple[Any, ...]:
+    def arguments(self, run: RunFolder) -> tuple[Any, ...]:
         return (run, self.arm) if self.arm else (run,)
 
     def read_inputs(self, run: RunFolder) -> Any:
-        return self.inputs(*self.given(run))
+        return self.inputs(*self.arguments(run))
 
 
 def _method(study: Study) -> Iterator[_Step]:
@@ -210,30 +210,30 @@ def _method(study: Study) -> Iterator[_Step]:
 def _open_new_arms(run: RunFolder, stages: Sequence[str], log: Log) -> None:
     """Load the arms to be measured before anything is written: only loading finds broken weights."""
     if "gate" in stages and run.study.has_saes:
-        # The control last: it is needed first, and the latest model stays in memory.
+        # The control last: it is needed first, and the last model loaded stays in memory.
         for arm in reversed(run.study.ordered_arms()):
             if not run.is_done(f"gate {arm}", gate_inputs(run, arm)):
                 run.study.open_arm(arm, log)
 
 
 def _work(step: _Step, run: RunFolder, inputs: Any, log: Log) -> Iterable[Path]:
-    """The work of a stage; calls the other processes if they share it."""
+    """Do the work of a stage; announce it to the other processes if they share it."""
     if step.help is not None:
         from_first(f"{step.key}\n{fingerprint(inputs)}")
-    return step.work(*step.given(run), log)
+    return step.work(*step.arguments(run), log)
 
 
 def _help(study: Study, out: Path | str) -> RunFolder:
-    """The other processes: do a share of each stage that the first process calls to, until it ends."""
+    """The other processes: do a share of each stage that the first process announces, until it ends."""
     while (call := from_first()) != _NO_FURTHER_STAGES:
-        key, wanted = call.split("\n")
+        key, expected = call.split("\n")
         run = RunFolder(out, study)
         step = next(step for step in _method(study) if step.key == key)
-        if fingerprint(step.read_inputs(run)) != wanted or step.help is None:
+        if fingerprint(step.read_inputs(run)) != expected or step.help is None:
             raise ConfigError(
                 f"the processes see different files, or run different studies: the inputs of {key} differ.",
                 at=str(run.folder),
                 fix="let the study, its models and --out be in folders that all machines share.",
             )
-        step.help(*step.given(run))
+        step.help(*step.arguments(run))
     return RunFolder(out, study)

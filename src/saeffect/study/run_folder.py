@@ -31,9 +31,9 @@ _HEAD = "# The study as saeffect ran it. SHA-256 of the lines below: "
 
 
 class RunFolder:
-    """Reads and writes one run directory, which need not exist; nothing is written before a first stage has finished.
+    """Reads and writes one run directory, which need not exist; nothing is written before the first stage has finished.
 
-    `damage` lists what in the manifest cannot be used, a line each. ConfigError if the directory belongs to a study of
+    `damage` lists unusable parts of the manifest, a line each. ConfigError if the directory belongs to a study of
     another name.
     """
 
@@ -41,10 +41,10 @@ class RunFolder:
         self.folder, self.study = Path(folder), study
         self.damage: tuple[str, ...] = ()
         self._manifest = self._read_manifest()
-        found = self._manifest.get("study", study.config.name)
-        if found != study.config.name:
+        recorded = self._manifest.get("study", study.config.name)
+        if recorded != study.config.name:
             raise ConfigError(
-                f"this directory holds the run of another study, {found!r}.",
+                f"this directory holds the run of another study, {recorded!r}.",
                 at=str(self.folder),
                 fix="choose another --out.",
             )
@@ -65,13 +65,13 @@ class RunFolder:
         return read_table(path)
 
     def table_or_none(self, path: Path) -> pd.DataFrame | None:
-        """A table, or None where the stage wrote none; a file that the manifest does not list is ignored."""
+        """A table, or None if the stage wrote none; a file that the manifest does not list is ignored."""
         name = str(path.relative_to(self.folder))
-        known = any(name in note["outputs"] for note in self._manifest["stages"].values())
-        return self.read_table(path) if known and path.is_file() else None
+        is_listed = any(name in entry["outputs"] for entry in self._manifest["stages"].values())
+        return self.read_table(path) if is_listed and path.is_file() else None
 
     def kept(self, key: str, inputs: Any) -> KeptRows:
-        """Where a stage keeps finished pieces of its work; deleted when the manifest lists its files."""
+        """Finished pieces of a stage's work, for resuming; deleted when the stage is in the manifest."""
         return KeptRows(self._kept_folder(key), fingerprint(inputs))
 
     @staticmethod
@@ -87,21 +87,21 @@ class RunFolder:
 
     def stage(self, key: str, inputs: Any, work: Callable[[], Iterable[Path]], log: Log, *, redo: bool = False) -> bool:
         """Do a stage's work, which returns the files it wrote, unless it was done with the same inputs (everything that
-        its numbers depend on, JSON-able) and its files are whole; True if work was done. Files of an earlier time that
-        are not written again are removed, unless somebody changed them.
+        its numbers depend on, JSON-able) and its files are undamaged; True if work was done. Files of an earlier run of
+        the stage that are not written again are removed, unless somebody changed them.
         """
         if not redo and self.is_done(key, inputs):
             drop_kept_rows(self._kept_folder(key))
             log(f"  {key}: finished before, skipped")
             return False
-        wanted, started = fingerprint(inputs), time.monotonic()
+        made_with, started = fingerprint(inputs), time.monotonic()
         outputs = {str(p.relative_to(self.folder)): hash_file(p) for p in work()}
         seconds = round(time.monotonic() - started, 1)
         self._remove_outdated(key, outputs)
-        note = {"fingerprint": wanted, "outputs": outputs, "seconds": seconds, "versions": versions()}
-        self._manifest["stages"][key] = note
+        entry = {"fingerprint": made_with, "outputs": outputs, "seconds": seconds, "versions": versions()}
+        self._manifest["stages"][key] = entry
         self._save()
-        # Only now: a stage killed earlier begins again and needs them.
+        # Only now: a stage killed earlier resumes from them.
         drop_kept_rows(self._kept_folder(key))
         log(f"  {key}: {seconds:.1f} s")
         return True
@@ -115,11 +115,11 @@ class RunFolder:
                     at=str(folder),
                     fix="remove the link, or choose another --out.",
                 )
-        note = self.path("study.yaml")
-        is_ours = note.is_file() and not note.is_symlink() and has_own_hash(note, _HEAD)
-        foreign = [] if is_ours or not _is_there(note) else [note]
+        study_file = self.path("study.yaml")
+        is_ours = study_file.is_file() and not study_file.is_symlink() and has_own_hash(study_file, _HEAD)
+        foreign = [] if is_ours or not _exists(study_file) else [study_file]
         if not is_ours and "study" not in self._manifest:
-            foreign += [self.path(name) for name in _WITH_MANIFEST if _is_there(self.path(name))]
+            foreign += [self.path(name) for name in _WITH_MANIFEST if _exists(self.path(name))]
             foreign += sorted(self.folder.glob(_TABLES_OF_ARMS))
         if foreign:
             raise ConfigError(
@@ -145,43 +145,41 @@ class RunFolder:
         """The folders that a run writes to, outer ones first."""
         outer = [self.path(name) for name in _FOLDERS]
         nested = [self.path(name) for name in ("arms", "partial")]
-        return outer + [place for folder in nested if folder.is_dir() for place in folder.iterdir() if place.is_dir()]
+        return outer + [inner for folder in nested if folder.is_dir() for inner in folder.iterdir() if inner.is_dir()]
 
     def _kept_folder(self, key: str) -> Path:
         return self.path("partial", key.replace(" ", "-"))
 
     def _remove_outdated(self, key: str, outputs: Mapping[str, str]) -> None:
-        before = self._manifest["stages"].get(key, {}).get("outputs", {})
-        for name in before.keys() - outputs.keys():
+        previous = self._manifest["stages"].get(key, {}).get("outputs", {})
+        for name in previous.keys() - outputs.keys():
             path = self.output(name)
-            # Whatever a manifest says, notes and verdicts beside these folders stay.
+            # Whatever the manifest says, files outside these folders, such as verdicts, stay.
             inside = path is not None and path.relative_to(self.folder).parts[0] in _FOLDERS
-            if path is not None and inside and hash_file(path) == before[name]:
+            if path is not None and inside and hash_file(path) == previous[name]:
                 path.unlink()
 
     def output(self, name: str) -> Path | None:
-        """The file of this name in the manifest, which is not trusted; None if missing, outside or behind a link."""
+        """The file of this name in the manifest; None if missing, outside the directory, or behind a link."""
         path = self.folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
             return None
-        places = [path, *(place for place in path.parents if self.folder in place.parents)]
+        parts = [path, *(part for part in path.parents if self.folder in part.parents)]
         try:
-            return path if path.is_file() and not any(place.is_symlink() for place in places) else None
-        except (OSError, ValueError):  # a name that cannot be one
+            return path if path.is_file() and not any(part.is_symlink() for part in parts) else None
+        except (OSError, ValueError):  # not a valid path
             return None
 
     def is_done(self, key: str, inputs: Any) -> bool:
-        """Whether a stage was finished with these inputs, and its files are whole."""
-        note = self._manifest["stages"].get(key)
-        if not note or note["fingerprint"] != fingerprint(inputs):
+        """Whether a stage was finished with these inputs, and its files are undamaged."""
+        entry = self._manifest["stages"].get(key)
+        if not entry or entry["fingerprint"] != fingerprint(inputs):
             return False
-        files = [(self.output(name), digest) for name, digest in note["outputs"].items()]
+        files = [(self.output(name), digest) for name, digest in entry["outputs"].items()]
         return all(path is not None and hash_file(path) == digest for path, digest in files)
 
     def refuse_changed(self, *keys: str) -> None:
-        """BadFile if a file that one of these stages wrote is not as it was then; stages that have not run are
-        left out.
-        """
+        """BadFile if a file that one of these stages wrote was changed; stages that have not run are skipped."""
         for key in keys:
             for name, digest in self._manifest["stages"].get(key, {}).get("outputs", {}).items():
                 path = self.output(name)
@@ -202,14 +200,14 @@ class RunFolder:
     @functools.cached_property
     def config_yaml(self) -> str:
         """The resolved configuration. Bundled names stay names."""
-        plain = self.study.config.model_dump(mode="json")
-        return str(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100))
+        values = self.study.config.model_dump(mode="json")
+        return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100))
 
     def _versions(self) -> dict[str, Any]:
         """Versions behind the numbers: one set, or one per stage if they differ."""
-        made = {key: note["versions"] for key, note in self._manifest["stages"].items() if key != "report"}
-        different = {fingerprint(found): found for found in made.values()} or {"": versions()}
-        return next(iter(different.values())) if len(different) == 1 else made
+        by_stage = {key: entry["versions"] for key, entry in self._manifest["stages"].items() if key != "report"}
+        distinct = {fingerprint(versions_): versions_ for versions_ in by_stage.values()} or {"": versions()}
+        return next(iter(distinct.values())) if len(distinct) == 1 else by_stage
 
     def _save(self) -> None:
         self._manifest |= {"study": self.study.config.name} | self.provenance()
@@ -219,20 +217,20 @@ class RunFolder:
         write_json(self.folder / "manifest.json", self._manifest)
 
     def _read_manifest(self) -> dict[str, Any]:
-        """The usable part of the manifest. A stage that is not in it is done again."""
+        """The usable part of the manifest; a stage that is not in it is done again."""
         path = self.folder / "manifest.json"
         if not path.is_file():
             return {"stages": {}}
-        found: Any = None
+        manifest: Any = None
         with contextlib.suppress(BadFile):
-            found = read_json(path)
-        if not _is_manifest(found):
+            manifest = read_json(path)
+        if not _is_manifest(manifest):
             self.damage = ("manifest.json is damaged, so it is not known which stages are done: all are done again",)
             return {"stages": {}}
-        whole = {key: note for key, note in found["stages"].items() if _is_note(note)}
-        lost = [key for key in found["stages"] if key not in whole]
-        self.damage = tuple(f"manifest.json is damaged where it tells of {key!r}: it is done again" for key in lost)
-        return {"study": found["study"], "stages": whole}
+        usable = {key: entry for key, entry in manifest["stages"].items() if _is_stage_entry(entry)}
+        damaged = [key for key in manifest["stages"] if key not in usable]
+        self.damage = tuple(f"manifest.json is damaged at {key!r}: this stage is done again" for key in damaged)
+        return {"study": manifest["study"], "stages": usable}
 
 
 def read_table(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
@@ -247,35 +245,35 @@ def read_table(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a run that is only looked at. NotFound: there is none; BadFile: it is not as a run writes it."""
+    """The manifest of a run. NotFound: there is none; BadFile: it is damaged."""
     path = folder / "manifest.json"
     if not path.is_file():
         fix = "give the run directory: what --out named, or runs/<name>."
         raise NotFound("there is no manifest.json, so this is no run of a study.", at=str(folder), fix=fix)
-    found = read_json(path)
-    arms = found.get("arms") if _is_manifest(found) else None
+    manifest = read_json(path)
+    arms = manifest.get("arms") if _is_manifest(manifest) else None
     if not (
         isinstance(arms, dict)
         and all(isinstance(arm, dict) for arm in arms.values())
-        and all(_is_note(note) for note in found["stages"].values())
+        and all(_is_stage_entry(entry) for entry in manifest["stages"].values())
     ):
         raise BadFile("the manifest is damaged.", at=str(path), fix="run the study again.")
-    return dict(found)
+    return dict(manifest)
 
 
-def _is_manifest(found: Any) -> bool:
-    return isinstance(found, dict) and isinstance(found.get("stages"), dict) and isinstance(found.get("study"), str)
+def _is_manifest(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("stages"), dict) and isinstance(value.get("study"), str)
 
 
-def _is_note(note: Any) -> bool:
+def _is_stage_entry(value: Any) -> bool:
     """Whether this is a valid manifest entry of a stage."""
-    if not isinstance(note, dict) or not isinstance(note.get("fingerprint"), str):
+    if not isinstance(value, dict) or not isinstance(value.get("fingerprint"), str):
         return False
-    tables = (note.get("outputs"), note.get("versions"))
+    tables = (value.get("outputs"), value.get("versions"))
     return all(isinstance(table, dict) and all(isinstance(v, str) for v in table.values()) for table in tables)
 
 
-def _is_there(path: Path) -> bool:
+def _exists(path: Path) -> bool:
     return path.exists() or path.is_symlink()
 
 
@@ -292,11 +290,11 @@ class KeptRows:
 
     def read(self, log: Log = SILENT) -> pd.DataFrame | None:
         """All intact pieces as one table; None if there are none."""
-        found = list(self.pieces(log))
-        return pd.concat(found, ignore_index=True) if found else None
+        pieces = list(self.pieces(log))
+        return pd.concat(pieces, ignore_index=True) if pieces else None
 
     def pieces(self, log: Log = SILENT) -> Iterator[pd.DataFrame]:
-        """The intact pieces one by one, where they belong to different tables."""
+        """The intact pieces one by one."""
         for file in sorted(self._folder.glob(f"{self._made_with}-*.parquet")):
             if is_sealed(file):
                 yield pd.read_parquet(file)

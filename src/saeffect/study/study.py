@@ -74,19 +74,19 @@ class Study:
         raw = read_config_file(source, "study", relative_to=folder, fix=f"bundled studies: {', '.join(names)}.")
         if not isinstance(raw, dict):
             raise BadFile("a study file is a mapping of keys to values.", at=str(source))
-        return cls._checked(raw, source)
+        return cls._validate(raw, source)
 
     @classmethod
     def of(cls, config: StudyConfig | Mapping[str, Any], *, name: str = "study.yaml") -> Self:
-        """A study made in Python: what a study file would hold. Paths are relative to the current folder.
+        """A study from Python values, with the keys of a study file. Paths are relative to the current folder.
 
-        `name` stands for the file in messages. Errors as `open`.
+        `name` replaces the file name in messages. Errors as `open`.
         """
         values = config.model_dump(mode="json") if isinstance(config, StudyConfig) else dict(config)
-        return cls._checked(resolve_paths(values, Path(), at=name), Path(name))
+        return cls._validate(resolve_paths(values, Path(), at=name), Path(name))
 
     @classmethod
-    def _checked(cls, raw: Any, source: Path) -> Self:
+    def _validate(cls, raw: Any, source: Path) -> Self:
         config = StudyConfig.read(raw, at=str(source))
         if config.steering is not None:
             with placed(f"{source}, steering"):
@@ -95,7 +95,7 @@ class Study:
 
     @functools.cached_property
     def arms(self) -> Mapping[str, Arm]:
-        """The arms by name, opened on first use; only the latest model stays in memory, or two small ones."""
+        """The arms by name, opened on first use; only the last opened model stays in memory, or two small ones."""
         return _Arms(self)
 
     @functools.cached_property
@@ -164,7 +164,7 @@ class Study:
 
     @functools.cached_property
     def one_sae(self) -> bool:
-        """Whether control and treatment are read through one SAE, so that features correspond and need no matching."""
+        """Whether control and treatment have the same SAE, so that features correspond and need no matching."""
         return self.has_saes and len(set(map(self.sae_folder, self.pair))) == 1
 
     def sae_folder(self, name: str) -> Path:
@@ -174,24 +174,24 @@ class Study:
             raise ConfigError("this study has no SAEs.", at=at, fix="give every arm one, such as sae: saes/base.")
         return self.resolve_sae(name, sae, at)
 
-    def resolve_sae(self, name: str, sae: str, where: str) -> Path:
+    def resolve_sae(self, name: str, sae: str, at: str) -> Path:
         """Folder of an SAE as named in the study file, fetched if it is on the hub (errors as `locate_sae`).
 
         NotFound, or UnknownName for an unknown bundled SAE.
         """
         if sae.startswith(BUNDLED):
-            return bundled_path("saes", sae.removeprefix(BUNDLED), at=where)
+            return bundled_path("saes", sae.removeprefix(BUNDLED), at=at)
         if is_sae_name(sae):
-            return locate_sae(sae, at=where)
-        if user_path(sae, at=where).is_file():
-            read_sae_config(sae, at=where)  # which says what kind of file it is
+            return locate_sae(sae, at=at)
+        if user_path(sae, at=at).is_file():
+            read_sae_config(sae, at=at)  # which says what kind of file it is
         if not Path(sae).is_dir():
             train = f"train it: saeffect train-sae {shlex.quote(self.called)} --arm {name}"
             fix = "paths are relative to the study file." if self.config.training is None else train
             as_written = os.path.relpath(sae, self.source.absolute().parent)
             if Path(as_written).is_dir():
                 fix = f"paths are relative to the study file; the current folder does have {as_written!r}."
-            raise NotFound(f"there is no SAE folder {sae!r}.", at=where, fix=fix)
+            raise NotFound(f"there is no SAE folder {sae!r}.", at=at, fix=fix)
         return Path(sae)
 
     def sae_config(self, name: str) -> SaeConfig:
@@ -203,22 +203,22 @@ class Study:
 
         ConfigError if neither names one, IncompatibleSae if they differ.
         """
-        wanted, own = self.arm(name).hook, self.sae_config(name).hook_name if self.has_saes else None
-        wanted = wanted and (hook_of_module(wanted) or wanted)
-        where = self.at("arms", name, "hook")
-        if wanted is None and own is None:
+        configured, recorded = self.arm(name).hook, self.sae_config(name).hook_name if self.has_saes else None
+        configured = configured and (hook_of_module(configured) or configured)
+        location = self.at("arms", name, "hook")
+        if configured is None and recorded is None:
             fix = "set hook: blocks.<layer>.hook_resid_pre."
             message = (
                 "the SAE's cfg.json names no hook." if self.has_saes else "there is no hook, nor an SAE to name it."
             )
-            raise ConfigError(message, at=where, fix=fix)
-        if wanted is not None and own is not None and wanted != own:
+            raise ConfigError(message, at=location, fix=fix)
+        if configured is not None and recorded is not None and configured != recorded:
             raise IncompatibleSae(
-                f"the study says {wanted}, but the SAE was trained at {own}.",
-                at=where,
-                fix=f"set hook: {own}, or leave it out.",
+                f"the study says {configured}, but the SAE was trained at {recorded}.",
+                at=location,
+                fix=f"set hook: {recorded}, or leave it out.",
             )
-        return str(wanted or own)
+        return str(configured or recorded)
 
     @functools.cached_property
     def prepend_bos(self) -> bool | None:
@@ -231,13 +231,13 @@ class Study:
 
     @functools.cached_property
     def chat(self) -> ChatFormat | None:
-        """How the study's conversations are written, see `StudyTokens.chat_format`; None if it has none."""
+        """The format of the study's conversations, see `StudyTokens.chat_format`; None if it has none."""
         template, at = self.config.text.chat_template, self.at("text", "chat_template")
         return self.tokens.chat_format(template, self.pair, at) if self.config.has_chats else None
 
     @functools.cached_property
     def bos_words(self) -> Mapping[str, Any]:
-        """`prepend_bos` of the cfg.json of each arm's SAE."""
+        """`prepend_bos` in the cfg.json of each arm's SAE."""
         arms = self.config.arms if self.has_saes else ()
         return {name: self.sae_config(name).metadata.get("prepend_bos") for name in arms}
 
@@ -274,22 +274,22 @@ class Study:
     def identities(self) -> Mapping[str, dict[str, str | None]]:
         """Hashes of every arm's model and SAE files, and its hook."""
         models: dict[ModelConfig, str] = {}
-        found: dict[str, dict[str, str | None]] = {}
+        identities: dict[str, dict[str, str | None]] = {}
         for name, arm in self.config.arms.items():
             if arm.model not in models:
                 models[arm.model] = model_identity(arm.model, at=self.at("arms", name, "model"))
             device = resolve_device(arm.model.device)
-            found[name] = {
+            identities[name] = {
                 "model": models[arm.model],
                 "dtype": str(resolve_dtype(arm.model.dtype, device)),
                 "device": device.type,
                 **_placement_identity(arm.model),
-                "sae": self._sae_identity(name),
+                "sae": sae_identity(self.sae_folder(name)) if self.has_saes else "",
                 "hook": self.hook(name),
             }
             if not self._one_tokenizer:
-                found[name]["tokens"] = str(self.tokens.identity)
-        return found
+                identities[name]["tokens"] = str(self.tokens.identity)
+        return identities
 
     @functools.cached_property
     def text_identity(self) -> str:
@@ -312,23 +312,20 @@ class Study:
     def open_model(self, name: str, log: Log = SILENT) -> LanguageModel:
         """One arm's model alone; errors as `open_arm`."""
         model = self.arm(name).model
-        if model not in self._held:
-            # One at a time where two may not fit into memory.
-            size = sum(p.nbytes for held in self._held.values() for p in held.model.parameters())
-            if len(self._held) > 1 or size > SHARE_OF_A_MODEL * machine_memory():
-                self._held.clear()
+        if model not in self._loaded_models:
+            # Drop the others if memory may not suffice.
+            size = sum(p.nbytes for loaded in self._loaded_models.values() for p in loaded.model.parameters())
+            if len(self._loaded_models) > 1 or size > SHARE_OF_A_MODEL * machine_memory():
+                self._loaded_models.clear()
             lm = load_language_model(model, at=self.at("arms", name, "model"), log=log)
             lm = lm if self._one_tokenizer else self.tokens.used_by(lm)
-            self._held[model] = dataclasses.replace(lm, prepend_bos=self.prepend_bos, chat=self.chat)
-        return self._held[model]
+            self._loaded_models[model] = dataclasses.replace(lm, prepend_bos=self.prepend_bos, chat=self.chat)
+        return self._loaded_models[model]
 
     @functools.cached_property
-    def _held(self) -> dict[ModelConfig, LanguageModel]:
+    def _loaded_models(self) -> dict[ModelConfig, LanguageModel]:
         """The models in memory."""
         return {}
-
-    def _sae_identity(self, name: str) -> str:
-        return sae_identity(self.sae_folder(name)) if self.has_saes else ""
 
 
 def bundled_studies() -> list[str]:
@@ -336,7 +333,7 @@ def bundled_studies() -> list[str]:
     return sorted(path.stem for path in _BUNDLED_STUDIES.glob("*.yaml"))
 
 
-# Share of memory that one model may take for another to be kept beside it. It changes the time, not the numbers.
+# A second model is kept in memory if the first takes at most this share. Changes the time, not the numbers.
 SHARE_OF_A_MODEL = 1 / 6
 
 
@@ -355,11 +352,11 @@ class _Arms(Mapping[str, Arm]):
 
 
 def _placement_identity(model: ModelConfig) -> dict[str, str | None]:
-    """What else decides a model's numbers; nothing for one that is loaded whole."""
-    apart = model.adapter is not None and (model.merge_adapter is False or model.device_map or model.quantize)
+    """Settings that change a model's numbers: quantisation, an unmerged adapter; empty by default."""
+    unmerged = model.adapter is not None and (model.merge_adapter is False or model.device_map or model.quantize)
     return {
         **({} if model.quantize is None else {"quantize": model.quantize}),
-        **({"adapter": "not merged"} if apart else {}),
+        **({"adapter": "not merged"} if unmerged else {}),
     }
 
 

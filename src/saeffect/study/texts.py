@@ -42,24 +42,24 @@ def study_rows(text: TextConfig, model: Callable[[], LanguageModel], *, prepend_
 
 
 def shortage(text: TextConfig, rows: TokenRows) -> str:
-    """How much of the requested text the rows hold, in words; "" if all."""
+    """How many of the requested tokens the rows hold, in words; "" if all."""
     if len(rows) >= max(1, text.tokens // rows.ids.shape[1]):
         return ""
-    there = f"{rows.ids.size:,} of the {text.tokens:,} tokens that text.tokens asks for"
+    amount = f"{rows.ids.size:,} of the {text.tokens:,} tokens that text.tokens asks for"
     if len(rows.names) == 1 or text.bundled is not None:
-        return there
+        return amount
     return (
-        f"{there}: rows are taken from each source in turn, and {rows.names[len(rows) % len(rows.names)]!r} ends first"
+        f"{amount}: rows are taken from each source in turn, and {rows.names[len(rows) % len(rows.names)]!r} ends first"
     )
 
 
 def first_texts(text: TextConfig) -> list[str]:
     """The beginnings of a few documents of each source; unreadable sources are skipped."""
-    found: list[str] = []
+    texts: list[str] = []
     for source in text.sources:
         with contextlib.suppress(SaeffectError):
-            found += [t[:2_000] for t in islice(read_corpus(source, chat=text.format == "chat"), 20)]
-    return found
+            texts += [document[:2_000] for document in islice(read_corpus(source, chat=text.format == "chat"), 20)]
+    return texts
 
 
 def beginning(
@@ -67,25 +67,26 @@ def beginning(
 ) -> tuple[str, str]:
     """How rows and prompts begin, in words, and which settings disagree ("" for none).
 
-    `study_prepends` is as `LanguageModel.prepend_bos`; `words` is `prepend_bos` of each arm's SAE, where recorded;
-    `chat` writes the study's conversations, if it has any.
+    `study_prepends` is as `LanguageModel.prepend_bos`; `words` is `prepend_bos` of each arm's SAE, if recorded;
+    `chat` writes the study's conversations, if any.
     """
-    bos, own = find_bos_id(tokenizer, study_prepends), tokens_added_before(tokenizer)
-    against = [name for name, word in words.items() if isinstance(word, bool) and word != (bos is not None)]
-    others = []
-    if against:
+    bos, added = find_bos_id(tokenizer, study_prepends), tokens_added_before(tokenizer)
+    disagreeing = [name for name, word in words.items() if isinstance(word, bool) and word != (bos is not None)]
+    conflicts = []
+    if disagreeing:
         trained = "without" if bos is not None else "with"
-        others.append(f"SAEs trained on texts {trained} BOS (prepend_bos): {', '.join(against)}")
+        conflicts.append(f"SAEs trained on texts {trained} BOS (prepend_bos): {', '.join(disagreeing)}")
     if chat is not None and chat.writes_bos != (bos is not None):
-        others.append(f"the chat template begins a conversation {'with' if chat.writes_bos else 'without'} a BOS token")
-    if bool(own) != (bos is not None):
-        others.append(
-            f"the tokenizer by itself begins a text with {tokenizer.decode(own)!r}"
-            if own
+        word = "with" if chat.writes_bos else "without"
+        conflicts.append(f"the chat template begins a conversation {word} a BOS token")
+    if bool(added) != (bos is not None):
+        conflicts.append(
+            f"the tokenizer by itself begins a text with {tokenizer.decode(added)!r}"
+            if added
             else "the tokenizer by itself puts no BOS there"
         )
-    begins = "without a BOS token" if bos is None else f"with {tokenizer.decode([bos])!r}"
-    return f"every row and prompt begins {begins}", "; ".join(others)
+    start = "without a BOS token" if bos is None else f"with {tokenizer.decode([bos])!r}"
+    return f"every row and prompt begins {start}", "; ".join(conflicts)
 
 
 def _bundled(text: TextConfig, bos: int | None) -> TokenRows:
@@ -103,21 +104,21 @@ def _packed(text: TextConfig, lm: LanguageModel) -> TokenRows:
     streams: list[Iterator[Row]] = []
     for source in text.sources:
         documents = read_corpus(source, chat=text.format == "chat")
-        streams.append(_named(source.name, cut_rows(lm, documents, text.context_size, text)))
-    wanted = max(1, text.tokens // text.context_size)
+        streams.append(_place_errors(source.name, cut_rows(lm, documents, text.context_size, text)))
+    n_rows = max(1, text.tokens // text.context_size)
     rows: list[Row] = []
     sources: list[int] = []
     for index, row in interleave(*streams):
         rows.append(row)
         sources.append(index)
-        if len(rows) == wanted:
+        if len(rows) == n_rows:
             break
     if not rows:
         raise EmptySelection("a source has less than one row of text.", at="sources", fix="give more text.")
     return TokenRows.from_rows(rows, sources, tuple(s.name for s in text.sources), text.positions)
 
 
-def _named(name: str, rows: Iterator[Row]) -> Iterator[Row]:
+def _place_errors(name: str, rows: Iterator[Row]) -> Iterator[Row]:
     with placed(f"source {name!r}"):
         yield from rows
 
@@ -150,7 +151,9 @@ class Arm:
         return self.sae.W_dec.detach()
 
     def added(self, features: list[int] | None = None) -> Tensor:
-        """What features (default: all) add to the stream, `[n, d_model]`: decoder rows, unless those are of heads."""
+        """What features (default: all) add to the residual stream, `[n, d_model]`: decoder rows, mapped through W_O if
+        the SAE reads attention heads.
+        """
         return heads_to_residual(self.lm, self.hook, self.W_dec if features is None else self.W_dec[features])
 
     def norm_limit(self, rows: TokenRows) -> NormLimit:
@@ -161,7 +164,7 @@ class Arm:
         return first_limit(self.lm, self.hook, rows.ids[:8])
 
     def read(self, rows: TokenRows, residuals: Residuals, log: Log = SILENT, what: str = "") -> Iterator[ReadRows]:
-        """The text at the arm's hook, batch by batch, reporting rows as the progress of `what` ("": not)."""
+        """The text at the arm's hook, batch by batch; reports rows as the progress of `what`, if given."""
         limit = self.norm_limit(rows)
         for start, ids, x in residuals.batches(self.lm, self.hook, rows):
             sources = [rows.names[i] for i in rows.sources[start : start + len(ids)]]

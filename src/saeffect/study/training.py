@@ -13,8 +13,8 @@ from saeffect.study.study import Study
 
 __all__ = ["arm_folder", "arm_recipe", "check_training"]
 
-# Set for each arm; one arm has one SAE.
-_OF_THE_ARM = {"model": "arms.<arm>.model", "hook": "arms.<arm>.hook", "saes": "arms.<arm>.sae"}
+# Keys of a recipe that each arm sets.
+_ARM_KEYS = {"model": "arms.<arm>.model", "hook": "arms.<arm>.hook", "saes": "arms.<arm>.sae"}
 
 
 def arm_recipe(study: Study, arm: str) -> SaeRecipe:
@@ -28,12 +28,12 @@ def arm_recipe(study: Study, arm: str) -> SaeRecipe:
             at=study.at("training"),
             fix="add a section training: a recipe without model and hook.",
         )
-    for key, place in _OF_THE_ARM.items():
+    for key, arm_key in _ARM_KEYS.items():
         if key in section:
             raise ConfigError(
                 f"training has the key {key}, which is the arm's own.",
                 at=study.at("training", key),
-                fix=f"say it in {place}.",
+                fix=f"say it in {arm_key}.",
             )
     if config.hook is None:
         raise ConfigError(
@@ -46,8 +46,8 @@ def arm_recipe(study: Study, arm: str) -> SaeRecipe:
     if not config.training:
         return recipe
     # Without the arm's changes the recipe is valid, so the error is in them.
-    changed: dict[str, Any] = {**(section.get("sae") or {}), **config.training}
-    return SaeRecipe.read({**values, "sae": changed}, at=study.at("arms", arm, "training"))
+    sae_section: dict[str, Any] = {**(section.get("sae") or {}), **config.training}
+    return SaeRecipe.read({**values, "sae": sae_section}, at=study.at("arms", arm, "training"))
 
 
 def arm_folder(study: Study, arm: str) -> Path | None:

@@ -93,9 +93,7 @@ def test_own_cells_are_what_the_other_stages_measured(folder: Path) -> None:
             assert rows["value"].to_numpy() == pytest.approx(expected[rows.index].to_numpy(), rel=1e-3, nan_ok=True)
 
 
-def test_the_control_is_not_steered_again_and_the_dose_is_the_controls(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cells_use_the_controls_trials_and_dose(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(folder / "run", tmp_path / "run")
     norms, cells = [], []
     steer, push = cross.run_trials, cross.direct_effects
@@ -135,7 +133,7 @@ def test_a_null_is_measured_as_the_treatment_is(folder: Path) -> None:
         assert found[quantity] == pytest.approx(model.loc[quantity, "mean_ct"] - model.loc[quantity, "mean_cc"])
 
 
-def test_a_stopped_stage_goes_on_with_the_same_numbers(
+def test_a_stopped_stage_resumes_with_equal_numbers(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(folder / "run", tmp_path / "run")

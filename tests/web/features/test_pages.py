@@ -18,7 +18,7 @@ from saeffect.errors import ConfigError
 from saeffect.features.embeddings import WordVectors, load_embeddings
 from saeffect.review.queue import fingerprint_tokens
 from saeffect.review.store import NOT_BLIND, STORE, Given, VerdictStore
-from saeffect.study.both_models import read_both_models, refuse_own_code
+from saeffect.study.both_models import read_both_models, refuse_remote_code
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.study import Study
 from saeffect.web.features.catalogue import catalogue
@@ -136,7 +136,7 @@ def test_a_model_with_code_of_its_own_is_not_loaded_for_readers(
     with pytest.raises(ConfigError, match="somebody else"):
         list(engine.warm())
     monkeypatch.setenv("SAEFFECT_TRUST_REMOTE_CODE", "1")
-    refuse_own_code(Study.open(file), "control")
+    refuse_remote_code(Study.open(file), "control")
 
 
 def test_pages_work_when_no_model_loads_any_more(read_run: Path, tmp_path: Path, client_of: Callable[..., Any]) -> None:

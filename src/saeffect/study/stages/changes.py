@@ -36,14 +36,14 @@ from saeffect.study.stages.trace import (
 __all__ = ["CHANGE_TABLES", "changes_inputs", "run_changes"]
 
 VERSION = 6
-_NAMED = ("changes", "change_groups", "declared_changes", "evidence", "null_groups", "change_numbers")
-_WHERE = (
+_NAMING_TABLES = ("changes", "change_groups", "declared_changes", "evidence", "null_groups", "change_numbers")
+_WHERE_TABLES = (
     *("change_overall", "change_by_layer", "change_by_word", "change_in_text", "activation_difference"),
     *("written_words", "openings"),
 )
-CHANGE_TABLES = (*_NAMED, "null_recipe", *_WHERE)
-"""What this stage writes; the report reads these, and those of `put_back` and `cross`."""
-# Settings of a recipe by which a fine-tune moves a model more or less, whatever it reads.
+CHANGE_TABLES = (*_NAMING_TABLES, "null_recipe", *_WHERE_TABLES)
+"""The tables of this stage; the report reads these, and those of `put_back` and `cross`."""
+# Settings of a recipe that decide how far a fine-tune moves a model, whatever it reads.
 _RECIPE = ("steps", "batch_size", "context_size", "learning_rate", "warmup_steps", "rank", "alpha", "modules")
 
 
@@ -58,13 +58,13 @@ def changes_inputs(run: RunFolder) -> dict[str, Any]:
         ),
         "saes": [dict(study.identities), seed_identities(study) if study.has_saes else None],
         "domain": study.config.selection.subject,
-        "nulls": _identity(nulls_folder(study)),
+        "nulls": _nulls_identity(nulls_folder(study)),
         "recipe": fingerprint(training_note(study)),
         "alpha": study.config.comparison.alpha,
     }
 
 
-def _identity(folder: Path | None) -> str | None:
+def _nulls_identity(folder: Path | None) -> str | None:
     if folder is None:
         return None
     files = [*null_files(folder).values(), *(path for path in [folder / CARD] if path.is_file())]
@@ -72,47 +72,53 @@ def _identity(folder: Path | None) -> str | None:
 
 
 def run_changes(run: RunFolder, log: Log) -> Iterable[Path]:
-    """Write the tables of what changed; without nulls p is NaN, with a reason. Nothing without a trace."""
+    """Write `CHANGE_TABLES`; without nulls p is NaN, with a reason. Writes nothing without a trace."""
     study = run.study
     control, treatment = study.pair
     if not trace_path(run).is_file():
         return []
     trace, tracer = read_trace(run), study_tracer(study, log)
     nulls, tuned = study_nulls(study, tracer), as_fine_tune(study.open_model(treatment, log), tracer.base)
-    found = _judged(run, control, tracer, trace, nulls) if tracer.sae is not None else {}
-    found |= where_changed(trace, nulls, tracer.rows, tuned, tracer.hook, alpha=study.config.comparison.alpha)
+    tables = _judge_features(run, control, tracer, trace, nulls) if tracer.sae is not None else {}
+    tables |= where_changed(trace, nulls, tracer.rows, tuned, tracer.hook, alpha=study.config.comparison.alpha)
     if (folder := nulls_folder(study)) is None:
-        found = {name: _with_reason(table, missing_nulls(study)) for name, table in found.items()}
+        reason = missing_nulls(study)
+        for name, table in tables.items():
+            if len(table) and "reason" in table:
+                tables[name] = table.assign(reason=reason)
     else:
-        found["null_recipe"] = _recipes(training_note(study), folder)
-    return [run.write_table(run.path("comparison", f"{name}.parquet"), table) for name, table in found.items()]
+        tables["null_recipe"] = _recipe_table(training_note(study), folder)
+    return [run.write_table(run.path("comparison", f"{name}.parquet"), table) for name, table in tables.items()]
 
 
-def _judged(run: RunFolder, control: str, tracer: Tracer, trace: Trace, nulls: list[Trace]) -> dict[str, pd.DataFrame]:
-    """The tables of naming; each feature's change also with p and q of its own."""
+def _judge_features(
+    run: RunFolder, control: str, tracer: Tracer, trace: Trace, nulls: list[Trace]
+) -> dict[str, pd.DataFrame]:
+    """`_NAMING_TABLES`, with p and q of each feature's change."""
     config = run.study.config
     selection = run.read_table(run.arm(control, "selection.parquet")).sort_values("feature")
     chosen = selection["is_domain"].to_numpy(dtype=bool)
     declared: dict[str, BoolArray] = {config.selection.subject: chosen} if chosen.any() else {}
     basis = _basis(run, control, tracer)
-    # With fewer nulls one among the others has no scale.
+    # Fewer nulls give no scale to standardise one of them by.
     measured = among_nulls([trace, *nulls], basis.top_tokens, basis.directions) if len(nulls) >= 3 else None
-    found = name_changes(trace, nulls, basis, declared=declared, alpha=config.comparison.alpha, measured=measured)
-    found["evidence"] = further_evidence(
-        found["evidence"], list(_further_saes(run, control, declared)), trace, nulls, config.comparison.alpha
+    tables = name_changes(trace, nulls, basis, declared=declared, alpha=config.comparison.alpha, measured=measured)
+    tables["evidence"] = further_evidence(
+        tables["evidence"], list(_further_saes(run, control, declared)), trace, nulls, config.comparison.alpha
     )
-    table = found["changes"].assign(p=math.nan, q=math.nan, n_nulls=len(nulls), smallest_p=math.nan)
+    table = tables["changes"].assign(p=math.nan, q=math.nan, n_nulls=len(nulls), smallest_p=math.nan)
     raw = [raw_changes(traced, basis.top_tokens, basis.directions) for traced in (trace, *nulls)]
     for name in (*BASES, "combined"):
-        own, *others = [changes[name] for changes in (raw if name in BASES else measured or ())] or [np.empty(0)]
-        if len(others):
-            p = pooled_p(own, np.array(others), trace.read[2])
+        changes = [values[name] for values in (raw if name in BASES else measured or ())]
+        if len(changes) > 1:
+            observed, *null_changes = changes
+            p = pooled_p(observed, np.array(null_changes), trace.read[2])
             rows = table["basis"] == name
             p = np.where(table.loc[rows, "z"].isna() & (len(nulls) >= FEWEST_NULLS), np.nan, p)
             table.loc[rows, "p"], table.loc[rows, "q"] = p, benjamini_hochberg(p)
             table.loc[rows, "smallest_p"] = smallest_p(len(nulls), int(np.isfinite(p).sum()))
-    found["changes"] = table
-    return found
+    tables["changes"] = table
+    return tables
 
 
 def _further_saes(run: RunFolder, control: str, declared: Iterable[str]) -> Iterator[FurtherSae]:
@@ -142,19 +148,15 @@ def _basis(run: RunFolder, control: str, tracer: Tracer) -> Basis:
     return Basis(W_dec, shared_unembedding(base).numpy(), top, base.token_strings(), tracer.firing(), rows)
 
 
-def _with_reason(table: pd.DataFrame, missing: str) -> pd.DataFrame:
-    return table.assign(reason=missing) if len(table) and "reason" in table else table
-
-
-def _recipes(training: Mapping[str, Any], folder: Path) -> pd.DataFrame:
-    """The fine-tune's recipe beside the nulls': setting, tuned, nulls ("" where not recorded), differs (None there)."""
-    both = training.get("recipe"), null_card(folder).get("recipe")
-    tuned, nulls = (recipe if isinstance(recipe, Mapping) else {} for recipe in both)
+def _recipe_table(training: Mapping[str, Any], folder: Path) -> pd.DataFrame:
+    """The fine-tune's recipe beside the nulls': setting, tuned, nulls ("" if not recorded), differs (then None)."""
+    recipes = training.get("recipe"), null_card(folder).get("recipe")
+    tuned, nulls = (recipe if isinstance(recipe, Mapping) else {} for recipe in recipes)
     rows = []
     for setting in _RECIPE:
         values = (tuned.get(setting), nulls.get(setting))
-        pair = [sorted(value) if isinstance(value, list) else value for value in values]
-        known = None not in pair
-        texts = ("" if value is None else str(value) for value in pair)
-        rows.append((setting, *texts, pair[0] != pair[1] if known else None))
+        comparable = [sorted(value) if isinstance(value, list) else value for value in values]
+        is_recorded = None not in comparable
+        texts = ("" if value is None else str(value) for value in comparable)
+        rows.append((setting, *texts, comparable[0] != comparable[1] if is_recorded else None))
     return pd.DataFrame(rows, columns=["setting", "tuned", "nulls", "differs"]).astype({"differs": "boolean"})

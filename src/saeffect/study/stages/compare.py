@@ -46,7 +46,7 @@ def compare_inputs(run: RunFolder) -> dict[str, Any]:
             *(run.arm(name, file) for name in config.arms for file in ARM_FILES), run.path("steering", "dose.json")
         ),
         "matches": run.digest(*(run.path("comparison", f"{name}.parquet") for name in matched_tables())),
-        "verdicts": _judged(run),
+        "verdicts": _uses_verdicts(run),
         "steered": config.steering is not None,
         "embeddings": embeddings_identity(run.study),
         "min_matches": config.selection.min_matches,
@@ -57,17 +57,17 @@ def compare_inputs(run: RunFolder) -> dict[str, Any]:
 
 def run_compare(run: RunFolder, _: Log = SILENT) -> Iterable[Path]:
     """Write `comparison/*.parquet` and `comparison/answer.json`."""
-    found = compare_arms(run, run.study.config.comparison, seed=run.study.config.seed)
+    comparison = compare_arms(run, run.study.config.comparison, seed=run.study.config.seed)
     answer = run.path("comparison", "answer.json")
-    write_json(answer, dict(found.answer))
-    tables = [run.write_table(run.path("comparison", f"{name}.parquet"), getattr(found, name)) for name in _TABLES]
+    write_json(answer, dict(comparison.answer))
+    tables = [run.write_table(run.path("comparison", f"{name}.parquet"), getattr(comparison, name)) for name in _TABLES]
     return [*tables, answer]
 
 
 def compare_arms(run: RunFolder, settings: ComparisonConfig, *, seed: int) -> Comparison:
     """The comparison of a run's arms, with the answer in words; writes nothing."""
     arms, min_matches = arm_tables(run), run.study.config.selection.min_matches
-    found = compare(
+    comparison = compare(
         arms,
         min_matches=min_matches,
         alpha=settings.alpha,
@@ -77,9 +77,9 @@ def compare_arms(run: RunFolder, settings: ComparisonConfig, *, seed: int) -> Co
         tests=settings.tests,
         matches=read_matches(run),
     )
-    found = with_answer(found, arms, tests=settings.tests, min_matches=min_matches, alpha=settings.alpha)
-    said = learned(found.matches.further, run.study.config.selection.subject, alpha=settings.alpha)
-    return replace(found, answer={**found.answer, "learned": said.headline})
+    comparison = with_answer(comparison, arms, tests=settings.tests, min_matches=min_matches, alpha=settings.alpha)
+    words = learned(comparison.matches.further, run.study.config.selection.subject, alpha=settings.alpha)
+    return replace(comparison, answer={**comparison.answer, "learned": words.headline})
 
 
 def read_comparison(run: RunFolder) -> Comparison:
@@ -91,18 +91,18 @@ def read_comparison(run: RunFolder) -> Comparison:
 
 
 def arm_tables(run: RunFolder, facts_of: Callable[..., ArmFacts] | None = None) -> dict[str, ArmTables]:
-    """Every arm's tables, by name; `facts_of` stands in for `arm_facts`, where an SAE may be gone, say."""
+    """Every arm's tables, by name; `facts_of` replaces `arm_facts`, for example where an SAE may be gone."""
     vectors = load_embeddings(run.study.config.coherence.embeddings)
     steered = run.study.config.steering is not None
     dose, note = chosen_dose(run) if steered else (None, "")
-    found = {}
+    tables = {}
     for name, arm in run.study.config.arms.items():
         features = run.read_table(run.arm(name, "features.parquet"))
         selection = run.read_table(run.arm(name, "selection.parquet"))
         domain = features[features["feature"].isin(selection.loc[selection["is_domain"], "feature"])]
         measured = read_json(run.arm(name, "gate.json")) | {"dead_share": float((features["n_active"] == 0).mean())}
         facts = (facts_of or arm_facts)(run.study, name, measured)
-        found[name] = ArmTables(
+        tables[name] = ArmTables(
             name=name,
             role=arm.role,
             features=features,
@@ -115,40 +115,41 @@ def arm_tables(run: RunFolder, facts_of: Callable[..., ArmFacts] | None = None) 
             coverage_unique=unique_coverage(domain, embeddings=vectors),
             unsteered=note if dose is None else "",
             text_shortage=measured["text_shortage"],
-            seeds=_seeds(run, name),
+            seeds=_seed_tables(run, name),
         )
-    return found
+    return tables
 
 
-def _seeds(run: RunFolder, name: str) -> pd.DataFrame | None:
+def _seed_tables(run: RunFolder, name: str) -> pd.DataFrame | None:
     """Further SAEs of an arm; None if their domain features are defined differently from the first SAE's."""
-    if not run.study.config.arms[name].more_saes or _judged(run):
+    if not run.study.config.arms[name].more_saes or _uses_verdicts(run):
         return None
     return run.read_table(run.arm(name, "seeds.parquet"))
 
 
-def _judged(run: RunFolder) -> bool:
-    """Whether domain features rest on people's verdicts."""
+def _uses_verdicts(run: RunFolder) -> bool:
+    """Whether domain features depend on people's verdicts."""
     return run.study.config.selection.verdicts is not None or stored_verdicts(run) is not None
 
 
-def _tokenizer(study: Study, name: str) -> str:
+def _tokenizer_words(study: Study, name: str) -> str:
     """The arm's tokenizer in words: the control's, and how its own differs."""
-    own = study.differences.get(name)
-    return "the control's" if own is None else f"the control's; its own {own.words()}"
+    difference = study.differences.get(name)
+    return "the control's" if difference is None else f"the control's; its own {difference.words()}"
 
 
-def _chat_template(study: Study, name: str) -> str | None:
-    """Which chat template the arm's own tokenizer has, beside the one that the study writes chats with."""
+def _template_words(study: Study, name: str) -> str | None:
+    """The chat template of the arm's own tokenizer, compared with the study's; None without chats."""
     if study.chat is None:
         return None
-    own = study.tokens.templates[name]
-    if own is None:
+    template = study.tokens.templates[name]
+    if template is None:
         return "none of its own"
-    return "the study's" if own.strip() == study.chat.template.strip() else f"another one ({len(own):,} characters)"
+    same = template.strip() == study.chat.template.strip()
+    return "the study's" if same else f"another one ({len(template):,} characters)"
 
 
-def _bos(read: bool | None, trained: Any) -> str | None:
+def _bos_words(read: bool | None, trained: Any) -> str | None:
     """Whether the study's text and the SAE's training text begin with BOS, in words; None if not recorded."""
     if not isinstance(trained, bool):
         return None
@@ -157,7 +158,7 @@ def _bos(read: bool | None, trained: Any) -> str | None:
 
 
 def arm_facts(study: Study, name: str, gate: dict[str, Any] | None = None) -> ArmFacts:
-    """Recorded facts about how an arm was made, None where not recorded; `gate` has the gate's measurements, if any."""
+    """Recorded facts about an arm, None where not recorded; `gate` has the gate's measurements, if any."""
     arm = study.config.arms[name]
     sae = study.sae_config(name)
     meta = sae.metadata
@@ -166,18 +167,18 @@ def arm_facts(study: Study, name: str, gate: dict[str, Any] | None = None) -> Ar
     quality = gate or (recorded if isinstance(recorded, dict) else {})
 
     def number(key: str) -> float | None:
-        found = quality.get(key)
-        return float(found) if isinstance(found, int | float) else None
+        value = quality.get(key)
+        return float(value) if isinstance(value, int | float) else None
 
     def integer(key: str) -> int | None:
-        found = meta.get(key)
-        return int(found) if isinstance(found, int | float) and abs(found) < 2**63 else None
+        value = meta.get(key)
+        return int(value) if isinstance(value, int | float) and abs(value) < 2**63 else None
 
     return ArmFacts(
         role=arm.role,
         model=arm.model.full_name,
-        tokenizer=_tokenizer(study, name),
-        chat_template=_chat_template(study, name),
+        tokenizer=_tokenizer_words(study, name),
+        chat_template=_template_words(study, name),
         hook=study.hook(name),
         architecture=sae.architecture,
         d_sae=sae.d_sae,
@@ -185,7 +186,7 @@ def arm_facts(study: Study, name: str, gate: dict[str, Any] | None = None) -> Ar
         training_tokens=integer("training_tokens"),
         training_text=meta.get("training_text") or meta.get("dataset_path"),
         training_text_sha256=meta.get("training_text_sha256"),
-        bos=_bos(study.prepend_bos, meta.get("prepend_bos")),
+        bos=_bos_words(study.prepend_bos, meta.get("prepend_bos")),
         seed=integer("seed"),
         normalisation=meta.get("training_normalisation") or sae.normalize_activations,
         dtype=saved_dtype(study.sae_folder(name)),

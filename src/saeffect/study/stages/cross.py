@@ -46,7 +46,7 @@ from saeffect.study.study import Arm, Study
 __all__ = ["cross_inputs", "help_cross", "null_effects", "run_cross"]
 
 VERSION = 1
-_TOKENS = 32_768  # of the study's text, on which activity is measured: features vary more than rows of text
+_TOKENS = 32_768  # of the study's text, to measure activity on: enough, since features vary more than rows of text
 _STEERED = {"direct_effect", "steering"}
 
 
@@ -55,12 +55,12 @@ def cross_inputs(run: RunFolder) -> dict[str, Any]:
     arms = study.pair
     files = ("features.parquet", "selection.parquet", "gate.json")
     steered = _STEERED & set(config.comparison.crossed)
-    known = ("interventions.parquet", "direct_effects.parquet") if steered else ()
+    steered_files = ("interventions.parquet", "direct_effects.parquet") if steered else ()
     return {
         "version": VERSION,
         "asked": list(config.comparison.crossed),
         "arms": {name: study.identities[name] for name in arms},
-        "tables": run.digest(*(run.arm(name, file) for name in arms for file in (*files, *known))),
+        "tables": run.digest(*(run.arm(name, file) for name in arms for file in (*files, *steered_files))),
         "dose": run.digest(run.path("steering", "dose.json")) if steered else None,
         "steering": config.steering.model_dump(mode="json", exclude={"format", "system"})
         if steered and config.steering
@@ -77,42 +77,42 @@ def cross_inputs(run: RunFolder) -> dict[str, Any]:
 
 def run_cross(run: RunFolder, log: Log) -> Iterable[Path]:
     """Write `comparison/factorial.parquet` and `arms/*/crossed.parquet`, resuming cell by cell."""
-    study, asked = run.study, run.study.config.comparison.crossed
+    study, groups = run.study, run.study.config.comparison.crossed
     control, treatment = study.pair
     path = run.path("comparison", "factorial.parquet")
     if reason := _obstacle(study):
         log(f"  nothing is crossed: {reason}")
-        return [run.write_table(path, no_factorial(asked, reason))]
-    found: dict[str, list[pd.DataFrame]] = {control: [], treatment: []}
+        return [run.write_table(path, no_factorial(groups, reason))]
+    tables_by_sae: dict[str, list[pd.DataFrame]] = {control: [], treatment: []}
     crossing = _Crossing(run, log)
-    for sae, table in crossing.measured():
-        found[sae].append(table)
-    tables = {sae: pd.concat(parts, ignore_index=True) for sae, parts in found.items()}
+    for sae, table in crossing.cell_rows():
+        tables_by_sae[sae].append(table)
+    tables = {sae: pd.concat(parts, ignore_index=True) for sae, parts in tables_by_sae.items()}
     config = study.config.comparison
     resampling = Resampling(study.config.seed, config.n_boot, config.n_permutations)
-    roles, why = Roles(control, treatment, ()), crossing.unmeasured()
-    split = factorial(tables, roles, groups=asked, unmeasured=why, resampling=resampling)
+    roles, unmeasured = Roles(control, treatment, ()), crossing.unmeasured()
+    table = factorial(tables, roles, groups=groups, unmeasured=unmeasured, resampling=resampling)
     written = [run.write_table(run.arm(sae, "crossed.parquet"), table) for sae, table in tables.items()]
-    return [*written, run.write_table(path, split)]
+    return [*written, run.write_table(path, table)]
 
 
 def help_cross(run: RunFolder) -> None:
-    """The share of the other processes: generate the texts of their features, cell by cell."""
+    """The other processes' share of the stage: generate the texts of their features, cell by cell."""
     if not _obstacle(run.study):
         _Crossing(run, SILENT).all_texts()
 
 
 def null_effects(run: RunFolder, lm: LanguageModel, log: Log = SILENT) -> dict[str, float]:
-    """By quantity, (c,n) − (c,c) of a further fine-tune n of the control's model: what `factorial` takes as `nulls`.
+    """(c,n) − (c,c) by quantity, for a further fine-tune n of the control's model: `nulls` of `factorial`.
 
-    All but texts, as the cross stage measures it, which must have run.
+    Measured as by the cross stage, which must have run, without the quantities of steered texts.
     """
     study, (control, _) = run.study, run.study.pair
     sae = load_sae(study.sae_folder(control), at=study.at("arms", control, "sae"))
     cell = Arm(control, study.arm(control).role, lm, sae, study.hook(control))
     parts = list(_Crossing(run, log).without_texts(cell, lm.name))
-    known = run.read_table(run.arm(control, "crossed.parquet"))
-    on_base = known[known["model"] == control].groupby("quantity")["value"].mean()
+    crossed = run.read_table(run.arm(control, "crossed.parquet"))
+    on_base = crossed[crossed["model"] == control].groupby("quantity")["value"].mean()
     return {str(part["quantity"][0]): float(part["value"].mean() - on_base[part["quantity"][0]]) for part in parts}
 
 
@@ -128,50 +128,52 @@ def _obstacle(study: Study) -> str:
 
 
 class _Crossing:
-    """Measures the cells; the control's model first, each with the control's SAE first."""
+    """Measures the cells: first those of the control's model, of each model first that of the control's SAE."""
 
     def __init__(self, run: RunFolder, log: Log) -> None:
         self._run, self._log, self._study = run, log, run.study
-        self._asked = set(run.study.config.comparison.crossed)
+        self._groups = set(run.study.config.comparison.crossed)
         self._arms = run.study.pair
 
     def cells(self) -> Iterator[tuple[Arm, str]]:
-        """SAE and model of each cell: an arm with the name and SAE of one, the model of the other; and whose it is."""
+        """Each cell: an arm with the name and SAE of one arm and the model of another, and that other arm's name."""
         for model in self._arms:
             lm = self._study.open_arm(model, self._log).lm
             for name in self._arms:
                 sae = load_sae(self._study.sae_folder(name), at=self._study.at("arms", name, "sae"))
                 yield Arm(name, self._study.arm(name).role, lm, sae, self._study.hook(name)), model
 
-    def measured(self) -> Iterator[tuple[str, pd.DataFrame]]:
-        """The rows of each cell, with the arm whose SAE it is; all but texts are kept by cell for a resumed run."""
+    def cell_rows(self) -> Iterator[tuple[str, pd.DataFrame]]:
+        """The rows of each cell, with the name of its SAE's arm; all but steered texts are kept for a resumed run."""
         texts = self.all_texts()
         kept = self._run.kept("cross", cross_inputs(self._run))
         done = {tuple(piece.loc[0, ["sae", "model"]]): piece for piece in kept.pieces(self._log)}
         for cell, model in self.cells():
-            place = cell.name, model
-            rows = done.get(place)
+            key = cell.name, model
+            rows = done.get(key)
             if rows is None:
-                rows = pd.concat([_none(model), *self.without_texts(cell, model)], ignore_index=True)
+                rows = pd.concat([_marker_row(model), *self.without_texts(cell, model)], ignore_index=True)
                 rows = rows.assign(sae=cell.name)
                 kept.add(rows)
             parts = [rows[rows["quantity"] != ""].drop(columns="sae")]
-            if place in texts:
-                parts += self._steered(cell, model, texts[place])
+            if key in texts:
+                parts += self._steered(cell, model, texts[key])
             yield cell.name, pd.concat(parts, ignore_index=True)[list(CROSSED_COLUMNS)]
 
     def all_texts(self) -> dict[tuple[str, str], pd.DataFrame]:
-        """Trials by SAE and model, shared over processes: each makes this call and gets all; none if not asked for."""
-        if "steering" not in self._asked or self._dose is None:
+        """Trials by SAE and model; empty unless steering is crossed. Every process makes this call, which shares the
+        work between them, and gets all trials.
+        """
+        if "steering" not in self._groups or self._dose is None:
             return {}
         cells = ((cell, model) for cell, model in self.cells() if len(self._chosen[cell.name]))
         return {(cell.name, model): self._texts(cell, model) for cell, model in cells}
 
     def _texts(self, cell: Arm, model: str) -> pd.DataFrame:
-        """Trials of a cell; those of the steer stage where dose and noise are the same."""
-        known = self._known(cell, model, "interventions")
-        if known is not None:
-            return known[list(TRIAL_COLUMNS)]
+        """Trials of a cell: those of the steer stage if dose and noise are the same, else generated here."""
+        trials = self._from_steer_stage(cell, model, "interventions")
+        if trials is not None:
+            return trials[list(TRIAL_COLUMNS)]
         # Every process reads the same pieces, and takes its share of what is missing.
         kept = self._run.kept(f"cross {cell.name} {model}", cross_inputs(self._run))
         return run_trials(
@@ -190,13 +192,13 @@ class _Crossing:
         config = self._study.config.steering
         if config is not None:
             return {name: tested_features(self._run, name, config.max_features) for name in self._arms}
-        found = {}
+        chosen = {}
         for name in self._arms:
             selection = self._run.read_table(self._run.arm(name, "selection.parquet"))
             features = self._run.read_table(self._run.arm(name, "features.parquet"))
             of_domain = features["feature"].isin(selection.loc[selection["is_domain"], "feature"])
-            found[name] = features[of_domain].reset_index(drop=True)
-        return found
+            chosen[name] = features[of_domain].reset_index(drop=True)
+        return chosen
 
     @cached_property
     def _dose(self) -> float | None:
@@ -217,11 +219,11 @@ class _Crossing:
         return float(read_json(self._run.arm(arm, "gate.json"))["mean_norm"])
 
     def _site(self, cell: Arm) -> Site:
-        """Where a cell is steered: one unit of dose for all, the mean norm of the control's model."""
+        """The steering site of a cell; every cell's unit of dose is the mean norm of the control's model."""
         return replace(site_of(self._run, cell), mean_norm=self._norm(self._arms[0]))
 
-    def _known(self, cell: Arm, model: str, table: str) -> pd.DataFrame | None:
-        """What the steer stage measured of a cell, if it pushed as far."""
+    def _from_steer_stage(self, cell: Arm, model: str, table: str) -> pd.DataFrame | None:
+        """The steer stage's table of a cell, if its doses had the same unit; else None."""
         config = self._study.steering
         in_norms = config.operator == "add" and config.unit == "residual_norm"
         same = cell.name == model and config.primary_placebo in config.placebos
@@ -230,32 +232,31 @@ class _Crossing:
         return self._run.table_or_none(self._run.arm(model, f"{table}.parquet"))
 
     def unmeasured(self) -> str:
-        """Why quantities of features were not measured; "" where they were."""
+        """Why quantities of features were not measured; "" if they were."""
         empty = [name for name, chosen in self._chosen.items() if chosen.empty]
         if empty:
             return f"{' and '.join(empty)}: no domain feature"
-        steered = _STEERED & self._asked
+        steered = _STEERED & self._groups
         return chosen_dose(self._run)[1] if steered and self._dose is None else ""
 
     def without_texts(self, cell: Arm, model: str) -> Iterator[pd.DataFrame]:
-        """The rows of a cell, all but those of texts."""
+        """The rows of a cell, without those of steered texts."""
         chosen = self._chosen[cell.name]
         self._log(f"  {cell.name}'s SAE on the model of {model}")
-        if "direct_effect" in self._asked and len(chosen) and self._dose is not None:
-            direct = self._known(cell, model, "direct_effects")
+        if "direct_effect" in self._groups and len(chosen) and self._dose is not None:
+            direct = self._from_steer_stage(cell, model, "direct_effects")
             if direct is None:
-                direct = direct_effects(self._site(cell), chosen, self._plan, progress=self._progress(cell, model))
+                what = f"direct effects, {cell.name}'s SAE on {model}"
+                progress = partial(self._log.progress, what, unit="pushes")
+                direct = direct_effects(self._site(cell), chosen, self._plan, progress=progress)
             yield _rows("direct_effect", model, self._beyond_placebo(direct, "delta_logprob"))
-        if self._asked & {"activity", "reconstruction"}:
+        if self._groups & {"activity", "reconstruction"}:
             yield from self._on_text(cell, model, chosen["feature"].tolist())
-        if "coherence" in self._asked and len(chosen):
+        if "coherence" in self._groups and len(chosen):
             yield self._coherence(cell, model, chosen["feature"].tolist())
 
-    def _progress(self, cell: Arm, model: str) -> Any:
-        return partial(self._log.progress, f"direct effects, {cell.name}'s SAE on {model}", unit="pushes")
-
     def _beyond_placebo(self, trials: pd.DataFrame, column: str) -> pd.DataFrame:
-        """Steered minus placebo, mean over samples: one row a feature, one column a prompt."""
+        """Steered minus placebo, averaged over samples: a row a feature, a column a prompt."""
         placebo, prompts = self._study.steering.primary_placebo, range(len(self._plan.prompts))
         at_dose = trials[trials["dose"] == self._dose]
         features = np.unique(at_dose["feature"].to_numpy(dtype=np.int64))
@@ -293,36 +294,36 @@ class _Crossing:
         config = self._study.config.features
         valid = ranked_tokens(self._study, cell.lm)
         W_U = shared_unembedding(cell.lm)
-        found = project(cell.added(features), W_U, config.top_k, config.projection, valid=valid)
-        names = cell.lm.token_strings()
-        tokens = [[names[i] for i in row] for row in found.indices.tolist()]
-        table = pd.DataFrame({"feature": features, "top_tokens": tokens, "top_weights": found.weights.tolist()})
+        top = project(cell.added(features), W_U, config.top_k, config.projection, valid=valid)
+        strings = cell.lm.token_strings()
+        tokens = [[strings[i] for i in row] for row in top.indices.tolist()]
+        table = pd.DataFrame({"feature": features, "top_tokens": tokens, "top_weights": top.weights.tolist()})
         scored = coherence(table, embeddings=load_embeddings(self._study.config.coherence.embeddings))
         return _rows("coherence", model, scored.set_index("feature")["coherence"], scored["reason"].tolist())
 
     @torch.inference_mode()
     def _on_text(self, cell: Arm, model: str, features: list[int]) -> Iterator[pd.DataFrame]:
-        """Activity of features, and how well the SAE rebuilds, on the first rows of the study's text."""
-        rows, asked = self._study.rows(), self._asked
-        head = rows.head(max(1, self._study.config.gate.tokens // rows.context_size))
-        n_rows = min(len(rows), max(1, _TOKENS // rows.context_size)) if "activity" in asked else len(head)
+        """Activity of features and reconstruction by the SAE, on the first rows of the study's text."""
+        rows, groups = self._study.rows(), self._groups
+        gate_rows = rows.head(max(1, self._study.config.gate.tokens // rows.context_size))
+        n_rows = min(len(rows), max(1, _TOKENS // rows.context_size)) if "activity" in groups else len(gate_rows)
         activity: list[npt.NDArray[np.float64]] = []
         sums = _RowSums()
         for start, ids, x, kept, _ in cell.read(rows, self._study.residuals):
             acts = cell.sae.encode(x)[..., features].clamp(min=0).double() * kept[..., None]
-            both = torch.stack([(acts > 0).double().sum(dim=1), acts.sum(dim=1)]) / kept.sum(dim=1)[:, None]
-            activity.append(both.numpy())
-            if "reconstruction" in asked and start < len(head):
-                sums.add(x[: len(head) - start].float(), cell.sae(x[: len(head) - start].float()), kept)
+            per_token = torch.stack([(acts > 0).double().sum(dim=1), acts.sum(dim=1)]) / kept.sum(dim=1)[:, None]
+            activity.append(per_token.numpy())
+            if "reconstruction" in groups and start < len(gate_rows):
+                sums.add(x[: len(gate_rows) - start].float(), cell.sae(x[: len(gate_rows) - start].float()), kept)
             self._log.progress(f"{cell.name}'s SAE on {model}", start + len(ids), n_rows, "rows")
             if start + len(ids) >= n_rows:
                 break
-        if "activity" in asked and features:
+        if "activity" in groups and features:
             for name, values in zip(("density", "activation"), np.concatenate(activity, axis=1), strict=True):
                 yield _rows(name, model, pd.DataFrame(values[:n_rows].T, index=features))
-        if "reconstruction" in asked:
+        if "reconstruction" in groups:
             losses = spliced_losses(
-                cell.lm, cell.sae, cell.hook, head.ids, cell.norm_limit(rows), counts=head.counts
+                cell.lm, cell.sae, cell.hook, gate_rows.ids, cell.norm_limit(rows), counts=gate_rows.counts
             ).by_row
             saved = _by_row(losses["zero"] - losses["sae"], losses["zero"] - losses["clean"])
             for name, by_row in (("explained_variance", 1 - sums.unexplained()), ("ce_loss_score", saved)):
@@ -340,22 +341,22 @@ class _RowSums:
 
     def add(self, x: torch.Tensor, out: torch.Tensor, kept: torch.Tensor) -> None:
         for row, rebuilt, counts in zip(x, out, kept[: len(x)], strict=True):
-            mine = row[counts].double()
-            self._errors.append(float((mine - rebuilt[counts].double()).square().sum()))
-            self._squares.append(float(mine.square().sum()))
-            self._totals.append(mine.sum(dim=0))
-            self._counts.append(len(mine))
+            original = row[counts].double()
+            self._errors.append(float((original - rebuilt[counts].double()).square().sum()))
+            self._squares.append(float(original.square().sum()))
+            self._totals.append(original.sum(dim=0))
+            self._counts.append(len(original))
 
     def unexplained(self) -> npt.NDArray[np.float64]:
-        """Share of variance that is not explained, by row as `_by_row` gives it."""
+        """Unexplained share of the variance, by row as in `_by_row`."""
         totals, counts = torch.stack(self._totals), torch.tensor(self._counts, dtype=torch.float64)
         mean = totals.sum(dim=0) / counts.sum()
-        about = torch.tensor(self._squares, dtype=torch.float64) - 2 * totals @ mean + counts * mean.square().sum()
-        return _by_row(np.asarray(self._errors), about.numpy())
+        variation = torch.tensor(self._squares, dtype=torch.float64) - 2 * totals @ mean + counts * mean.square().sum()
+        return _by_row(np.asarray(self._errors), variation.numpy())
 
 
 def _by_row(above: npt.NDArray[np.float64], below: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Values by row whose mean is the ratio of sums, and whose spread is that of the ratio (its linearisation)."""
+    """Values by row whose mean is the ratio of sums, and whose variance is that of the ratio (linearised)."""
     if not below.sum():
         return np.full(len(above), math.nan)
     ratio = above.sum() / below.sum()
@@ -365,22 +366,22 @@ def _by_row(above: npt.NDArray[np.float64], below: npt.NDArray[np.float64]) -> n
 def _rows(
     quantity: str, model: str, values: pd.DataFrame | pd.Series[Any], reasons: Sequence[str] = ()
 ) -> pd.DataFrame:
-    """Rows of `CROSSED_COLUMNS`, from one number a feature or one row of numbers a feature."""
+    """A table of `CROSSED_COLUMNS`, from one number or one row of numbers for each feature."""
     lists: list[list[float]]
     if isinstance(values, pd.Series):
         numbers, lists = values.to_numpy(dtype=np.float64), [[] for _ in range(len(values))]
     else:
         lists = values.to_numpy(dtype=np.float64).tolist()
-        known = values.notna().any(axis=1)
-        numbers = values.mean(axis=1).where(known).to_numpy(dtype=np.float64)
+        is_defined = values.notna().any(axis=1)
+        numbers = values.mean(axis=1).where(is_defined).to_numpy(dtype=np.float64)
     table = pd.DataFrame({"feature": values.index.astype("int64"), "model": model, "quantity": quantity})
     table = table.assign(value=numbers, values=lists, unit=CROSSED[quantity].unit, reason="")
-    said = list(reasons) or ["not defined in this cell"] * len(table)
-    table["reason"] = [why if math.isnan(value) else "" for why, value in zip(said, numbers, strict=True)]
+    texts = list(reasons) or ["not defined in this cell"] * len(table)
+    table["reason"] = [reason if math.isnan(value) else "" for reason, value in zip(texts, numbers, strict=True)]
     return table[list(CROSSED_COLUMNS)]
 
 
-def _none(model: str) -> pd.DataFrame:
-    """A row that says which model an otherwise empty cell is of."""
+def _marker_row(model: str) -> pd.DataFrame:
+    """A row without a quantity, so that also an empty cell has a row that names its model."""
     empty = {"feature": [WHOLE_SAE], "model": [model], "quantity": [""], "value": [math.nan], "values": [[]]}
     return pd.DataFrame(empty | {"unit": [""], "reason": [""]})

@@ -1,5 +1,5 @@
-"""Stages 2 and 3: the feature table (top tokens, moments, decoder norm, activity, contexts), and its coherence;
-the same of further SAEs from other seeds, which are opened and checked here.
+"""Stages 2 and 3: the feature table (top tokens, moments, decoder norm, activity, contexts) and its coherence, for the
+arms' SAEs and for their further SAEs from other seeds, which are opened and checked here.
 """
 
 from __future__ import annotations
@@ -171,8 +171,8 @@ SEEDS_VERSION = 3
 
 @dataclass(frozen=True, eq=False)
 class SeedSae:
-    """A further SAE of an arm's model: whole, or compact (decoder float32 [d_sae, d_in] and recorded feature
-    statistics: feature, density, mean_activation, max_activation); a whole one is run on the study's text.
+    """A further SAE of an arm's model: whole, to be run on the study's text, or compact (decoder float32 [d_sae, d_in]
+    and recorded feature statistics: feature, density, mean_activation, max_activation).
     """
 
     name: str
@@ -183,20 +183,20 @@ class SeedSae:
 
 
 def seed_folders(study: Study, arm: str) -> dict[str, Path]:
-    """Folders of an arm's further SAEs by their names in the tables, which differ from all arms' and other SAEs'."""
-    wanted = {
+    """Folders of an arm's further SAEs by their names in the tables, which no arm and no other SAE has."""
+    folders_of = {
         name: [
             study.resolve_sae(name, sae, study.at("arms", name, "more_saes", str(index)))
             for index, sae in enumerate(config.more_saes)
         ]
         for name, config in study.config.arms.items()
     }
-    taken = Counter(folder.name for folders in wanted.values() for folder in folders) + Counter(list(wanted))
-    found: dict[str, Path] = {}
-    for index, folder in enumerate(wanted[arm]):
-        name = folder.name if taken[folder.name] == 1 else f"{arm}/{folder.name}"
-        found[f"{name} ({index + 1})" if name in found else name] = folder
-    return found
+    name_counts = Counter([*folders_of, *(folder.name for folders in folders_of.values() for folder in folders)])
+    by_name: dict[str, Path] = {}
+    for index, folder in enumerate(folders_of[arm]):
+        name = folder.name if name_counts[folder.name] == 1 else f"{arm}/{folder.name}"
+        by_name[f"{name} ({index + 1})" if name in by_name else name] = folder
+    return by_name
 
 
 def open_seed(name: str, folder: Path, *, at: str | None = None) -> SeedSae:
@@ -209,31 +209,31 @@ def open_seed(name: str, folder: Path, *, at: str | None = None) -> SeedSae:
 
 
 def open_seeds(study: Study, arm: str) -> list[SeedSae]:
-    """Load all further SAEs of an arm; IncompatibleSae if one differs from the arm's own in more than the seed."""
-    own = study.sae_config(arm)
-    found = []
+    """Load all further SAEs of an arm; IncompatibleSae if one differs from the arm's SAE in more than the seed."""
+    arm_config = study.sae_config(arm)
+    seeds = []
     for index, (name, folder) in enumerate(seed_folders(study, arm).items()):
         at = study.at("arms", arm, "more_saes", str(index))
         seed = open_seed(name, folder, at=at)
         for key in ("architecture", "d_in", "d_sae", "k", "hook_name", "prepend_bos"):
-            mine, theirs = (getattr(cfg, key, cfg.metadata.get(key)) for cfg in (own, seed.cfg))
-            unsaid = theirs is None if key == "hook_name" else key == "prepend_bos" and None in (mine, theirs)
-            if mine != theirs and not unsaid:
+            expected, actual = (getattr(cfg, key, cfg.metadata.get(key)) for cfg in (arm_config, seed.cfg))
+            unknown = actual is None if key == "hook_name" else key == "prepend_bos" and None in (expected, actual)
+            if expected != actual and not unknown:
                 raise IncompatibleSae(
-                    f"the SAE {name} has {key}={theirs}, but the arm's own has {mine}.",
+                    f"the SAE {name} has {key}={actual}, but the arm's own has {expected}.",
                     at=at,
                     fix="further SAEs of an arm differ in their seed alone.",
                 )
-        found.append(seed)
-    return found
+        seeds.append(seed)
+    return seeds
 
 
 def seed_identities(study: Study) -> dict[str, dict[str, str]]:
     """Hashes of the files of every arm's further SAEs, by name."""
-    found = {}
+    identities = {}
     for arm in study.config.arms:
-        found[arm] = {name: sae_identity(folder) for name, folder in seed_folders(study, arm).items()}
-    return found
+        identities[arm] = {name: sae_identity(folder) for name, folder in seed_folders(study, arm).items()}
+    return identities
 
 
 def seeds_inputs(run: RunFolder, arm: str) -> dict[str, Any]:

@@ -49,38 +49,38 @@ def match_inputs(run: RunFolder) -> dict[str, Any]:
 
 def run_match(run: RunFolder, log: Log) -> Iterable[Path]:
     """Write `comparison/fates_control.parquet` and the tables of the other diffing methods, resuming pair by pair."""
-    found = _match(run, log, _KeptPairs(run.kept("match", match_inputs(run)), log))
-    made = [name for name in table_names() if name in found]
-    return [run.write_table(run.path("comparison", f"{name}.parquet"), found[name]) for name in made]
+    tables = _measure(run, log, _KeptPairs(run.kept("match", match_inputs(run)), log))
+    names = [name for name in table_names() if name in tables]
+    return [run.write_table(run.path("comparison", f"{name}.parquet"), tables[name]) for name in names]
 
 
 def matched_tables() -> tuple[str, ...]:
-    """Names of all tables that tell how the models differ, of this stage, "changes", "put back" and "cross"."""
+    """Names of all tables about differences between the models: of this stage, "changes", "put back" and "cross"."""
     return (*table_names(), *CHANGE_TABLES, "put_back", "factorial")
 
 
 def read_matches(run: RunFolder) -> MatchTables:
-    """Read the tables of this stage and of "changes"; a missing one has no columns."""
+    """Read `matched_tables`; a missing one has no columns."""
     read = {name: run.table_or_none(run.path("comparison", f"{name}.parquet")) for name in matched_tables()}
     tables = {name: table for name, table in read.items() if table is not None}
-    known = {name: tables.pop(name) for name in MatchTables.names() if name in tables}
-    return MatchTables(**known, further=tables)
+    declared = {name: tables.pop(name) for name in MatchTables.names() if name in tables}
+    return MatchTables(**declared, further=tables)
 
 
-def _match(run: RunFolder, log: Log, keep: _KeptPairs) -> dict[str, pd.DataFrame]:
+def _measure(run: RunFolder, log: Log, keep: _KeptPairs) -> dict[str, pd.DataFrame]:
     study, config = run.study, run.study.config
     control, treatment = study.pair
     if study.sae_config(control).d_in != study.sae_config(treatment).d_in:
         log("  the arms' models differ in width, so no feature of one can be compared with one of the other")
         return {}
-    logs, kept, seeds, saes = _Logs(study, log), {}, {}, {}
+    logs, kept, seeds, saes = _FiringLogs(study, log), {}, {}, {}
     for name in study.ordered_arms():
         opened = study.open_arm(name, log)
         seeds[name], saes[name] = open_seeds(study, name), opened.sae
         whole = {seed.name: seed.sae for seed in seeds[name] if seed.sae is not None}
         kept[name] = logs.add(opened, {name: opened.sae, **whole})
     views = _views(run, logs.common({name: kept[name] for name in (control, treatment)}), seeds, saes)
-    others = [
+    other_views = [
         *views[control][1:],
         *(view for name in study.ordered_arms() if name not in study.pair for view in views[name]),
     ]
@@ -90,7 +90,7 @@ def _match(run: RunFolder, log: Log, keep: _KeptPairs) -> dict[str, pd.DataFrame
         ModelPair(
             control=views[control][0],
             treatment=views[treatment][0],
-            others=[view for view in others if view.W_dec.shape[1] == width],
+            others=[view for view in other_views if view.W_dec.shape[1] == width],
             treatment_seeds=views[treatment][1:],
             is_domain=selection["is_domain"].to_numpy(dtype=bool),
             acts_of_both=lambda: logs.acts_of_both(study.open_arm(treatment), saes[control], control, kept[control]),
@@ -98,25 +98,25 @@ def _match(run: RunFolder, log: Log, keep: _KeptPairs) -> dict[str, pd.DataFrame
             alpha=config.comparison.alpha,
             resampling=Resampling(config.seed, config.comparison.n_boot, config.comparison.n_permutations),
             log=log,
-            keep=keep,
+            store=keep,
         )
     )
 
 
 class _KeptPairs:
-    """Matchings of pairs of SAEs, one piece each, kept until the manifest lists the tables."""
+    """Matchings of pairs of SAEs, one piece each, kept for resuming until the stage is done."""
 
     def __init__(self, kept: KeptRows, log: Log) -> None:
         self._kept = kept
-        self._found = {tuple(piece.loc[0, _PAIR]): _matching_of(piece) for piece in kept.pieces(log)}
+        self._matchings = {tuple(piece.loc[0, _PAIR_COLUMNS]): _read_matching(piece) for piece in kept.pieces(log)}
 
     def read(self, measure: str, a: str, b: str) -> Matching | None:
-        return self._found.get((measure, a, b))
+        return self._matchings.get((measure, a, b))
 
     def write(self, measure: str, a: str, b: str, matching: Matching) -> None:
         sides = []
         for name, side in (("forward", matching.forward), ("backward", matching.backward)):
-            columns: dict[str, Any] = dict(zip((*_PAIR, "side"), (measure, a, b, name), strict=True))
+            columns: dict[str, Any] = dict(zip((*_PAIR_COLUMNS, "side"), (measure, a, b, name), strict=True))
             columns |= {"reason": list(side.reason)}
             columns |= {f"index_{i}": column for i, column in enumerate(side.indices.T)}
             columns |= {f"similarity_{i}": column for i, column in enumerate(side.similarity.T)}
@@ -124,10 +124,10 @@ class _KeptPairs:
         self._kept.add(pd.concat(sides, ignore_index=True))
 
 
-_PAIR = ["measure", "a", "b"]
+_PAIR_COLUMNS = ["measure", "a", "b"]
 
 
-def _matching_of(piece: pd.DataFrame) -> Matching:
+def _read_matching(piece: pd.DataFrame) -> Matching:
     sides = []
     for _, rows in piece.groupby("side", sort=False):
         indices, similarity = (
@@ -137,29 +137,29 @@ def _matching_of(piece: pd.DataFrame) -> Matching:
     return Matching(str(piece.loc[0, "measure"]), *sides)
 
 
-class _Logs:
-    """Activations of SAEs on the study's text, token by token, stored sparse."""
+class _FiringLogs:
+    """Sparse activations of SAEs on every token of the study's text."""
 
     def __init__(self, study: Study, log: Log) -> None:
         self._study, self._log = study, log
-        self.of: dict[str, FiringLog] = {}
+        self.by_sae: dict[str, FiringLog] = {}
 
     @torch.inference_mode()
     def add(self, arm: Arm, saes: Mapping[str, SparseAutoencoder]) -> BoolArray:
         """Log SAEs of one arm's model; returns bool [n_tokens], the tokens that count."""
         rows = self._study.rows()
         counted = []
-        self.of |= {name: FiringLog(sae.cfg.d_sae) for name, sae in saes.items()}
+        self.by_sae |= {name: FiringLog(sae.cfg.d_sae) for name, sae in saes.items()}
         for _, _, x, kept, _ in arm.read(rows, self._study.residuals, self._log, f"activations {arm.name}"):
             counted.append(kept.flatten().numpy())
             for name, sae in saes.items():
-                self.of[name].update(sae.encode(x).flatten(0, 1))
+                self.by_sae[name].update(sae.encode(x).flatten(0, 1))
         return np.concatenate(counted)
 
     def common(self, kept: Mapping[str, BoolArray]) -> dict[str, FiringLog]:
-        """The logs of the tokens that count in all these arms."""
-        both = np.logical_and.reduce(list(kept.values()))
-        return {name: log.only(both) for name, log in self.of.items()}
+        """The logs, cut to tokens that count in all these arms."""
+        counted = np.logical_and.reduce(list(kept.values()))
+        return {name: log.only(counted) for name, log in self.by_sae.items()}
 
     @torch.inference_mode()
     def acts_of_both(
@@ -167,10 +167,10 @@ class _Logs:
     ) -> Iterator[ActsOfBoth]:
         """Activations of the control's SAE on the treatment's and on the control's model."""
         rows: TokenRows = self._study.rows()
-        limit, before, width = treatment.norm_limit(rows), self.of[control].matrix(), rows.context_size
+        limit, control_acts, width = treatment.norm_limit(rows), self.by_sae[control].matrix(), rows.context_size
         for start, ids, x in self._study.residuals.batches(treatment.lm, self._study.hook(control), rows):
             tokens = slice(start * width, (start + len(ids)) * width)
-            acts = torch.from_numpy(before[tokens].toarray()).view(len(ids), width, -1)
+            acts = torch.from_numpy(control_acts[tokens].toarray()).view(len(ids), width, -1)
             mask = kept_positions(x, limit) & torch.from_numpy(kept[tokens]).view(len(ids), width)
             yield ActsOfBoth(acts, sae.encode(x), mask)
             self._log.progress(f"cross-activity {treatment.name}", start + len(ids), len(rows), "rows")
@@ -190,24 +190,24 @@ def _views(
     """Each arm's SAEs, its own first."""
     views = {}
     columns = ["feature", "density", "decoder_norm"]
-    start = run.study.sae_folder(run.study.control).name
-    for name, further in seeds.items():
+    control_sae = run.study.sae_folder(run.study.control).name
+    for name, seed_saes in seeds.items():
         features = run.read_table(run.arm(name, "features.parquet"))[columns]
-        warm = _started_from(run.study, name) == start
-        views[name] = [SaeView(name, saes[name].W_dec.detach(), features, logs.get(name), saes[name], warm)]
-        table = run.read_table(run.arm(name, "seeds.parquet")) if further else pd.DataFrame()
-        for seed in further:
-            mine = table[table["sae"] == seed.name][columns].reset_index(drop=True)
-            views[name].append(SaeView(seed.name, seed.W_dec, mine, logs.get(seed.name), seed.sae))
+        is_warm_start = _started_from(run.study, name) == control_sae
+        views[name] = [SaeView(name, saes[name].W_dec.detach(), features, logs.get(name), saes[name], is_warm_start)]
+        table = run.read_table(run.arm(name, "seeds.parquet")) if seed_saes else pd.DataFrame()
+        for seed in seed_saes:
+            statistics = table[table["sae"] == seed.name][columns].reset_index(drop=True)
+            views[name].append(SaeView(seed.name, seed.W_dec, statistics, logs.get(seed.name), seed.sae))
     return views
 
 
 def _started_from(study: Study, arm: str) -> str | None:
     """Folder name of the SAE from which an arm's SAE was initialised; None if none or not recorded."""
-    own = study.config.arms[arm].training.get("init_from")
-    if own:
-        return Path(str(own)).name
-    note = study.sae_folder(arm) / "training.json"
-    recipe = read_json(note).get("recipe") if note.is_file() else None
-    started = ((recipe or {}).get("sae") or {}).get("init_from")
-    return Path(str(started)).name if started else None
+    configured = study.config.arms[arm].training.get("init_from")
+    if configured:
+        return Path(str(configured)).name
+    training_file = study.sae_folder(arm) / "training.json"
+    recipe = read_json(training_file).get("recipe") if training_file.is_file() else None
+    init_from = ((recipe or {}).get("sae") or {}).get("init_from")
+    return Path(str(init_from)).name if init_from else None

@@ -1,4 +1,4 @@
-"""The report: tables, figures and one page; of a study without SAEs, what the trace of the fine-tune says."""
+"""The report: tables, figures and one page; for a study without SAEs, a page of the trace."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ def run_report(run: RunFolder, _: Log = SILENT) -> Iterable[Path]:
 
 
 def report_context(run: RunFolder, arms: Mapping[str, ArmTables] | None = None) -> ReportContext:
-    """What the report shows of a run besides its comparison; `arms` are its `arm_tables` (None: read them)."""
+    """What the report shows besides the comparison; `arms` are the run's `arm_tables` (None: read them)."""
     config, arms = run.study.config, arms or arm_tables(run)
     doses = run.table_or_none(run.path("steering", "dose_search.parquet")) if config.steering else None
     return ReportContext(
         study=config.name,
         title=config.title,
-        facts=_facts(run, arms),
+        facts=_study_facts(run, arms),
         arms=arms,
         examples={name: run.read_table(run.arm(name, "examples.parquet")) for name in config.arms},
         prompts=[prompt_text(prompt) for prompt in config.steering.prompts] if config.steering else (),
@@ -90,7 +90,7 @@ def report_context(run: RunFolder, arms: Mapping[str, ArmTables] | None = None) 
 
 
 def gate_measures(run: RunFolder, dead_shares: Mapping[str, float | None]) -> pd.DataFrame:
-    """What the gate measured, a row an arm, beside the share of dead features."""
+    """The gate's measurements and the share of dead features, a row an arm."""
     gates = {name: read_json(run.arm(name, "gate.json")) for name in dead_shares}
     measures = ("explained_variance", "ce_loss_score", "l0", "l2_ratio")
     return pd.DataFrame(
@@ -102,7 +102,7 @@ def gate_measures(run: RunFolder, dead_shares: Mapping[str, float | None]) -> pd
     )
 
 
-def _facts(run: RunFolder, arms: Mapping[str, ArmTables]) -> tuple[tuple[str, str], ...]:
+def _study_facts(run: RunFolder, arms: Mapping[str, ArmTables]) -> tuple[tuple[str, str], ...]:
     config = run.study.config
     control, treatment = run.study.pair
     gate = read_json(run.arm(control, "gate.json"))
@@ -110,7 +110,7 @@ def _facts(run: RunFolder, arms: Mapping[str, ArmTables]) -> tuple[tuple[str, st
         ("Base model", str(arms[control].facts.model)),
         ("Fine-tuned model", str(arms[treatment].facts.model)),
         ("Hook", run.study.hook(control)),
-        ("Text", _text(config.text, gate["text_shortage"])),
+        ("Text", _text_words(config.text, gate["text_shortage"])),
     ]
     if config.features.tokens != ("all",):
         scripts = f"of the scripts {', '.join(config.features.tokens)}"
@@ -119,17 +119,17 @@ def _facts(run: RunFolder, arms: Mapping[str, ArmTables]) -> tuple[tuple[str, st
         steering, (dose, _) = config.steering, chosen_dose(run)
         facts.append(("Steering", _steered(steering)))
         facts.append(("Dose", _dose_words(steering, dose, gate["mean_norm"])))
-        facts.append(("Tested against", _tested_against(steering)))
+        facts.append(("Tested against", _placebo_words(steering)))
         facts.append(("Declared outcomes", ", ".join(OUTCOMES[name].label for name in steering.outcomes)))
     facts.append(("Seed", str(config.seed)))
     return tuple(facts)
 
 
-def _text(text: TextConfig, short: str) -> str:
-    called = text.called
+def _text_words(text: TextConfig, shortage: str) -> str:
+    words = text.called
     if text.format == "chat":
-        called += f"; conversations, tokens at positions: {', '.join(text.positions)}"
-    return f"{called} (only {short})" if short else called
+        words += f"; conversations, tokens at positions: {', '.join(text.positions)}"
+    return f"{words} (only {shortage})" if shortage else words
 
 
 def _steered(steering: SteeringConfig) -> str:
@@ -138,10 +138,10 @@ def _steered(steering: SteeringConfig) -> str:
     return f"{plural(len(steering.prompts), kind)} × {plural(steering.samples, 'text')}{where}"
 
 
-def _tested_against(steering: SteeringConfig) -> str:
-    """The placebos in words, the primary test's first."""
+def _placebo_words(steering: SteeringConfig) -> str:
+    """The placebos in words, that of the primary test first."""
     names = sorted(steering.placebos, key=lambda name: name != steering.primary_placebo)
-    return ", ".join(control_label(name) for name in names) or "nothing: no placebo"
+    return ", ".join(map(control_label, names)) or "nothing: no placebo"
 
 
 def _dose_words(steering: SteeringConfig, dose: float | None, mean_norm: float) -> str:
@@ -161,7 +161,7 @@ def _steering_results(run: RunFolder) -> SteeringResults | None:
     config = run.study.config.steering
     if config is None:
         return None
-    found = read_json(run.path("steering", "dose.json"))
+    search = read_json(run.path("steering", "dose.json"))
     dose, note = chosen_dose(run)
     response = run.table_or_none(run.path("steering", "dose_response.parquet"))
     return SteeringResults(
@@ -169,22 +169,22 @@ def _steering_results(run: RunFolder) -> SteeringResults | None:
         unit=config.unit,
         dose=dose,
         dose_note=note,
-        best_doses=found.get("best") or {},
+        best_doses=search.get("best") or {},
         outcomes=config.outcomes,
         placebo=config.primary_placebo,
         placebos=config.placebos,
         n_prompts=len(config.prompts),
         samples=config.samples,
-        outcome_effects=_tables(run, "outcome_effects"),
-        baseline_effects=_tables(run, "baseline_effects"),
-        together_effects=_tables(run, "together_effects"),
+        outcome_effects=_tables_by_arm(run, "outcome_effects"),
+        baseline_effects=_tables_by_arm(run, "baseline_effects"),
+        together_effects=_tables_by_arm(run, "together_effects"),
         dose_response=response if response is not None and len(response) else None,
     )
 
 
-def _tables(run: RunFolder, name: str) -> Mapping[str, pd.DataFrame]:
-    found = {arm: run.table_or_none(run.arm(arm, f"{name}.parquet")) for arm in run.study.config.arms}
-    return {arm: table for arm, table in found.items() if table is not None and len(table)}
+def _tables_by_arm(run: RunFolder, name: str) -> Mapping[str, pd.DataFrame]:
+    tables = {arm: run.table_or_none(run.arm(arm, f"{name}.parquet")) for arm in run.study.config.arms}
+    return {arm: table for arm, table in tables.items() if table is not None and len(table)}
 
 
 MODELS_VERSION = 1
@@ -212,7 +212,7 @@ def run_models_report(run: RunFolder, log: Log = SILENT) -> Iterable[Path]:
 
 
 def findings(run: RunFolder, log: Log = SILENT) -> tuple[str, ...]:
-    """What the stage "changes" found, in lines; none if the models do the same."""
+    """The findings of the stage "changes", as lines of text; none if the models predict the same."""
     trace, study = read_trace(run), run.study
     if is_same(trace):
         return ()

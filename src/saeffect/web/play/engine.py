@@ -18,7 +18,7 @@ from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.formats import load_sae
 from saeffect.steering import NoiseCell, Site, SteeringPlan, features_together, stream
 from saeffect.steering.actions import actions_of
-from saeffect.study.both_models import refuse_own_code
+from saeffect.study.both_models import refuse_remote_code
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.dose_search import matched_lists_of, matched_placebos, site_of
 from saeffect.study.study import Arm
@@ -113,7 +113,7 @@ class Engine:
 
     def _lm(self, run: RunFolder, arm: str) -> LanguageModel:
         if arm not in self._lms:
-            refuse_own_code(run.study, arm)
+            refuse_remote_code(run.study, arm)
             model = run.study.arm(arm).model
             same = next((lm for name, lm in self._lms.items() if run.study.arm(name).model == model), None)
             if same is None:

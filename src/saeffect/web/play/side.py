@@ -79,7 +79,7 @@ class Side:
                 continue
             label = PLACEBOS[name].label
             if PLACEBOS[name].column:
-                pushed = actions.pushed(feature, name, _DRAW)
+                pushed = actions.pushed_features(feature, name, _DRAW)
                 label += f" {', '.join(map(str, pushed))}"
             self.rows.append(_Row(name, label))
 
