@@ -69,7 +69,8 @@ lowest newest:
 	$(PYTHON) -c '$(VERSION)'
 	$(PYTHON) -m venv .venv-$@
 	.venv-$@/bin/pip install --quiet uv
-	.venv-$@/bin/uv pip install --quiet --upgrade --python .venv-$@/bin/python --resolution $(RESOLUTION) --editable '.[test]'
+	.venv-$@/bin/uv pip install --quiet --upgrade --python .venv-$@/bin/python --resolution $(RESOLUTION) --no-build \
+		--editable '.[test]'
 	$(call run_unit,.venv-$@/bin)
 
 # Only files that have such tests: to collect all would take as long as some of them.

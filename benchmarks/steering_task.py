@@ -17,8 +17,8 @@ from saeffect.lm.hooks import capture, edited
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import resolve_dtype
 from saeffect.steering import Intervention, NoiseCell, Sampling, generate
-from saeffect.steering.generate import last_logits, read_prompt
 from saeffect.steering.operators import AddVectors
+from saeffect.steering.prompt_pass import last_logits, read_prompt
 from saeffect.steering.sampling import next_tokens
 
 __all__ = ["Task"]

@@ -71,7 +71,7 @@ def test_others_need_a_token_which_is_shown_once(
     command.serve(tmp_path, host="0.0.0.0", port=0, rater=["ada", "ben"])
     shown = capsys.readouterr().out
     tokens = re.findall(r"token of (\w+), shown only now: (\S+)", shown)
-    assert [Raters(tmp_path).who(token) for _, token in tokens] == ["ada", "ben"]
+    assert [Raters(tmp_path).rater_of(token) for _, token in tokens] == ["ada", "ben"]
     assert f"enter#{tokens[0][1]}" in shown
     _, settings, to_open = started[0]
     assert not settings.is_local and settings.requests_per_second > 0 and to_open is None

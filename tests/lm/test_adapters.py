@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
 from saeffect.config import ModelConfig
@@ -76,6 +77,21 @@ def test_merged_as_peft_runs_it(tiny_llama: LanguageModel, tiny_llama_folder: Pa
     assert lm.adapter is not None
     assert lm.adapter.effect == pytest.approx(float(effect), rel=1e-3)
     assert lm.adapter.error < 1e-4
+
+
+def test_projections_of_vera_are_those_of_the_file(
+    tiny_llama: LanguageModel, tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    _adapter(tiny_llama.model, tmp_path, MERGED["vera"])
+    _rename(tmp_path, lambda t: t | {"base_model.vera_A": 2 * t["base_model.vera_A"]})
+    try:
+        lm = _load(tiny_llama_folder, tmp_path)
+    except IncompatibleModels as error:  # PEFT draws them from the seed in its configuration
+        assert "base_model.vera_A has other values in the model" in str(error)
+        assert Version(peft.__version__) < Version("0.21")
+    else:
+        expected = peft.PeftModel.from_pretrained(copy.deepcopy(tiny_llama.model), tmp_path).eval()
+        torch.testing.assert_close(probe_logits(lm.model), probe_logits(expected), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]])

@@ -10,6 +10,8 @@ from typing import Any
 import pydantic
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -23,7 +25,7 @@ from saeffect.lm.loading import load_language_model
 from saeffect.steering import NoiseCell, Sampling, generate
 
 IDS = torch.arange(1, 17).reshape(2, 8)
-ON_DISK = {"device_map": "auto", "max_memory": {"cpu": "40KiB"}}
+ON_DISK = {"device_map": "auto", "max_memory": {"cpu": "130KiB"}}
 
 
 def _load(path: Path, **more: Any) -> LanguageModel:
@@ -53,8 +55,19 @@ def _wider(folder: Path, out: Path) -> Path:
 @pytest.fixture(scope="module")
 def on_disk(tiny_llama_folder: Path) -> LanguageModel:
     lm = _load(tiny_llama_folder, **ON_DISK)
-    assert any(parameter.is_meta for parameter in lm.model.parameters())
+    assert {parameter.is_meta for parameter in lm.model.parameters()} == {True, False}
     return lm
+
+
+def test_all_weights_on_disk(tiny_llama_folder: Path, tiny_llama: LanguageModel) -> None:
+    try:
+        lm = _load(tiny_llama_folder, device_map="auto", max_memory={"cpu": "1KiB"})
+    except ConfigError as error:
+        assert (error.at, error.fix) == ("model.max_memory", "give more memory, or install transformers 5.13 or newer.")
+        assert Version(transformers.__version__) < Version("5.13")
+    else:
+        hook = "blocks.1.hook_resid_post"
+        assert torch.equal(capture(lm, hook, IDS), capture(tiny_llama, hook, IDS))
 
 
 @pytest.mark.parametrize("kind", HOOK_KINDS)

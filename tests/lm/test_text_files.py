@@ -61,8 +61,9 @@ def test_a_template_over_fields_of_any_format(name: str, tmp_path: Path) -> None
         path.write_bytes(gzip.compress(table.to_csv(sep="\t", index=False).encode()))
     else:
         table.to_csv(path, index=False, sep=";" if name == "semicolons.csv" else ",")
-    source = TextSource(path=str(path), field="{n}. {question}\n{{{answer}}}")
-    assert list(read_corpus(source)) == ["1. What is a fever?\n{A rise.}", "2. Pulse?\n{Feel.}"]
+    for template in ("{n}. {question}\n{{{answer}}}", r"{n}. {question}\n{{{answer}}}"):  # as a shell leaves it
+        source = TextSource(path=str(path), field=template)
+        assert list(read_corpus(source)) == ["1. What is a fever?\n{A rise.}", "2. Pulse?\n{Feel.}"]
     assert source.name == path.name.partition(".")[0]
 
 

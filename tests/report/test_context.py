@@ -31,7 +31,7 @@ def _effects(**columns: object) -> pd.DataFrame:
     return table.assign(**columns)
 
 
-def test_the_mean_and_its_interval_are_over_the_features_with_an_effect() -> None:
+def test_mean_is_over_features_with_an_effect() -> None:
     row = outcome_summary(SteeringResults(outcome_effects={"a": _effects()}), ["a"], alpha=0.05).iloc[0]
     half = stats.t.ppf(0.975, 2) * np.std([0.1, 0.2, 0.6], ddof=1) / math.sqrt(3)
     assert (row["mean"], row["low"], row["high"]) == pytest.approx((0.3, 0.3 - half, 0.3 + half))
@@ -76,7 +76,7 @@ def test_baselines_count_both_sides_and_what_is_clear() -> None:
     assert (row["n_features"], row["n_defined"]) == (4, 3)
 
 
-def test_the_dose_summary_is_a_mean_over_features_and_a_geometric_one_of_perplexity() -> None:
+def test_dose_summary_uses_a_geometric_mean_of_perplexity() -> None:
     response = pd.DataFrame(
         {
             "arm": "a",

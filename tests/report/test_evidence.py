@@ -57,7 +57,7 @@ def test_the_paragraph_stands_at_the_top(page: str, comparison: Comparison) -> N
     assert page.index('class="paragraph"') < page.index('id="table-glance"')
 
 
-def test_every_table_and_figure_of_the_evidence_names_its_file(page: str) -> None:
+def test_evidence_names_its_source_files(page: str) -> None:
     for name in ("chance", "fates", "activity", "regression", "threats"):
         part = section(page, name)
         n_tables, n_figures = part.count("<table"), part.count("<figcaption>")

@@ -30,7 +30,7 @@ def test_nothing_is_further_that_a_section_names(page: str) -> None:
     assert 'id="further"' not in page
 
 
-def test_the_only_script_is_ours_and_the_policy_names_it(page: str, parsed: Page) -> None:
+def test_policy_allows_only_our_script(page: str, parsed: Page) -> None:
     assert parsed.count("script") == 1
     script = re.search(r"<script>(.*?)</script>", page, flags=re.DOTALL)
     assert script is not None
@@ -58,7 +58,7 @@ def test_the_style_sheet_loads_nothing(page: str) -> None:
 
 
 @pytest.mark.parametrize("token", HOSTILE, ids=ascii)
-def test_a_hostile_token_is_shown_as_text_on_its_own(token: str, parsed: Page) -> None:
+def test_hostile_tokens_are_escaped(token: str, parsed: Page) -> None:
     shown = printable_token(token).strip()
     assert any(text == shown or (text.endswith("…") and shown.startswith(text[:-1])) for text in parsed.isolated)
 

@@ -44,7 +44,7 @@ def test_a_phone_needs_no_sideways_scrolling(at_width: Any) -> None:
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-def test_no_table_needs_scrolling_on_a_phone_or_a_desk(at_width: Any, width: int) -> None:
+def test_tables_fit_phone_and_desktop(at_width: Any, width: int) -> None:
     tab, _ = at_width(width)
     tab.evaluate("for (const d of document.querySelectorAll('details')) d.open = true")
     wide = (
@@ -53,7 +53,7 @@ def test_no_table_needs_scrolling_on_a_phone_or_a_desk(at_width: Any, width: int
     assert tab.evaluate(wide) == []
 
 
-def test_print_opens_what_is_folded_hides_what_cannot_be_used_and_fits(at_width: Any) -> None:
+def test_print_unfolds_hides_controls_and_fits(at_width: Any) -> None:
     tab, _ = at_width(688)  # an A4 page within its margins
     tab.emulate_media(media="print")
     tab.evaluate("window.dispatchEvent(new Event('beforeprint'))")

@@ -110,7 +110,7 @@ def test_neighbours_of_a_group_share_a_number() -> None:
     }
 
 
-def test_a_reference_is_a_link_and_all_else_is_escaped() -> None:
+def test_references_are_links_and_the_rest_escaped() -> None:
     numbering = Numbering({"figure:doses": "Figure 3"})
     assert numbering.refer("<i> [[figure:doses]] [[figure:none]] [[x]]") == (
         '&lt;i&gt; <a class="ref" href="#figure-doses">Figure\u00a03</a> a part that this report lacks [[x]]'

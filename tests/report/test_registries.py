@@ -43,7 +43,7 @@ def densities(comparison: Comparison, _context: ReportContext) -> Drawing:
     return Drawing(figure, "Shares are of all tokens.", "One bar an arm.")
 
 
-def test_table_and_figure_from_outside_are_shown_numbered_and_explained(
+def test_added_table_and_figure_are_shown_and_numbered(
     comparison: Comparison, context: ReportContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(TABLES, "densest", densest)

@@ -20,7 +20,7 @@ def test_the_pieces_are_the_paragraph(comparison: Comparison) -> None:
     assert sum(bool(piece.source) for piece in pieces) == len(comparison.answer["traces"])
 
 
-def test_a_number_links_to_its_row_or_else_to_its_table(comparison: Comparison) -> None:
+def test_numbers_link_to_their_row_or_table(comparison: Comparison) -> None:
     first = comparison.answer["traces"][0]
     assert first["row"] == {"quantity": "domain_share", "comparison": "fine-tuning"}
 
@@ -59,7 +59,7 @@ def test_serious_threats_are_quoted_else_the_first() -> None:
     assert gravest(threats(*["minor"] * 5)) == ["threat 0", "threat 1", "threat 2"]
 
 
-def test_a_threat_says_what_to_do_and_where_it_is_seen(page: str, comparison: Comparison) -> None:
+def test_threats_have_remedy_and_source(page: str, comparison: Comparison) -> None:
     table = page[page.index('id="table-threats"') :]
     for row in comparison.threats.head(3).to_dict("records"):
         assert escape(row["remedy"]) in table

@@ -51,9 +51,7 @@ def test_the_outcomes_are_grouped_and_marked_in_words(comparison: Comparison, co
     assert [row.strong for row in similarity] == [True, False]
 
 
-def test_the_deciding_row_is_the_mean_of_the_arms_effects(
-    comparison: Comparison, context: ReportContext, arms: dict
-) -> None:
+def test_deciding_row_is_the_mean_effect(comparison: Comparison, context: ReportContext, arms: dict) -> None:
     table = outcome_table(comparison, context)
     assert table is not None
     row = next(row for row in table.rows if row.tag == "declared, decides")
@@ -76,7 +74,7 @@ def test_each_outcome_and_control_is_explained_on_the_page(page: str) -> None:
     assert max(len(term.meaning) for term in terms(ReportContext()).values()) < 450
 
 
-def test_every_table_and_figure_of_the_section_names_its_file(page: str) -> None:
+def test_steering_section_names_its_source_files(page: str) -> None:
     section = _section(page)
     blocks = section.count("<table") + section.count("<figure")
     assert blocks == 4 + 4

@@ -72,7 +72,7 @@ def _trials(differences: list[float], dose: float = 0.4) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def test_the_pairs_shown_are_the_median_the_best_and_the_worst() -> None:
+def test_median_best_and_worst_pair_are_shown() -> None:
     shown = representative_trials(_trials([0.3, -0.1, 0.1, 0.2, 0.0]), ["Hello?"], [" drug"])
     assert [(trial.which, trial.difference, trial.prompt) for trial in shown] == [
         ("typical (median)", "+0.100", "Hello? · sample 3"),

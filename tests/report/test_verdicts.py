@@ -33,7 +33,7 @@ def test_junit_counts_and_reads_as_xml() -> None:
     assert "× 1.80 (+6.2 sd of nulls)" in (suite[0][0].text or "")
 
 
-def test_markdown_has_a_row_a_rule_and_no_markup_from_names() -> None:
+def test_markdown_rows_escape_names() -> None:
     page = markdown(VERDICTS, "a against b")
     rows = [line for line in page.splitlines() if (line.startswith("| ") and "×" in line) or "nats" in line]
     assert "**Broken: group war. Not judged: kl general.**" in page
@@ -57,7 +57,7 @@ def test_json_has_every_field_and_null_for_nan(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["verdicts.json", "verdicts.md", "verdicts.xml"]
 
 
-def test_a_file_in_the_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
+def test_file_instead_of_a_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine", encoding="utf-8")
     with pytest.raises(BadFile):
         write_verdicts(VERDICTS, tmp_path / "out", "")

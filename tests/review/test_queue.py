@@ -7,7 +7,7 @@ import pytest
 
 from saeffect.errors import NotFound
 from saeffect.review.queue import Queue, make_queue
-from saeffect.review.store import STORE, Given, VerdictStore
+from saeffect.review.store import STORE, Verdict, VerdictStore
 
 
 def arm(first: str, n: int = 60, chosen: int = 30) -> pd.DataFrame:
@@ -83,14 +83,14 @@ def test_names_of_items_tell_nothing_and_find_the_item(queue: Queue, store: Verd
 
 def test_judged_items_return_only_with_other_tokens(queue: Queue, store: VerdictStore) -> None:
     first = queue.open_items("ann", store)[0]
-    store.record("ann", Given(first.arm, first.feature, first.seen, "yes", kind=first.kind))
+    store.record("ann", Verdict(first.arm, first.feature, first.seen, "yes", kind=first.kind))
     assert queue.open_items("ann", store)[0] != first
     assert len(queue.open_items("ann", store)) == len(queue.items) - 1
     assert len(queue.open_items("ben", store)) == len(queue.items)
     store.undo("ann")
     assert queue.open_items("ann", store)[0] == first
     candidate = queue.candidates[0]
-    store.record("ann", Given(candidate.arm, candidate.feature, "of other tokens", "yes"))
+    store.record("ann", Verdict(candidate.arm, candidate.feature, "of other tokens", "yes"))
     assert candidate in queue.open_items("ann", store)
 
 

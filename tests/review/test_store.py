@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from saeffect.errors import BadFile, ConfigError, UnknownName
-from saeffect.review.store import STORE, Given, VerdictStore
+from saeffect.review.store import STORE, Verdict, VerdictStore
 
 
 @pytest.fixture
@@ -24,8 +24,8 @@ def store(tmp_path: Path) -> Any:
         yield opened
 
 
-def yes(feature: int, **more: Any) -> Given:
-    return Given("control", feature, "aa", "yes", **more)
+def yes(feature: int, **more: Any) -> Verdict:
+    return Verdict("control", feature, "aa", "yes", **more)
 
 
 def standing(store: VerdictStore) -> list[tuple[str, int, str]]:
@@ -40,7 +40,7 @@ def test_reading_makes_no_file(store: VerdictStore) -> None:
 
 def test_new_verdict_replaces_the_old_one_in_current_only(store: VerdictStore) -> None:
     store.record("ann", yes(7, label="cancer"))
-    store.record("ann", Given("control", 7, "aa", "no"))
+    store.record("ann", Verdict("control", 7, "aa", "no"))
     store.record("ben", yes(7))
     assert standing(store) == [("ann", 7, "no"), ("ben", 7, "yes")]
     assert store.history()["verdict"].tolist() == ["yes", "no", "yes"]
@@ -50,8 +50,8 @@ def test_new_verdict_replaces_the_old_one_in_current_only(store: VerdictStore) -
 def test_undo_restores_the_previous_verdict(store: VerdictStore) -> None:
     store.record("ann", yes(7))
     store.record("ben", yes(8))
-    store.record("ann", Given("control", 7, "aa", "no"))
-    assert store.undo("ann") == Given("control", 7, "aa", "no")
+    store.record("ann", Verdict("control", 7, "aa", "no"))
+    assert store.undo("ann") == Verdict("control", 7, "aa", "no")
     assert standing(store) == [("ann", 7, "yes"), ("ben", 8, "yes")]
     assert store.undo("ann") == yes(7)
     assert store.undo("ann") is None
@@ -100,7 +100,7 @@ def test_sending_the_same_request_again_adds_nothing(store: VerdictStore) -> Non
 def test_several_verdicts_are_added_together_or_not_at_all(store: VerdictStore) -> None:
     store.join("ann")
     with pytest.raises(UnknownName):
-        store.record("ann", yes(1), Given("control", 2, "aa", "maybe"))
+        store.record("ann", yes(1), Verdict("control", 2, "aa", "maybe"))
     with pytest.raises(ConfigError, match="label has at most"):
         store.record("ann", yes(1), yes(2, label="x" * 121))
     assert store.history().empty
@@ -114,7 +114,7 @@ def test_text_is_kept_as_written_without_control_characters(store: VerdictStore)
 
 def test_adjudications_stand_apart_and_the_last_decides(store: VerdictStore) -> None:
     store.record("ann", yes(7))
-    store.record("ben", Given("control", 7, "aa", "no", role="adjudicator"))
+    store.record("ben", Verdict("control", 7, "aa", "no", role="adjudicator"))
     store.record("cy", yes(7, role="adjudicator"))
     table = store.current()
     assert table[["rater", "role", "verdict"]].to_numpy().tolist() == [
@@ -242,11 +242,11 @@ def test_many_threads_and_two_stores_lose_nothing(tmp_path: Path) -> None:
 
 WRITER = textwrap.dedent("""
     import sys, threading
-    from saeffect.review.store import Given, VerdictStore
+    from saeffect.review.store import Verdict, VerdictStore
     store = VerdictStore(sys.argv[1])
     def rate(name):
         for feature in range(100_000):
-            (number,) = store.record(name, Given("control", feature, "aa", "yes"))
+            (number,) = store.record(name, Verdict("control", feature, "aa", "yes"))
             sys.stdout.write(f"{number} {name} {feature}\\n"); sys.stdout.flush()
     for n in range(4):
         threading.Thread(target=rate, args=(f"rater{n}",)).start()

@@ -8,8 +8,9 @@ from saeffect.lm.hooks import edited
 from saeffect.sae.base import SaeConfig
 from saeffect.sae.standard import StandardSae
 from saeffect.steering import Intervention, NoiseCell, Sampling, generate
-from saeffect.steering.generate import continue_prompts, last_logits
+from saeffect.steering.generate import continue_prompts
 from saeffect.steering.operators import AddVectors, SetFeatures
+from saeffect.steering.prompt_pass import last_logits
 from saeffect.steering.sampling import next_tokens, penalise
 from steering.tiny_model import D_MODEL, D_VOCAB, END, HOOK, n_hooks, tiny_model
 

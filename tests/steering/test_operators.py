@@ -14,8 +14,8 @@ from saeffect.sae.jumprelu import JumpReluSae
 from saeffect.sae.standard import StandardSae
 from saeffect.sae.topk import TopKSae
 from saeffect.steering import Intervention
-from saeffect.steering.generate import read_prompt
 from saeffect.steering.operators import AddVectors, SetFeatures, span
+from saeffect.steering.prompt_pass import read_prompt
 from saeffect.steering.trials import next_log_probabilities
 from steering.tiny_model import D_MODEL, HOOK, n_hooks, tiny_model
 

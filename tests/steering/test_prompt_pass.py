@@ -13,8 +13,9 @@ from saeffect.lm.architectures import blocks
 from saeffect.lm.hooks import HOOK_KINDS, edited
 from saeffect.lm.language_model import LanguageModel
 from saeffect.steering import Intervention, NoiseCell, Sampling, generate
-from saeffect.steering.generate import _is_plain_cache, _is_shape_error, continue_prompts, last_logits, read_prompt
+from saeffect.steering.generate import continue_prompts
 from saeffect.steering.operators import AddVectors
+from saeffect.steering.prompt_pass import _is_shape_error, continuation_logits, is_plain_cache, last_logits, read_prompt
 from steering.tiny_model import D_MODEL, D_VOCAB, HOOK, WordTokenizer, tiny_model
 
 PROMPT = [5, 9, 40, 12, 33]
@@ -137,6 +138,17 @@ def test_rows_and_positions_of_each_pass(any_lm, positions, below, above):
     assert seen == {0: below, 2: above}
 
 
+@pytest.mark.parametrize("length", [1, 6])
+def test_logits_of_continuations_equal_a_whole_reading(any_lm, length, monkeypatch):
+    texts = torch.arange(3 * length).reshape(3, length) + 7
+    with torch.no_grad():
+        whole = any_lm.model(torch.cat([torch.tensor([PROMPT] * 3), texts], dim=1)).logits
+    expected = whole[:, len(PROMPT) - 1 : -1].float()
+    torch.testing.assert_close(continuation_logits(any_lm, PROMPT, texts), expected)
+    monkeypatch.setattr("saeffect.steering.prompt_pass.is_plain_cache", lambda cache: False)
+    torch.testing.assert_close(continuation_logits(any_lm, PROMPT, texts), expected)
+
+
 def test_memory_is_set_aside_once(any_lm):
     with torch.inference_mode():
         edit = intervention(3, "all").edit(len(PROMPT))
@@ -150,9 +162,9 @@ def test_memory_is_set_aside_once(any_lm):
 
 
 def test_other_caches_are_left_alone():
-    assert not _is_plain_cache(None)
-    assert not _is_plain_cache(transformers.StaticCache(config=CONFIGS["llama"](), max_cache_len=8))
-    assert not _is_plain_cache(transformers.DynamicCache())
+    assert not is_plain_cache(None)
+    assert not is_plain_cache(transformers.StaticCache(config=CONFIGS["llama"](), max_cache_len=8))
+    assert not is_plain_cache(transformers.DynamicCache())
 
 
 def test_wrong_width_raises_and_removes_hooks(any_lm):
@@ -171,7 +183,7 @@ def test_other_runtime_errors_are_raised(monkeypatch):
         def fail(*args, error=error):
             raise error
 
-        monkeypatch.setattr(importlib.import_module("saeffect.steering.generate"), "_read_once", fail)
+        monkeypatch.setattr(importlib.import_module("saeffect.steering.prompt_pass"), "_read_once", fail)
         with pytest.raises(type(error), match=str(error)):
             read_prompt(lm, HOOK, [3, 5], 3, edit, room=1)
     misfit = RuntimeError("The size of tensor a (3) must match the size of tensor b (1) at non-singleton dimension 0")

@@ -12,7 +12,7 @@ import pytest
 from command_line import call
 from saeffect.errors import NotFound
 from saeffect.progress import Log
-from saeffect.review.store import NOT_BLIND, STORE, Given, VerdictStore
+from saeffect.review.store import NOT_BLIND, STORE, Verdict, VerdictStore
 from saeffect.study.review import import_verdicts, read_queue
 from saeffect.study.run import run_study
 from saeffect.study.run_folder import RunFolder
@@ -46,7 +46,7 @@ def select(study: Study, run: Path) -> list[str]:
 def judge(run: Path, verdict: str = "yes", *, but: int = 0) -> None:
     items = read_queue(run).items
     with VerdictStore(run / STORE) as store:
-        given = [Given(i.arm, i.feature, i.seen, verdict, kind=i.kind) for i in items]
+        given = [Verdict(i.arm, i.feature, i.seen, verdict, kind=i.kind) for i in items]
         store.record("ann", *given[: len(given) - but] if but else given)
 
 
@@ -59,7 +59,7 @@ def test_an_unfinished_review_changes_nothing(study: tuple[Study, Path]) -> None
     before = domain(study[1])
     candidate = read_queue(study[1]).candidates[0]
     with VerdictStore(study[1] / STORE) as store:
-        store.record("ann", Given(candidate.arm, candidate.feature, candidate.seen, "no"))
+        store.record("ann", Verdict(candidate.arm, candidate.feature, candidate.seen, "no"))
     n = len(read_queue(study[1]).candidates)
     assert any(f"1 of {n} candidates are judged" in line for line in select(*study))
     assert domain(study[1]) == before
@@ -72,14 +72,14 @@ def test_selection_follows_finished_reviews(study: tuple[Study, Path]) -> None:
     judge(study[1])
     with VerdictStore(study[1] / STORE) as store:
         first = next(item for item in read_queue(study[1]).candidates if item.arm == "control")
-        store.record("ann", Given("control", first.feature, first.seen, "no"))
+        store.record("ann", Verdict("control", first.feature, first.seen, "no"))
     assert "skipped" not in select(*study)[-1]
     assert "skipped" in select(*study)[-1]
     assert domain(study[1]) == {**before, "control": before["control"] - {first.feature}}
     run = RunFolder(study[1], study[0])
     assert compare_inputs(run)["verdicts"]
     with VerdictStore(study[1] / STORE) as store:
-        store.record("ben", Given("control", first.feature, first.seen, "yes", role="adjudicator"))
+        store.record("ben", Verdict("control", first.feature, first.seen, "yes", role="adjudicator"))
     assert "skipped" not in select(*study)[-1]
     assert domain(study[1]) == before
 
@@ -97,7 +97,7 @@ def test_verify_uses_the_runs_own_verdicts(study: tuple[Study, Path]) -> None:
 def test_verdicts_on_removed_features_are_kept_unused(study: tuple[Study, Path]) -> None:
     judge(study[1])
     with VerdictStore(study[1] / STORE) as store:
-        store.record("ann", Given("control", 3, "of other tokens", "yes"))
+        store.record("ann", Verdict("control", 3, "of other tokens", "yes"))
         said = len(store.history())
     assert any("1 verdicts are on features that this run no longer has" in line for line in select(*study))
     with VerdictStore(study[1] / STORE) as store:
@@ -112,8 +112,8 @@ def test_export_and_import_by_the_command_line(study: tuple[Study, Path], tmp_pa
     judge(run)
     with VerdictStore(run / STORE) as store:
         item = read_queue(run).candidates[0]
-        store.record("ben", Given(item.arm, item.feature, item.seen, "no", "a, b", "why", role="adjudicator"))
-        store.record("cem", Given(item.arm, item.feature, item.seen, "no", source=NOT_BLIND))
+        store.record("ben", Verdict(item.arm, item.feature, item.seen, "no", "a, b", "why", role="adjudicator"))
+        store.record("cem", Verdict(item.arm, item.feature, item.seen, "no", source=NOT_BLIND))
     assert call(["verdicts", "export", str(run), str(file)]) == 0
     assert call(["verdicts", "import", str(other), str(file)]) == 0
     assert "imported." in capsys.readouterr().out

@@ -25,7 +25,7 @@ def raters(tmp_path: Path) -> Raters:
 def test_the_token_itself_is_not_kept(raters: Raters, tmp_path: Path) -> None:
     token = raters.add("Ada")
     assert token not in (tmp_path / "raters.json").read_text()
-    assert (raters.who(token), raters.who(token[:-1]), raters.who("")) == ("Ada", None, None)
+    assert (raters.rater_of(token), raters.rater_of(token[:-1]), raters.rater_of("")) == ("Ada", None, None)
     assert (tmp_path / "raters.json").stat().st_mode & 0o077 == 0
 
 
@@ -41,7 +41,7 @@ def test_a_name_is_short_visible_and_taken_once(raters: Raters, name: str, tmp_p
 def test_a_damaged_list_lets_nobody_in(raters: Raters, tmp_path: Path, client_of: Callable[..., Any]) -> None:
     (tmp_path / "raters.json").write_text(json.dumps({"raters": ["ada"]}))
     with pytest.raises(BadFile):
-        raters.who("x")
+        raters.rater_of("x")
     answer = client_of(tmp_path, OPEN, Authorization="Bearer x").get("/api/progress")
     assert answer.status_code == 503 and "no list of raters" in answer.json()["error"]
 

@@ -12,9 +12,7 @@ from saeffect.web.security import HEADERS
 from saeffect.web.site import Settings
 
 
-def test_every_area_answers_with_a_page_that_may_run_only_our_scripts(
-    site_run: Path, client_of: Callable[..., Any]
-) -> None:
+def test_every_area_is_a_page_with_a_strict_policy(site_run: Path, client_of: Callable[..., Any]) -> None:
     client = client_of(site_run)
     for _, path in client.app.state.areas:
         answer = client.get(path)

@@ -35,7 +35,7 @@ def headings(page: str) -> list[str]:
     return [re.sub("<[^>]*>", "", text) for text in re.findall(r"<h[12][^>]*>(.*?)</h[12]>", page, flags=re.DOTALL)]
 
 
-def test_a_finished_run_shows_its_report_and_stays_as_it_is(run_copy: Path, client_of: Callable[..., Any]) -> None:
+def test_finished_run_shows_its_report_unchanged(run_copy: Path, client_of: Callable[..., Any]) -> None:
     before = {path: path.stat().st_mtime_ns for path in run_copy.rglob("*")}
     client = client_of(run_copy)
     page, report = page_of(client), (run_copy / "report.html").read_text()
@@ -60,7 +60,7 @@ def test_models_and_saes_may_be_gone(run_copy: Path, client_of: Callable[..., An
     assert 'id="table-table1"' in page and "cannot be shown" not in page
 
 
-def test_half_a_run_shows_what_it_has_and_how_to_go_on(run_copy: Path, client_of: Callable[..., Any]) -> None:
+def test_unfinished_run_shows_results_and_next_step(run_copy: Path, client_of: Callable[..., Any]) -> None:
     manifest = read_json(run_copy / "manifest.json")
     for key in ("compare", "report", "steer treatment"):
         del manifest["stages"][key]
@@ -180,7 +180,7 @@ def test_no_file_but_the_reports(run_copy: Path, client_of: Callable[..., Any], 
     assert answer.status_code == 404 and "secret" not in answer.text
 
 
-def test_files_of_the_run_are_cut_off_from_the_app(run_copy: Path, client_of: Callable[..., Any]) -> None:
+def test_files_of_the_run_are_sandboxed(run_copy: Path, client_of: Callable[..., Any]) -> None:
     client = client_of(run_copy)
     answer = client.get("/files/tables/table1.csv")
     assert answer.headers["content-disposition"].startswith("attachment")

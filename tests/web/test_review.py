@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from saeffect.review.store import NOT_BLIND, STORE, Given, VerdictStore
+from saeffect.review.store import NOT_BLIND, STORE, Verdict, VerdictStore
 from saeffect.study.review import read_queue
 
 
@@ -50,7 +50,7 @@ def said_of(run: Path) -> str:
 def everything(run: Path, rater: str, verdict: str) -> None:
     with VerdictStore(run / STORE) as store:
         items = read_queue(run).items
-        store.record(rater, *(Given(i.arm, i.feature, i.seen, verdict, kind=i.kind) for i in items))
+        store.record(rater, *(Verdict(i.arm, i.feature, i.seen, verdict, kind=i.kind) for i in items))
 
 
 def test_reading_the_pages_writes_nothing(run_copy: Path, client_of: Callable[..., Any]) -> None:
@@ -197,9 +197,7 @@ def test_a_blind_review_can_be_ended(run_copy: Path, client_of: Callable[..., An
     assert sources(run_copy)["Cy"] == [NOT_BLIND]
 
 
-def test_a_language_models_label_is_not_seen_before_all_is_judged(
-    run_copy: Path, client_of: Callable[..., Any]
-) -> None:
+def test_model_labels_are_hidden_until_all_is_judged(run_copy: Path, client_of: Callable[..., Any]) -> None:
     item = read_queue(run_copy).candidates[0]
     counts = dict.fromkeys(("n_active", "found", "n_silent", "left", "unanswered", "shown"), 5)
     row = {"feature": item.feature, "seen": item.seen, "label": "beating hearts", "accuracy": 0.85, "low": 0.65}
@@ -217,7 +215,7 @@ def test_a_language_models_label_is_not_seen_before_all_is_judged(
     assert "beside a language model" in page and "beating hearts" in page and "0.65" in page
 
 
-def test_a_damaged_store_gets_a_page_and_stays_as_it_is(run_copy: Path, client_of: Callable[..., Any]) -> None:
+def test_damaged_store_gives_a_page_and_is_unchanged(run_copy: Path, client_of: Callable[..., Any]) -> None:
     (run_copy / STORE).write_bytes(b"scrap" * 1000)
     answer = client_of(run_copy).get("/review")
     assert answer.status_code == 500 and "cannot be read" in answer.text and "was not changed" in answer.text
@@ -266,7 +264,7 @@ def test_judging_by_keys_alone(
 
 
 @pytest.mark.browser
-def test_a_server_that_is_gone_is_asked_again_and_counts_once(
+def test_verdict_is_retried_and_counted_once(
     run_copy: Path, serve_run: Callable[..., Any], tab: Callable[..., Any]
 ) -> None:
     from playwright.sync_api import expect

@@ -53,7 +53,7 @@ def test_no_path_leads_out(tmp_path: Path, parts: tuple[str, ...]) -> None:
         Site(run).path(*parts)
 
 
-def test_a_run_may_be_named_by_a_way_around_or_a_link(tmp_path: Path) -> None:
+def test_run_path_may_be_relative_or_a_link(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "a").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "run")

@@ -56,7 +56,7 @@ def gate(
         list[str] | None, typer.Option(help="Text to read, as path or name=path; by default the bundled text.")
     ] = None,
     field: Annotated[
-        str | None, typer.Option(help="Which field of the text, or a template: '{question} {answer}'.")
+        str | None, typer.Option(help="Which field of the text, or a template: '{question}\\n{answer}'.")
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="The text is conversations, as lists of messages.")] = False,
     positions: Annotated[

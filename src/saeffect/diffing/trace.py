@@ -32,7 +32,8 @@ from saeffect.lm.language_model import LanguageModel, fused
 from saeffect.lm.residuals import READ_ROWS, Residuals
 from saeffect.progress import SILENT, Log
 from saeffect.sae.base import SparseAutoencoder
-from saeffect.steering.generate import continue_prompts, last_logits
+from saeffect.steering.generate import continue_prompts
+from saeffect.steering.prompt_pass import last_logits
 from saeffect.steering.sampling import NoiseCell, Sampling
 from saeffect.steering.trials import kl_divergence
 
@@ -360,5 +361,9 @@ def _write(lm: LanguageModel, what: str, log: Log) -> npt.NDArray[np.int32]:
 
 def _first_words(lm: LanguageModel) -> Tensor:
     """Log probabilities of the first token after each opening, float32 [n_openings, d_vocab]."""
-    logits = [last_logits(lm, torch.tensor([lm.encode_prompt(opening)], device=lm.device))[0] for opening in OPENINGS]
-    return torch.log_softmax(torch.cat(logits), dim=1).cpu()
+    prompts = [lm.encode_prompt(opening) for opening in OPENINGS]
+    logits = torch.empty(len(prompts), lm.d_vocab)
+    for length in sorted({len(ids) for ids in prompts}):
+        rows = [row for row, ids in enumerate(prompts) if len(ids) == length]
+        logits[rows] = last_logits(lm, torch.tensor([prompts[row] for row in rows], device=lm.device))[0].cpu()
+    return torch.log_softmax(logits, dim=1)

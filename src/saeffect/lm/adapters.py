@@ -185,7 +185,7 @@ def require_fit(adapter: AdapterFile, base_config: Any, where: str) -> None:
         raise _misfit_error(_reason(error), where) from error
     # Loading may merge tensors (mixtures of experts): the model then has fewer than the file.
     missing = set(expected) - set(tensors) if len(tensors) < len(expected) else set()
-    _refuse_unloaded(adapter, result.unexpected_keys, missing, where)
+    _refuse_unloaded(adapter, set(result.unexpected_keys) - set(expected), missing, where)
 
 
 def merge_adapter(model: Any, adapter: AdapterFile, where: str) -> tuple[Any, MergedAdapter]:
@@ -261,8 +261,10 @@ def _attach(model: Any, adapter: AdapterFile, where: str, **options: Any) -> Any
     except _FROM_PEFT as error:
         raise _misfit_error(_reason(error), where) from error
     adapted.eval()
-    _refuse_unloaded(adapter, result.unexpected_keys, result.missing_keys, where)
-    _refuse_changed_values(adapted, adapter, where)
+    loaded = _adapter_tensors(adapted)
+    # Older PEFT draws VeRA's projections again and calls the file's unexpected; their values are compared below.
+    _refuse_unloaded(adapter, set(result.unexpected_keys) - set(loaded), result.missing_keys, where)
+    _refuse_changed_values(_tensors(adapted) | loaded, adapter, where)
     return adapted
 
 
@@ -328,9 +330,8 @@ def _refuse_unloaded(adapter: AdapterFile, unexpected: Iterable[str], missing: I
         raise _misfit_error(f"its file lacks {len(names)} tensors, such as {names[0]}", where)
 
 
-def _refuse_changed_values(adapted: Any, adapter: AdapterFile, where: str) -> None:
-    """Refuse a model in which a tensor of the file is missing or differs."""
-    loaded = _named_tensors(adapted) | _adapter_tensors(adapted)
+def _refuse_changed_values(loaded: Mapping[str, Tensor], adapter: AdapterFile, where: str) -> None:
+    """Refuse a model in which a tensor of the file differs."""
     with open_tensors(adapter.folder / _WEIGHTS, _WEIGHTS, at=where, fix=_COPY_AGAIN) as file:
         for name in adapter.shapes:
             tensor = loaded.get(name)

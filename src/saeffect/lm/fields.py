@@ -30,7 +30,7 @@ class TextField:
     @classmethod
     def parse(cls, wanted: str) -> TextField:
         """Parse `text`, `meta.text` or `"{question}\\n{answer}"` (literal braces are doubled); ConfigError if
-        it is invalid.
+        it is invalid. A backslash and n, as a shell or single quotes in YAML leave them, are a line feed too.
         """
         if "{" not in wanted:
             return cls(wanted, (("", wanted),))
@@ -39,7 +39,7 @@ class TextField:
             for before, name, how, conversion in string.Formatter().parse(wanted):
                 if how or conversion or (name is not None and (not name or "{" in name)):
                     raise ValueError("a field is a name in braces, such as {question}")
-                parts.append((before, name))
+                parts.append((before.replace("\\n", "\n").replace("\\t", "\t"), name))
         except ValueError as error:
             raise ConfigError(
                 f"{wanted!r} is no template: {error}.", at="field", fix='write field: "{question}\\n{answer}".'

@@ -26,7 +26,7 @@ from saeffect.lm.accounting import (
 from saeffect.lm.adapters import ADAPTER_CONFIG, keep_adapter, merge_adapter, read_adapter, require_fit
 from saeffect.lm.gguf import EMBEDDED_NAME, choose_gguf, converted_folder, described_folder, embedded_model, gguf_header
 from saeffect.lm.language_model import LanguageModel
-from saeffect.lm.placement import Placement
+from saeffect.lm.placement import Placement, refuse_unreadable_disk
 from saeffect.lm.tokens import tokenizer_trouble
 from saeffect.paths import BUNDLED, BUNDLED_FOLDER, user_path
 from saeffect.progress import SILENT, Log
@@ -193,6 +193,7 @@ def load_language_model(config: ModelConfig | str, *, at: str | None = None, log
         if adapter is not None and not config.trust_remote_code:
             require_fit(adapter, saved, adapter_at)
         model, info = _read_base(folder, config, {"dtype": dtype, **placement.options})
+        refuse_unreadable_disk(model, at)
         account_for(model, info, at or config.path, log)
         tokenizer = load_tokenizer(folder, config, at=at)
         refuse_nan(model, at or config.path)

@@ -15,7 +15,7 @@ from torch import nn
 from saeffect.config import ModelConfig
 from saeffect.errors import ConfigError
 
-__all__ = ["Placement", "aligned", "plain_copy"]
+__all__ = ["Placement", "refuse_unreadable_disk", "aligned", "plain_copy"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,17 @@ def _bitsandbytes(bits: str, stored: Any, dtype: torch.dtype, at: str | None) ->
     if bits == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def refuse_unreadable_disk(model: nn.Module, at: str | None) -> None:
+    """ConfigError if all weights are on disk and nothing reads them from there: transformers before 5.13."""
+    if any(parameter.is_meta for parameter in model.parameters()) and not hasattr(model, "hf_device_map"):
+        raise ConfigError(
+            "none of the model's weights fit into memory, and this release of transformers cannot run a model that"
+            " is on disk as a whole.",
+            at=f"{at}.max_memory" if at else "max_memory",
+            fix="give more memory, or install transformers 5.13 or newer.",
+        )
 
 
 @contextlib.contextmanager

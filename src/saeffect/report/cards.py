@@ -1,4 +1,4 @@
-"""The list of domain features on the page: one card each, with all that the study found about it."""
+"""The list of domain features on the page: one card each, with all results of the study about it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from saeffect.steering.outcomes import OUTCOMES
 
 __all__ = ["Context", "FeatureCard", "FeatureList", "IntervalMark", "feature_lists", "showcase"]
 
-_WIDTH, _EDGE = 100.0, 4.0  # width of an interval mark, and margin for the dot
+_WIDTH, _MARGIN = 100.0, 4.0  # of an interval mark; the margin leaves room for the dot
 _MAX_CONTEXTS = 4
 Pair = tuple[str, str]
 _Row = Mapping[Any, Any]
@@ -94,7 +94,7 @@ def feature_lists(context: ReportContext, order: Sequence[str]) -> tuple[Feature
     scale = _common_scale(arms)
     lists = []
     for arm in arms:
-        rows = _all_columns(arm)
+        rows = _domain_rows(arm)
         shown = rows.head(context.max_features)
         examples = _by_feature(context.examples.get(arm.name), shown["feature"])
         trials = _by_feature(arm.interventions, shown["feature"])
@@ -111,17 +111,17 @@ def feature_lists(context: ReportContext, order: Sequence[str]) -> tuple[Feature
     return tuple(lists)
 
 
-def showcase(lists: Sequence[FeatureList], per_arm: int = 3) -> tuple[FeatureCard, ...]:
-    """The features with the largest effects in the treatment, then in the control."""
+def showcase(lists: Sequence[FeatureList]) -> tuple[FeatureCard, ...]:
+    """The features with the largest effects, up to three of the treatment, then of the control."""
     chosen: list[FeatureCard] = []
     for arm in sorted(lists, key=lambda arm: arm.role != "treatment"):
         if arm.role != "placebo":
             tested = [card for card in arm.cards if card.trials]
-            chosen += ([card for card in tested if card.state == "passed"] or tested)[:per_arm]
+            chosen += ([card for card in tested if card.state == "passed"] or tested)[:3]
     return tuple(chosen)
 
 
-def _all_columns(arm: ArmTables) -> pd.DataFrame:
+def _domain_rows(arm: ArmTables) -> pd.DataFrame:
     rows = domain_features(arm)
     if "effect" not in rows.columns:
         rows["effect"] = np.nan
@@ -130,32 +130,32 @@ def _all_columns(arm: ArmTables) -> pd.DataFrame:
     ).reset_index(drop=True)
 
 
-def _by_feature(table: pd.DataFrame | None, wanted: pd.Series[Any]) -> dict[Any, pd.DataFrame]:
+def _by_feature(table: pd.DataFrame | None, features: pd.Series[Any]) -> dict[Any, pd.DataFrame]:
     if table is None or table.empty:
         return {}
-    return dict(iter(table[table["feature"].isin(wanted)].groupby("feature", sort=False)))
+    return dict(iter(table[table["feature"].isin(features)].groupby("feature", sort=False)))
 
 
 def _common_scale(arms: Sequence[ArmTables]) -> tuple[float, float]:
-    ends = [0.0]
+    values = [0.0]
     for arm in arms:
         if arm.effects is not None and len(arm.effects):
-            values = arm.effects[["effect", "effect_low", "effect_high"]].apply(pd.to_numeric, errors="coerce")
-            ends += values.to_numpy(dtype=float)[np.isfinite(values.to_numpy(dtype=float))].tolist()
-    return min(ends), max(ends)
+            columns = arm.effects[["effect", "effect_low", "effect_high"]].apply(pd.to_numeric, errors="coerce")
+            values += columns.to_numpy(dtype=float)[np.isfinite(columns.to_numpy(dtype=float))].tolist()
+    return min(values), max(values)
 
 
-def _mark(row: _Row, scale: tuple[float, float]) -> IntervalMark | None:
+def _interval_mark(row: _Row, scale: tuple[float, float]) -> IntervalMark | None:
     least, most = scale
     effect = row["effect"]
     if most <= least or not is_defined(effect):
         return None
 
-    def place(value: object) -> float:
-        shown = value if is_defined(value) else effect
-        return round(_EDGE + (_WIDTH - 2 * _EDGE) * (float(shown) - least) / (most - least), 1)
+    def at(value: object) -> float:
+        number = value if is_defined(value) else effect
+        return round(_MARGIN + (_WIDTH - 2 * _MARGIN) * (float(number) - least) / (most - least), 1)
 
-    return IntervalMark(place(row.get("effect_low")), place(row.get("effect_high")), place(effect), place(0.0))
+    return IntervalMark(at(row.get("effect_low")), at(row.get("effect_high")), at(effect), at(0.0))
 
 
 def _card(arm: ArmTables, row: _Row, outcomes: Sequence[Pair], scale: tuple[float, float]) -> FeatureCard:
@@ -174,11 +174,11 @@ def _card(arm: ArmTables, row: _Row, outcomes: Sequence[Pair], scale: tuple[floa
         chips=top,
         state=("passed" if is_true(row.get("passed")) else "not passed") if tested else "not tested",
         effect=signed(row["effect"]) if is_defined(row["effect"]) else "",
-        effect_interval=_ends(row).strip(),
-        mark=_mark(row, scale),
+        effect_interval=_effect_interval(row).strip(),
+        mark=_interval_mark(row, scale),
         coherence=fixed(row["coherence"], 2) if is_defined(row["coherence"]) else "",
         keys={name: f"{float(row[name]):.6g}" if is_defined(row.get(name)) else "" for name in names},
-        numbers=(*_steering(row), *outcomes, *_meaning(row), *_activity(row)),
+        numbers=(*_steering_numbers(row), *outcomes, *_coherence_numbers(row), *_activity_numbers(row)),
         find=" ".join([str(int(row["feature"])), label, *(chip.text for chip in top)]).lower(),
     )
 
@@ -196,12 +196,12 @@ def _contexts(table: pd.DataFrame | None) -> tuple[Context, ...]:
     )
 
 
-def _ends(row: _Row) -> str:
+def _effect_interval(row: _Row) -> str:
     low, high = row.get("effect_low"), row.get("effect_high")
     return f" {interval(low, high)}" if is_defined(low) and is_defined(high) else ""
 
 
-def _steering(row: _Row) -> list[Pair]:
+def _steering_numbers(row: _Row) -> list[Pair]:
     if not is_defined(row.get("p")):
         reason = row.get("effect_reason")
         return [("Effect", undefined(reason if isinstance(reason, str) and reason else "this feature was not tested"))]
@@ -214,7 +214,7 @@ def _steering(row: _Row) -> list[Pair]:
     return [
         (
             "Effect: steered − placebo",
-            (signed(row["effect"]) if is_defined(row["effect"]) else undefined()) + _ends(row),
+            (signed(row["effect"]) if is_defined(row["effect"]) else undefined()) + _effect_interval(row),
         ),
         ("p, q", p_value(row["p"]) + (f", {p_value(q)}" if is_defined(q) else "")),
         (f"{outcome}: unsteered, steered, placebo", ", ".join(means)),
@@ -225,7 +225,7 @@ def _steering(row: _Row) -> list[Pair]:
     ]
 
 
-def _meaning(row: _Row) -> list[Pair]:
+def _coherence_numbers(row: _Row) -> list[Pair]:
     reason = row["coherence_reason"]
     text = undefined(reason if isinstance(reason, str) else "")
     if is_defined(row["coherence"]):
@@ -239,7 +239,7 @@ def _meaning(row: _Row) -> list[Pair]:
     return pairs
 
 
-def _activity(row: _Row) -> list[Pair]:
+def _activity_numbers(row: _Row) -> list[Pair]:
     density = _share(row["density"])
     domain, general = row.get("density_domain"), row.get("density_general")
     if is_defined(domain) and is_defined(general):

@@ -1,4 +1,4 @@
-"""The study around a comparison as the report needs it, and summaries by arm of what steering did."""
+"""The study around a comparison, as the report reads it, and summaries of steering by arm."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class SteeringResults:
 
     Attributes:
         operator: "add", "clamp" or "ablate"; unit: of the dose of "add", "residual_norm" or "coefficient".
-        dose: Of the test, None if unknown; dose_note: reservations about it, or how it was chosen, "" for none.
+        dose: Of the test, None if unknown; dose_note: how it was chosen, or its limits; "" for none.
         best_doses: Each searched arm's own best dose, None where no dose had a score.
         outcomes: Declared ones, the deciding one first; placebo: the control that decides, of the requested placebos.
         outcome_effects: By arm, a row per feature, outcome and placebo (`saeffect.steering.outcome_effects`);
@@ -74,15 +74,15 @@ class SteeringResults:
         """Whether an outcome was declared before the run; all others are exploratory."""
         return outcome in self.outcomes
 
-    def in_order(self, found: Sequence[str]) -> list[str]:
-        """The given outcomes, declared ones first in their declared order.
+    def in_order(self, names: Sequence[str]) -> list[str]:
+        """The outcomes of `names`, declared ones first in their declared order.
 
         Example:
             >>> SteeringResults(outcomes=("off_list", "similarity")).in_order(["kl", "similarity", "off_list"])
             ['off_list', 'similarity', 'kl']
         """
-        first = [name for name in self.outcomes if name in found]
-        return first + [name for name in found if name not in first]
+        first = [name for name in self.outcomes if name in names]
+        return first + [name for name in names if name not in first]
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +100,7 @@ class ReportContext:
         alpha: A feature passes at q <= alpha.
         projection: Scale of the top tokens, "cosine" or "dot".
         max_features: Features listed per arm; the tables hold all of them.
-        verdicts: What people said (feature, arm, rater, verdict, label, note, kind); None if nobody was asked.
+        verdicts: People's verdicts (feature, arm, rater, verdict, label, note, kind); None without a review.
     """
 
     study: str = "study"
@@ -136,7 +136,7 @@ def outcome_summary(results: SteeringResults, order: Sequence[str], *, alpha: fl
     outcomes in either direction), reversed_share (mean over features), reason ("" if mean is defined).
     """
     rows = []
-    for shared, features in _groups(results, results.outcome_effects, order, "placebo"):
+    for shared, features in _outcome_groups(results, results.outcome_effects, order, "placebo"):
         q = _numbers(features["q"])
         rows.append(
             {
@@ -160,7 +160,7 @@ def baseline_summary(results: SteeringResults, order: Sequence[str]) -> pd.DataF
     of zero.
     """
     rows = []
-    for shared, features in _groups(results, results.baseline_effects, order, "baseline"):
+    for shared, features in _outcome_groups(results, results.baseline_effects, order, "baseline"):
         effect, low, high = (_numbers(features[name]) for name in ("effect", "low", "high"))
         rows.append(
             {
@@ -188,23 +188,23 @@ def dose_summary(response: pd.DataFrame | None, order: Sequence[str]) -> pd.Data
         return pd.DataFrame(columns=columns)
     rows = []
     for arm in order:
-        mine = response[response["arm"] == arm]
-        for condition in dict.fromkeys(mine["condition"]):
-            for dose, features in mine[mine["condition"] == condition].groupby("dose"):
+        arm_rows = response[response["arm"] == arm]
+        for condition in dict.fromkeys(arm_rows["condition"]):
+            for dose, features in arm_rows[arm_rows["condition"] == condition].groupby("dose"):
                 row: dict[str, Any] = {"arm": arm, "condition": condition, "dose": dose, "n_features": len(features)}
                 for measure in DOSE_MEASURES:
-                    row |= _interval_of(features, measure)
+                    row |= _mean_columns(features, measure)
                 rows.append(row | {"n_best": int(features["best"].astype(bool).sum())})
     return pd.DataFrame(rows, columns=columns)
 
 
 def primary_effects(effects: pd.DataFrame | None) -> dict[str, Any]:
     """Mean deciding effect over features: n_features, n_defined, mean, low, high, reason as in `outcome_summary`."""
-    return _mean(pd.DataFrame({"effect": [], "reason": []}) if effects is None or effects.empty else effects)
+    return _effect_columns(pd.DataFrame({"effect": [], "reason": []}) if effects is None or effects.empty else effects)
 
 
-def _groups(
-    results: SteeringResults, tables: Mapping[str, pd.DataFrame], order: Sequence[str], against: str
+def _outcome_groups(
+    results: SteeringResults, tables: Mapping[str, pd.DataFrame], order: Sequence[str], column: str
 ) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
     """(identifying columns, rows) for every arm, outcome and comparator, in the tables' order."""
     for arm in order:
@@ -212,36 +212,36 @@ def _groups(
         if table is None or table.empty:
             continue
         for outcome in results.in_order(list(dict.fromkeys(table["outcome"]))):
-            for _, features in table[table["outcome"] == outcome].groupby(against, sort=False):
+            for _, features in table[table["outcome"] == outcome].groupby(column, sort=False):
                 shared = {"arm": arm, "outcome": outcome, "declared": results.declared(outcome)}
-                yield shared | {"unit": str(features["unit"].iloc[0])} | _mean(features), features
+                yield shared | {"unit": str(features["unit"].iloc[0])} | _effect_columns(features), features
 
 
-def _mean(features: pd.DataFrame) -> dict[str, Any]:
+def _effect_columns(features: pd.DataFrame) -> dict[str, Any]:
     effect = _numbers(features["effect"])
     defined = effect[np.isfinite(effect)]
     estimate = mean_interval(defined)
     reasons = features["reason"].dropna().astype(str)
     reasons = reasons[reasons != ""]
-    why_none = str(reasons.mode().iloc[0]) if len(reasons) else "no feature was tested"
+    reason = str(reasons.mode().iloc[0]) if len(reasons) else "no feature was tested"
     return {
         "n_features": len(features),
         "n_defined": len(defined),
         "mean": estimate.value,
         "low": estimate.low,
         "high": estimate.high,
-        "reason": "" if len(defined) else why_none,
+        "reason": "" if len(defined) else reason,
     }
 
 
-def _interval_of(features: pd.DataFrame, measure: str) -> dict[str, float]:
+def _mean_columns(features: pd.DataFrame, measure: str) -> dict[str, float]:
     values = _numbers(features[measure])
     values = values[np.isfinite(values)]
     is_ratio = measure == "perplexity"
     estimate = mean_interval(np.log(values[values > 0]) if is_ratio else values)
     ends = (estimate.value, estimate.low, estimate.high)
-    shown = [math.exp(end) if is_ratio and math.isfinite(end) else end for end in ends]
-    return dict(zip((measure, f"{measure}_low", f"{measure}_high"), shown, strict=True))
+    numbers = [math.exp(end) if is_ratio and math.isfinite(end) else end for end in ends]
+    return dict(zip((measure, f"{measure}_low", f"{measure}_high"), numbers, strict=True))
 
 
 def _numbers(column: pd.Series[Any]) -> np.ndarray:

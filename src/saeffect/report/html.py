@@ -1,4 +1,4 @@
-"""The report as one self-contained HTML file that starts with the answer, loads nothing and escapes every string."""
+"""The report as one self-contained HTML file: it starts with the answer, loads nothing and escapes every string."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ __all__ = [
 _EARLY_FIGURES = ("learned", "where", "written", "put_back")
 
 
-class _Compiled(BytecodeCache):
-    """Templates compiled by this process: each page has an environment of its own."""
+class _TemplateCache(BytecodeCache):
+    """Templates compiled by this process, shared by the environments of all pages."""
 
     def __init__(self) -> None:
         self._code: dict[str, tuple[str, Any]] = {}
@@ -61,12 +61,12 @@ class _Compiled(BytecodeCache):
         self._code[bucket.key] = (bucket.checksum, bucket.code)
 
 
-_COMPILED = _Compiled()
+_TEMPLATE_CACHE = _TemplateCache()
 _REFERENCE = re.compile(r"\[\[((?:table|figure):\w+)\]\]")
 
 
 @dataclass(frozen=True)
-class _Explained:
+class _ExplainedTable:
     """A table of the page (or None), and the terms that first appear there."""
 
     table: TableView | None
@@ -110,43 +110,38 @@ def render_report(
     return page_environment(numbers).get_template("report.html.j2").render(
         **values,
         features_at="#features",
-        style=Markup(style),  # our own files; only these and the figures are not escaped
+        style=Markup(style),  # our own files; only they and the figures are not escaped
         script=Markup(script),
         script_hash=script_hash(),
     ) + "\n"  # fmt: skip
 
 
 def render_body(
-    comparison: Comparison,
-    *,
-    context: ReportContext | None = None,
-    figures: Sequence[DrawnFigure] | None = None,
-    features_at: str = "#features",
+    comparison: Comparison, *, context: ReportContext | None = None, features_at: str = "#features"
 ) -> Markup:
-    """The report's sections without head, style, script and list of features, which is at `features_at`, for a page
-    that has its own. Arguments and errors as `write_report`.
+    """The report's sections without head, style, script and list of features, for a page that has its own; the features
+    are at `features_at`. Arguments and errors as `write_report`.
     """
-    numbers, values = _content(comparison, context or ReportContext(), figures)
+    numbers, values = _content(comparison, context or ReportContext(), None)
     return Markup(page_environment(numbers).get_template("body.html.j2").render(**values, features_at=features_at))
 
 
 def render_early(comparison: Comparison, *, context: ReportContext) -> Markup:
-    """As `render_body`, what can be said before the comparison: how well the SAEs read, and what changed. Of
-    `comparison` only the arms and their roles in `table1`, and `matches`, are read; of `context` the gate and the
-    settings.
+    """Like `render_body`, before the comparison is made: the quality of the SAEs, and what changed. Reads only
+    `matches`, and arms and roles of `table1`, of `comparison`; gate and settings of `context`.
     """
     explain, tables = Explainer(terms(context)), {}
     for name in ("learned", "openings", "gate"):
         view = TABLES[name](comparison, context)
-        tables[name] = _Explained(view, explain.first(view.terms) if view is not None else ())
+        tables[name] = _ExplainedTable(view, explain.first(view.terms) if view is not None else ())
     further = comparison.matches.further
     figures = draw_figures(comparison, context, only=_EARLY_FIGURES) if further else ()
     drawn = [figure for figure in figures if figure.figure is not None]
-    numbers = number_page([shown.table for shown in tables.values() if shown.table is not None], drawn)
-    said = learned(further, context.domain, alpha=context.alpha) if further else None
+    numbers = number_page([entry.table for entry in tables.values() if entry.table is not None], drawn)
+    summary = learned(further, context.domain, alpha=context.alpha) if further else None
     template = page_environment(numbers).get_template("early.html.j2")
     pictures = {figure.name: _Picture(figure, Markup(inline_svg(figure))) for figure in drawn}
-    return Markup(template.render(learned=said, tables=tables, pictures=pictures))
+    return Markup(template.render(learned=summary, tables=tables, pictures=pictures))
 
 
 def script_hash() -> str:
@@ -157,15 +152,15 @@ def script_hash() -> str:
 def _content(
     comparison: Comparison, context: ReportContext, figures: Sequence[DrawnFigure] | None
 ) -> tuple[Numbering, dict[str, Any]]:
-    """What the templates show, and the numbers of its tables and figures."""
+    """The numbering of tables and figures, and the values of the templates."""
     if not comparison.answer["headline"]:
         raise ConfigError("the comparison has not been put into words.", at="comparison", fix="call with_answer first.")
     drawn = tuple(figures) if figures is not None else draw_figures(comparison, context)
     lists = feature_lists(context, [str(name) for name in comparison.table1["arm"]])
-    words, tables = evidence(comparison, context), _tables(comparison, context)
+    sentences, tables = evidence(comparison, context), _tables(comparison, context)
     steering, further = steering_section(comparison, context), comparison.matches.further
-    views = [shown.table for shown in tables.values() if shown.table is not None]
-    pictures = _pictures(drawn, words, [view.name for view in views], steering)
+    views = [entry.table for entry in tables.values() if entry.table is not None]
+    pictures = _pictures(drawn, sentences, [view.name for view in views], steering)
     return number_page(views, [picture.figure for picture in pictures.values()]), {
         "context": context,
         "title": context.title or f"What fine-tuning changed: {context.study}",
@@ -173,7 +168,7 @@ def _content(
         "crossed": list(factorial_sentences(further["factorial"]).values()) if "factorial" in further else [],
         "learned": learned(further, context.domain, alpha=context.alpha),
         "paragraph": traced_paragraph(comparison.answer, _anchors(views)),
-        "evidence": words,
+        "evidence": sentences,
         "threats": len(comparison.threats),
         "tables": tables,
         "pictures": pictures,
@@ -183,7 +178,7 @@ def _content(
         "lists": lists,
         "showcase": showcase(lists),
         "glossary": sorted(terms(context).values(), key=lambda term: term.name.lower()),
-        "provenance": tuple(_flat(context.provenance)),
+        "provenance": tuple(_flatten(context.provenance)),
     }
 
 
@@ -202,33 +197,33 @@ def page_environment(numbers: Numbering | None = None) -> Environment:
     numbers = numbers or Numbering({})
     environment = Environment(
         loader=PackageLoader("saeffect.report"),
-        bytecode_cache=_COMPILED,
+        bytecode_cache=_TEMPLATE_CACHE,
         autoescape=True,
-        finalize=_seen,
+        finalize=_make_visible,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.globals["numbers"] = numbers.labels
-    environment.globals["placed"] = {"tables": set[str](), "figures": set[str]()}  # names of what the page shows so far
+    environment.globals["placed"] = {"tables": set[str](), "figures": set[str]()}  # shown on the page so far
     environment.filters["refer"] = numbers.refer
     environment.policies["json.dumps_kwargs"] = {"sort_keys": True}
     return environment
 
 
-def _seen(value: Any) -> Any:
-    """Make control and bidirectional characters visible in all that a template writes; markup stays markup."""
+def _make_visible(value: Any) -> Any:
+    """Make control and bidirectional characters visible in a template's output; markup stays markup."""
     if not isinstance(value, str):
         return value
-    shown = printable_text(value)
-    return value if shown is value else type(value)(shown)
+    visible = printable_text(value)
+    return value if visible is value else type(value)(visible)
 
 
 def _read(name: str) -> str:
     return resources.files("saeffect.report").joinpath("templates", name).read_text(encoding="utf-8")
 
 
-def _tables(comparison: Comparison, context: ReportContext) -> dict[str, _Explained]:
+def _tables(comparison: Comparison, context: ReportContext) -> dict[str, _ExplainedTable]:
     """Tables (and sections without one) in page order, each with the terms that it is the first to use."""
     steered = bool((comparison.table1["tested"] > 0).any())
     forest = ("forest", "interval", "pass", "q", *(("common_noise",) if context.steering else ()))
@@ -238,29 +233,29 @@ def _tables(comparison: Comparison, context: ReportContext) -> dict[str, _Explai
         "fates": ("features", ("coherence", "density", "activation", "direct_effect", "kl", "p", "q")),
     }
     explain = Explainer(terms(context))
-    found = {}
-    for name, view_of in TABLES.items():
+    tables = {}
+    for name, make_view in TABLES.items():
         if name in sections:
             section, keys = sections[name]
-            found[section] = _Explained(None, explain.first(keys))
-        view = view_of(comparison, context)
-        found[name] = _Explained(view, explain.first(view.terms) if view is not None else ())
-    return found
+            tables[section] = _ExplainedTable(None, explain.first(keys))
+        view = make_view(comparison, context)
+        tables[name] = _ExplainedTable(view, explain.first(view.terms) if view is not None else ())
+    return tables
 
 
 def _pictures(
-    drawn: Iterable[DrawnFigure], words: Evidence, tables: Collection[str], steering: SteeringSection
+    drawn: Iterable[DrawnFigure], sentences: Evidence, tables: Collection[str], steering: SteeringSection
 ) -> dict[str, _Picture]:
-    """Figures of the page, without those that could not be drawn and whose reason a sentence gives."""
-    said = {"fates_by_decoder", "fates_by_activation"} if words.limits["fates"] else set()
-    missing = {"doses"} if steering.doses and "doses" not in tables else set()
-    missing |= set() if "cross" in tables else {"cross_activity"}
-    missing |= {"learned", "where", "written", "put_back", "crossed"}  # what the study did not measure is not missed
+    """Figures of the page, without undrawn ones whose reason a sentence gives already."""
+    explained = {"fates_by_decoder", "fates_by_activation"} if sentences.limits["fates"] else set()
+    unmentioned = {"doses"} if steering.doses and "doses" not in tables else set()
+    unmentioned |= set() if "cross" in tables else {"cross_activity"}
+    unmentioned |= {"learned", "where", "written", "put_back", "crossed"}  # not measured: no mention
     return {
         figure.name: _Picture(figure, Markup(inline_svg(figure) if figure.figure else ""))
         for figure in drawn
-        if figure.name not in said and (figure.figure is not None or figure.name not in missing)
-    }  # matplotlib escaped every text when it wrote the SVG, and `inline_svg` adds none of its own
+        if figure.name not in explained and (figure.figure is not None or figure.name not in unmentioned)
+    }  # safe as markup: matplotlib escapes text in SVG, and `inline_svg` adds none
 
 
 def _anchors(views: Sequence[TableView]) -> set[str]:
@@ -281,15 +276,15 @@ def _design_summary(comparison: Comparison) -> str:
     return text
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     pairs: list[tuple[str, str]] = []
     for key in sorted(values, key=str):
         label, value = f"{prefix}{key}", values[key]
         if isinstance(value, Mapping):
-            pairs += _flat(value, f"{label} · ")
+            pairs += _flatten(value, f"{label} · ")
         else:
-            shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-            pairs.append((label, shown))
+            text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            pairs.append((label, text))
     return pairs
 
 
@@ -300,13 +295,13 @@ class Numbering:
     labels: Mapping[str, str]
 
     def refer(self, text: str) -> Markup:
-        """One of our texts with its references as links and no break before "%"; everything else is escaped.
+        """A text with its references as links and no break before "%"; everything else is escaped.
 
         Example:
             >>> Numbering({"table:power": "Table 4"}).refer("See [[table:power]] & more.")
             Markup('See <a class="ref" href="#table-power">Table\\xa04</a> &amp; more.')
         """
-        pieces = _REFERENCE.split(text.replace(" %", f"{THIN_SPACE}%"))  # text and name in turns
+        pieces = _REFERENCE.split(text.replace(" %", f"{THIN_SPACE}%"))  # alternately text and name
         return Markup("").join(self._link(piece) if i % 2 else escape(piece) for i, piece in enumerate(pieces))
 
     def _link(self, key: str) -> Markup:
@@ -319,13 +314,13 @@ class Numbering:
 def number_page(tables: Iterable[TableView], figures: Iterable[DrawnFigure]) -> Numbering:
     """Number tables and figures in page order; figures of one group share a number and differ by letter."""
     labels = {f"table:{view.name}": f"Table {n}" for n, view in enumerate(tables, start=1)}
-    groups = groupby(enumerate(figures), key=lambda place: place[1].group or place[0])  # without one, each its own
-    for n, (_, places) in enumerate(groups, start=1):
-        members = [figure for _, figure in places]
-        for place, figure in enumerate(members):
-            labels[f"figure:{figure.name}"] = f"Figure {n}{_letter(place) if len(members) > 1 else ''}"
+    groups = groupby(figures, key=lambda figure: figure.group or figure.name)
+    for n, (_, group) in enumerate(groups, start=1):
+        members = list(group)
+        for index, figure in enumerate(members):
+            labels[f"figure:{figure.name}"] = f"Figure {n}{_letter(index) if len(members) > 1 else ''}"
     return Numbering(labels)
 
 
-def _letter(place: int) -> str:
-    return (_letter(place // 26 - 1) if place >= 26 else "") + chr(ord("a") + place % 26)
+def _letter(index: int) -> str:
+    return (_letter(index // 26 - 1) if index >= 26 else "") + chr(ord("a") + index % 26)

@@ -1,4 +1,4 @@
-"""Two models without an SAE: the first findings in lines, for the screen too, and the page on what both do."""
+"""Two models without an SAE: the first findings as lines of text, and the page on both models."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from saeffect.report.html import page_environment, page_style
 
 __all__ = ["ModelsPage", "first_findings", "is_same", "more_expected", "word_tokens", "write_models_page"]
 
-_WORDS = 20
+_MAX_ROWS = 20
 
 
 @dataclass(frozen=True)
 class ModelsPage:
-    """What the page says besides the trace: heading, models and text, findings in lines, and the study file."""
+    """The page besides the trace: heading, models and text, lines of findings, and the study file."""
 
     title: str
     facts: Sequence[tuple[str, str]]
@@ -45,7 +45,7 @@ def write_models_page(
     [d_vocab] says which are words, `decode` gives the text of a list of ids.
     """
     words = {
-        verb: [_word(trace, tokens, int(i)) for i in more_expected(trace, plain, less=verb == "less")[:_WORDS]]
+        verb: [_word_row(trace, tokens, int(i)) for i in more_expected(trace, plain, less=verb == "less")[:_MAX_ROWS]]
         for verb in ("more", "less")
     }
     order = np.argsort(-trace.openings, kind="stable")
@@ -54,7 +54,7 @@ def write_models_page(
         (opening, f"{kl:.3g}", decode(trace.base_texts[row].tolist()), decode(trace.texts[row].tolist()))
         for row, opening, kl in rows
     ]
-    layers = [(str(layer), f"{100 * moved:.1f}") for layer, moved in enumerate(trace.layers.tolist())]
+    layers = [(str(layer), f"{100 * change:.1f}") for layer, change in enumerate(trace.layers.tolist())]
     # The style is our own file; all else is escaped.
     values: dict[str, Any] = {"page": page, "words": words, "written": written, "layers": layers}
     content = page_environment().get_template("models.html.j2").render(style=Markup(page_style()), **values)
@@ -63,18 +63,18 @@ def write_models_page(
     return path
 
 
-def _word(trace: Trace, tokens: Sequence[str], i: int) -> tuple[str, str, str, str]:
+def _word_row(trace: Trace, tokens: Sequence[str], i: int) -> tuple[str, str, str, str]:
     base, tuned = (100 * float(p) for p in trace.expected[:, i])
     return tokens[i].strip(), f"{base:.3f}", f"{tuned:.3f}", f"{tuned / base:.2g}"
 
 
-_SHOWN = 8  # words, features
-_LEAST = 20  # tokens on which a feature must fire, in one of the models, for its rise or fall to be told
-_TOP = 4  # tokens a feature
+_MAX_ITEMS = 8  # words, features
+_MIN_FIRINGS = 20  # tokens on which a listed feature fires at least, in one of the models
+_N_TOKENS = 4  # tokens a feature
 
 
 def is_same(trace: Trace) -> bool:
-    """Whether the two models do the same: all predictions and activations equal to the last digit."""
+    """Whether the two models are equal: all predictions and activations are, to the last digit."""
     return trace.numbers["kl"] == 0 and not trace.layers.any()
 
 
@@ -82,7 +82,7 @@ def more_expected(trace: Trace, plain: npt.NDArray[np.bool_], *, less: bool = Fa
     """Ids of the `plain` tokens (bool [d_vocab]) that the tuned model expects more than the base model, most telling
     first.
 
-    By p log(p / q), their share of the divergence of the mean predictions, where positive; `less` turns the two around.
+    By p log(p / q), their share of the divergence of the mean predictions, where positive; `less` swaps the models.
     """
     base, tuned = trace.expected.astype(np.float64)[:: -1 if less else 1]
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -105,24 +105,24 @@ def first_findings(
     groups: pd.DataFrame | None = None,
     decode: Callable[[list[int]], str] | None = None,
 ) -> list[str]:
-    """Lines, the plainest first, from what `more_expected` takes, and more.
+    """Lines of findings, the plainest first; arguments as in `more_expected`.
 
     `top_tokens` are those of each feature of the SAE, [d_sae], empty without one; `groups` the table `change_groups`,
     if it was made; `decode` gives the text of a list of ids (None: the tokens joined).
     """
     words = word_tokens(tokens, plain)
-    lines = [_losses(trace), _distance(trace)]
+    lines = [_perplexity_line(trace), _distance_line(trace)]
     for less, verb in ((False, "more"), (True, "less")):
-        ids = more_expected(trace, words, less=less)[:_SHOWN]
+        ids = more_expected(trace, words, less=less)[:_MAX_ITEMS]
         if len(ids):
-            lines.append(f"words expected {verb} often: " + ", ".join(_ratio(trace, tokens, int(i)) for i in ids))
+            lines.append(f"words expected {verb} often: " + ", ".join(_word_ratio(trace, tokens, int(i)) for i in ids))
     if len(top_tokens):
-        lines += _named(groups) or _fired(trace, top_tokens)
-    lines += _after_openings(trace, tokens, decode)
+        lines += _claimed_group_lines(groups) or _changed_feature_lines(trace, top_tokens)
+    lines += _opening_lines(trace, tokens, decode)
     return lines
 
 
-def _losses(trace: Trace) -> str:
+def _perplexity_line(trace: Trace) -> str:
     numbers = trace.numbers
     names = [key.removeprefix("loss_base_") for key in numbers if key.startswith("loss_base_")]
     parts = []
@@ -132,51 +132,51 @@ def _losses(trace: Trace) -> str:
     return f"perplexity: {', '.join(parts)}"
 
 
-def _distance(trace: Trace) -> str:
-    last, most = len(trace.layers) - 1, int(np.argmax(trace.layers))
-    where = "" if most == last else f", most after block {most} ({100 * trace.layers[most]:.0f} %)"
+def _distance_line(trace: Trace) -> str:
+    last, largest = len(trace.layers) - 1, int(np.argmax(trace.layers))
+    location = "" if largest == last else f", most after block {largest} ({100 * trace.layers[largest]:.0f} %)"
     return (
         f"predictions: KL {trace.numbers['kl']:.3g} nats a token; the residual stream moves by"
-        f" {100 * trace.layers[last]:.0f} % of its length after the last block{where}"
+        f" {100 * trace.layers[last]:.0f} % of its length after the last block{location}"
     )
 
 
-def _ratio(trace: Trace, tokens: Sequence[str], i: int) -> str:
+def _word_ratio(trace: Trace, tokens: Sequence[str], i: int) -> str:
     base, tuned = trace.expected[:, i]
     return f"{tokens[i].strip()} (× {tuned / base:.2g})"
 
 
-def _named(groups: pd.DataFrame | None) -> list[str]:
-    """Groups that may be named, else nothing."""
+def _claimed_group_lines(groups: pd.DataFrame | None) -> list[str]:
+    """The claimed groups of features, if any."""
     if groups is None or groups.empty:
         return []
     claimed = groups[groups["claimed"].astype(bool)]
     return [
         f"{row.direction} than in any null fine-tune: {row.name} ({row.n_features} features; q {row.q:.2g})"
-        for row in claimed.head(_SHOWN).itertuples(index=False)
+        for row in claimed.head(_MAX_ITEMS).itertuples(index=False)
     ]
 
 
-def _fired(trace: Trace, top_tokens: Sequence[Sequence[str]]) -> list[str]:
+def _changed_feature_lines(trace: Trace, top_tokens: Sequence[Sequence[str]]) -> list[str]:
     """Features whose mean activation on the text changed most, by ratio, among those that fire often enough."""
-    base, tuned, dense, denser = trace.read.astype(np.float64)
-    often = np.maximum(dense, denser) * trace.numbers["n_tokens"] >= _LEAST
-    floor = np.median(base[often]) / 10 if often.any() else 0.0  # or a feature of nearly 0 would lead every list
+    base, tuned, density_base, density_tuned = trace.read.astype(np.float64)
+    fires = np.maximum(density_base, density_tuned) * trace.numbers["n_tokens"] >= _MIN_FIRINGS
+    floor = np.median(base[fires]) / 10 if fires.any() else 0.0  # else features near 0 would lead every list
     with np.errstate(divide="ignore", invalid="ignore"):
-        change = np.where(often, np.log((tuned + floor) / (base + floor)), 0.0)
+        change = np.where(fires, np.log((tuned + floor) / (base + floor)), 0.0)
     lines = []
     for order, verb in ((np.argsort(-change, kind="stable"), "more"), (np.argsort(change, kind="stable"), "less")):
-        shown = [int(f) for f in order[:_SHOWN] if (change[f] > 0) == (verb == "more") and change[f] != 0]
-        if shown:
-            times = [f"× {tuned[f] / base[f]:.2g}" if base[f] > 0 else "new" for f in shown]
-            first = [" ".join(token.strip() for token in top_tokens[f][:_TOP]) for f in shown]
-            words = [f"{f} ({tokens}: {size})" for f, tokens, size in zip(shown, first, times, strict=True)]
-            lines.append(f"features that fire {verb}: {', '.join(words)}")
+        features = [int(f) for f in order[:_MAX_ITEMS] if (change[f] > 0) == (verb == "more") and change[f] != 0]
+        if features:
+            ratios = [f"× {tuned[f] / base[f]:.2g}" if base[f] > 0 else "new" for f in features]
+            labels = [" ".join(token.strip() for token in top_tokens[f][:_N_TOKENS]) for f in features]
+            items = [f"{f} ({label}: {ratio})" for f, label, ratio in zip(features, labels, ratios, strict=True)]
+            lines.append(f"features that fire {verb}: {', '.join(items)}")
     return lines
 
 
-def _after_openings(trace: Trace, tokens: Sequence[str], decode: Callable[[list[int]], str] | None) -> list[str]:
-    """What both write after the opening at which they differ most."""
+def _opening_lines(trace: Trace, tokens: Sequence[str], decode: Callable[[list[int]], str] | None) -> list[str]:
+    """The texts of both models after the opening at which they differ most."""
     opening = int(np.argmax(trace.openings))
 
     def text(rows: npt.NDArray[np.int32]) -> str:

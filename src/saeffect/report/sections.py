@@ -38,9 +38,9 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Evidence:
-    """The sentences of each section on evidence; "" for none. `stagewise` says why features were not followed through
-    continued training, `gravest` are the threats quoted beside the answer, `limits` says by section what cannot be
-    concluded and why.
+    """The sentences of each section on evidence; "" for none. `stagewise`: why features were not followed through
+    continued training; `gravest`: the threats quoted beside the answer; `limits`: by section, what cannot be concluded
+    and why.
     """
 
     calibration: str
@@ -78,17 +78,17 @@ def evidence(comparison: Comparison, context: ReportContext) -> Evidence:
 
 def _limits(comparison: Comparison, fates: str) -> dict[str, str]:
     limits = {"chance": "", "fates": "", "regression": ""}
-    counts, calibration = comparison.matches.fate_counts, comparison.calibration
-    if counts.empty:
+    fate_counts, calibration = comparison.matches.fate_counts, comparison.calibration
+    if fate_counts.empty:
         limits["fates"] = "Features were not matched in this study, so nothing is known about which became which."
-    elif not counts["n_placebo"].notna().any():
+    elif not fate_counts["n_placebo"].notna().any():
         limits["fates"] = (
             f"{fates} The similarity of each feature to its nearest is in comparison/fates_control.parquet."
         )
-    # Whether any declared test (any at all, if none is declared) could be tried where there is nothing to find.
+    # Calibration needs a null pair for a declared test (for any test, if none is declared).
     declared = calibration[calibration["declared"].astype(bool)] if len(calibration) else calibration
-    shown = declared if len(declared) else calibration
-    if shown.empty or not (shown["tests"] > 0).any():
+    tests = declared if len(declared) else calibration
+    if tests.empty or not (tests["tests"] > 0).any():
         limits["chance"] = calibration_verdict(calibration)
     if comparison.regression.empty or not comparison.regression["estimate"].notna().any():
         limits["regression"] = coherence_sentence(comparison.regression)
@@ -98,10 +98,10 @@ def _limits(comparison: Comparison, fates: str) -> dict[str, str]:
 def threat_summary(threats: pd.DataFrame) -> str:
     """The number of threats of each severity, in a sentence above the list."""
     counts = {name: int((threats["severity"] == name).sum()) for name in SEVERITIES}
-    listed = joined([f"{n} {name}" for name, n in counts.items() if n])
+    numbers = joined([f"{n} {name}" for name, n in counts.items() if n])
     noun = "threat" if len(threats) == 1 else "threats"
-    lead = "" if counts["serious"] else " None of them is known to overturn the answer."
-    return f"{listed} {noun}, found by rule in the tables of this study.{lead}"
+    reassurance = "" if counts["serious"] else " None of them is known to overturn the answer."
+    return f"{numbers} {noun}, found by rule in the tables of this study.{reassurance}"
 
 
 def gravest(threats: pd.DataFrame) -> list[str]:
@@ -121,30 +121,30 @@ class Piece:
 
 def traced_paragraph(answer: Answer, anchors: Collection[str]) -> tuple[Piece, ...]:
     """The answer's paragraph; each number links to its row or else its table, if in `anchors` (ids of the page)."""
-    text, pieces, at = answer["paragraph"], [], 0
+    text, pieces, end = answer["paragraph"], [], 0
     for trace in answer["traces"]:
-        anchor = next((name for name in _anchors_of(trace) if name in anchors), "")
-        where = ", ".join(f"{column} = {value}" for column, value in trace["row"].items())
-        pieces.append(Piece(text[at : trace["start"]]))
-        pieces.append(Piece(trace["text"], anchor, f"comparison/{trace['table']}.parquet, {where}"))
-        at = trace["start"] + len(trace["text"])
-    return tuple(piece for piece in (*pieces, Piece(text[at:])) if piece.text)
+        anchor = next((name for name in _candidate_anchors(trace) if name in anchors), "")
+        selection = ", ".join(f"{column} = {value}" for column, value in trace["row"].items())
+        pieces.append(Piece(text[end : trace["start"]]))
+        pieces.append(Piece(trace["text"], anchor, f"comparison/{trace['table']}.parquet, {selection}"))
+        end = trace["start"] + len(trace["text"])
+    return tuple(piece for piece in (*pieces, Piece(text[end:])) if piece.text)
 
 
-def _anchors_of(trace: CitedNumber) -> tuple[str, ...]:
+def _candidate_anchors(trace: CitedNumber) -> tuple[str, ...]:
     row, table = trace["row"], trace["table"]
     if table == "contrasts":
         quantity = str(row["quantity"])
         return f"row-glance-{quantity.removesuffix('_seeds')}", f"row-contrasts-{quantity}", "table-contrasts"
     if table == "cross_activity":
-        named = (f"row-cross-{row['feature']}", "table-cross") if "feature" in row else ()
-        return (*named, "activity-summary")
+        of_feature = (f"row-cross-{row['feature']}", "table-cross") if "feature" in row else ()
+        return (*of_feature, "activity-summary")
     return {"fate_counts": ("table-fates",), "threats": ("table-threats",)}[table]
 
 
 @dataclass(frozen=True)
 class SteeringSection:
-    """Sentences on steering; `caveat` must be known before the answer is quoted ("" for none)."""
+    """Sentences on steering; `caveat` belongs beside any quotation of the answer ("" for none)."""
 
     lead: str
     caveat: str
@@ -157,10 +157,10 @@ def steering_section(comparison: Comparison, context: ReportContext) -> Steering
     """The sentences of the section on steering."""
     results = context.steering
     tested = {str(row["arm"]): int(row["tested"]) for row in comparison.table1.to_dict("records")}
-    spoken = results if any(tested.values()) else None
+    with_tests = results if any(tested.values()) else None
     return SteeringSection(
-        lead=_lead(spoken) if spoken is not None else "",
-        caveat=_ABLATED if spoken is not None and _below(spoken) else "",
+        lead=_lead(with_tests) if with_tests is not None else "",
+        caveat=_ABLATION_CAVEAT if with_tests is not None and _lowers(with_tests) else "",
         limits=_steering_limits(results, tested),
         baselines=baseline_sentences(comparison, context),
         doses=_doses(results, context),
@@ -168,27 +168,27 @@ def steering_section(comparison: Comparison, context: ReportContext) -> Steering
 
 
 def _lead(results: SteeringResults) -> str:
-    texts = ""
+    n_texts = ""
     if results.n_prompts and results.samples:
-        texts = f", on {plural(results.n_prompts, 'prompt')} × {plural(results.samples, 'text')}"
-    others = [OUTCOMES[name].label for name in results.outcomes[1:]]
-    also = f" Declared beside it: {', '.join(others)}." if others else ""
+        n_texts = f", on {plural(results.n_prompts, 'prompt')} × {plural(results.samples, 'text')}"
+    declared = [OUTCOMES[name].label for name in results.outcomes[1:]]
+    also = f" Declared beside it: {', '.join(declared)}." if declared else ""
     reading = (
-        " A feature passes for an effect below zero: it had been bringing its concept in." if _below(results) else ""
+        " A feature passes for an effect below zero: it had been bringing its concept in." if _lowers(results) else ""
     )
     return (
-        f"Features were steered {dose_words(results)}{texts}. What decides is the "
+        f"Features were steered {dose_words(results)}{n_texts}. What decides is the "
         f"{OUTCOMES[results.deciding].label} of steered texts minus that under the "
         f"{control_label(results.placebo)}, declared before the run.{also} What is marked exploratory was not.{reading}"
     )
 
 
-def _below(results: SteeringResults) -> bool:
+def _lowers(results: SteeringResults) -> bool:
     """Whether the test looks for effects below zero."""
     return results.operator == "ablate" and OUTCOMES[results.deciding].alternative != "two-sided"
 
 
-_ABLATED = (
+_ABLATION_CAVEAT = (
     "Features were switched off, which takes their concept away: a feature passes for an effect below zero. One "
     "that is off on these prompts changes no text and cannot pass, so a pass rate near 0 does not say that "
     "features do nothing where they fire."
@@ -198,24 +198,24 @@ _ABLATED = (
 def _steering_limits(results: SteeringResults | None, tested: Mapping[str, int]) -> tuple[str, ...]:
     measured = results is not None and any(len(table) for table in results.outcome_effects.values())
     if not any(tested.values()) and not measured:
-        why = f" ({results.dose_note})" if results is not None and results.dose is None and results.dose_note else ""
-        return (f"No feature was steered{why}, so nothing can be said about what the features cause.",)
-    found = []
+        reason = f" ({results.dose_note})" if results is not None and results.dose is None and results.dose_note else ""
+        return (f"No feature was steered{reason}, so nothing can be said about what the features cause.",)
+    limits = []
     if results is not None and not results.placebos:
-        found.append(
+        limits.append(
             "The study steers along no placebo: that a text changes cannot be told from what any push of that size "
             "does, and no feature can pass."
         )
     if results is not None and results.n_prompts * results.samples == 1:
-        found.append("There is one prompt and one text: a single pair shows no spread, so no feature has an interval.")
+        limits.append("There is one prompt and one text: a single pair shows no spread, so no feature has an interval.")
     elif results is not None and results.n_prompts == 1:
-        found.append("There is one prompt: whether the effects hold on any other cannot be said.")
+        limits.append("There is one prompt: whether the effects hold on any other cannot be said.")
     for arm, n in tested.items():
         if n == 0:
-            found.append(f"No feature of {arm} was tested: nothing can be said about what its features cause.")
+            limits.append(f"No feature of {arm} was tested: nothing can be said about what its features cause.")
         elif n == 1:
-            found.append(f"One feature of {arm} was tested: the arm's mean has no interval.")
-    return tuple(found)
+            limits.append(f"One feature of {arm} was tested: the arm's mean has no interval.")
+    return tuple(limits)
 
 
 def _doses(results: SteeringResults | None, context: ReportContext) -> tuple[str, ...]:
@@ -230,11 +230,11 @@ def _doses(results: SteeringResults | None, context: ReportContext) -> tuple[str
             f"One dose, {results.dose:g}, was set in the study file and none searched for, so there is no "
             "dose-response curve: whether another would do more is not known.",
         )
-    found = ["One dose serves every arm: arms steered at different strengths could not be compared."]
-    own = [(arm, dose) for arm, dose in results.best_doses.items() if is_defined(dose)]
-    if own:
-        listed = ", ".join(f"{arm} {dose:g}" for arm, dose in own)
-        found.append(f"Each arm's own best dose in the search: {listed}; the one used: {results.dose:g}.")
+    sentences = ["One dose serves every arm: arms steered at different strengths could not be compared."]
+    best = [(arm, dose) for arm, dose in results.best_doses.items() if is_defined(dose)]
+    if best:
+        doses = ", ".join(f"{arm} {dose:g}" for arm, dose in best)
+        sentences.append(f"Each arm's own best dose in the search: {doses}; the one used: {results.dose:g}.")
     if results.dose_note:
-        found.append(f"A reservation: {results.dose_note}.")
-    return tuple(found)
+        sentences.append(f"A reservation: {results.dose_note}.")
+    return tuple(sentences)

@@ -1,4 +1,4 @@
-"""Tokens and texts for the page: cut, marked, hidden characters visible. Plain strings: the template escapes them."""
+"""Tokens and texts for the page: shortened, marked, hidden characters visible. The template escapes them."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ __all__ = [
     "visible_text",
 ]
 
-_BEFORE, _AFTER = 22, 10  # tokens of a context shown around its strongest one
-_LONGEST_TOKEN, _LONGEST_TEXT = 40, 320
+_TOKENS_BEFORE, _TOKENS_AFTER = 22, 10  # tokens shown around a context's strongest one
+_MAX_TOKEN, _MAX_TEXT = 40, 320
 _LEVELS = 5
 _CONDITIONS = {
     "unsteered": "Unsteered",
@@ -34,7 +34,7 @@ _CONDITIONS = {
     "matched": "Placebo: a feature of another subject",
     "random": "Placebo: a random direction",
 }
-_TRIAL = ("prompt", "sample", "condition", "dose", "similarity", "text")
+_TRIAL_COLUMNS = ("prompt", "sample", "condition", "dose", "similarity", "text")
 
 
 @dataclass(frozen=True)
@@ -89,19 +89,19 @@ def chips(tokens: Sequence[str], weights: Sequence[float], matched: Collection[s
         Chip(starts_word=False, text='\\\\n', weight='0.50', in_vocabulary=False)
     """
     words = {normalise_token(token) for token in matched}
-    found = []
+    result = []
     for token, weight in zip(tokens, weights, strict=True):
-        shown = printable_token(str(token))
-        body = shown.lstrip(" ")
-        found.append(
+        visible = printable_token(str(token))
+        body = visible.lstrip(" ")
+        result.append(
             Chip(
-                starts_word=len(body) < len(shown) and bool(body),
-                text=_shortened(body or "␣" * max(1, len(shown)), _LONGEST_TOKEN),
+                starts_word=len(body) < len(visible) and bool(body),
+                text=_shorten(body or "␣" * max(1, len(visible)), _MAX_TOKEN),
                 weight=fixed(weight, 2),
                 in_vocabulary=normalise_token(str(token)) in words,
             )
         )
-    return tuple(found)
+    return tuple(result)
 
 
 def context_runs(
@@ -114,19 +114,19 @@ def context_runs(
         >>> [run.level for run in context_runs([" a", " b", " c", " d"], [0, 0, 4.0, 1.0], 2)]
         [0, 5, 2]
     """
-    start, stop = max(0, position - _BEFORE), min(len(tokens), position + _AFTER + 1)
+    start, stop = max(0, position - _TOKENS_BEFORE), min(len(tokens), position + _TOKENS_AFTER + 1)
     peak = max(map(float, activations), default=0.0) if peak is None else peak
     runs = []
     for index in range(start, stop):
-        text = _shortened(printable_token(str(tokens[index])), _LONGEST_TOKEN)
+        text = _shorten(printable_token(str(tokens[index])), _MAX_TOKEN)
         strength = float(activations[index])
         level = min(_LEVELS, 1 + int(_LEVELS * strength / peak)) if strength > 0 else 0
         runs.append(Run(text, level, f"{strength:.2f}", index == position) if level else Run(text))
     before, after = [Run("… ")] * (start > 0), [Run(" …")] * (stop < len(tokens))
-    return (*before, *_merged(runs), *after)
+    return (*before, *_merge_plain(runs), *after)
 
 
-def _merged(runs: Iterable[Run]) -> list[Run]:
+def _merge_plain(runs: Iterable[Run]) -> list[Run]:
     merged: list[Run] = []
     for run in runs:
         if not run.level and merged and not merged[-1].level:
@@ -136,14 +136,14 @@ def _merged(runs: Iterable[Run]) -> list[Run]:
     return merged
 
 
-def visible_text(text: str, limit: int = _LONGEST_TEXT) -> str:
+def visible_text(text: str, limit: int = _MAX_TEXT) -> str:
     """A generated text on one line: line breaks as ↵, other hidden characters by number, cut at `limit`.
 
     Example:
         >>> visible_text("one\\ntwo\\u202e")
         'one ↵ twoU+202E'
     """
-    return _shortened(printable_token(re.sub(r"\s*\n\s*", " ↵ ", str(text)).strip()), limit)
+    return _shorten(printable_token(re.sub(r"\s*\n\s*", " ↵ ", str(text)).strip()), limit)
 
 
 def text_runs(text: str, words: Collection[str]) -> tuple[Run, ...]:
@@ -154,10 +154,10 @@ def text_runs(text: str, words: Collection[str]) -> tuple[Run, ...]:
         [('Take the ', 0), ('drug', 1), ('.', 0)]
     """
     pieces = re.split(r"(\w+)", visible_text(text))
-    return tuple(_merged(Run(piece, int(len(piece) >= 3 and piece.lower() in words)) for piece in pieces))
+    return tuple(_merge_plain(Run(piece, int(len(piece) >= 3 and piece.lower() in words)) for piece in pieces))
 
 
-def _shortened(text: str, limit: int) -> str:
+def _shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
@@ -169,7 +169,7 @@ def representative_trials(
     """
     if table is None:
         return ()
-    rows = list(zip(*(table[name].tolist() for name in _TRIAL), strict=True))
+    rows = list(zip(*(table[name].tolist() for name in _TRIAL_COLUMNS), strict=True))
     doses = [dose for _, _, condition, dose, _, _ in rows if condition == "steered"]
     if not doses:
         return ()
@@ -180,48 +180,48 @@ def representative_trials(
             pairs.setdefault((prompt, sample), {}).setdefault(condition, (similarity, text))
     keys = sorted(pairs)
     texts = [pairs[key] for key in keys]
-    base = next((name for name in ("matched", "random", "unsteered") if any(name in pair for pair in texts)), "")
-    if not base:
+    reference = next((name for name in ("matched", "random", "unsteered") if any(name in pair for pair in texts)), "")
+    if not reference:
         return ()
     no_text = (math.nan, "")
     difference = np.array(
-        [pair.get("steered", no_text)[0] - pair.get(base, no_text)[0] for pair in texts], dtype=np.float64
+        [pair.get("steered", no_text)[0] - pair.get(reference, no_text)[0] for pair in texts], dtype=np.float64
     )
     words = {word for word in map(normalise_token, top_tokens) if len(word) >= 3}
-    shown = []
-    for which, place in _places(difference):
-        prompt, sample = keys[place]
+    trials = []
+    for rank, i in _representative_pairs(difference):
+        prompt, sample = keys[i]
         name = visible_text(prompts[prompt], 120) if prompt < len(prompts) else f"prompt {prompt}"
-        shown.append(
+        trials.append(
             Trial(
-                which=which,
+                which=rank,
                 prompt=f"{name} · sample {sample + 1}",
-                difference=signed(difference[place]) if is_defined(difference[place]) else "undefined",
-                texts=_generated(texts[place], words),
-                same=len(texts[place]) > 1 and len({text for _, text in texts[place].values()}) == 1,
+                difference=signed(difference[i]) if is_defined(difference[i]) else "undefined",
+                texts=_generated(texts[i], words),
+                same=len(texts[i]) > 1 and len({text for _, text in texts[i].values()}) == 1,
             )
         )
-    return tuple(shown)
+    return tuple(trials)
 
 
 def _generated(pair: Mapping[str, tuple[float, str]], words: Collection[str]) -> tuple[Generated, ...]:
-    found = []
+    texts = []
     for condition, title in _CONDITIONS.items():
         if condition in pair:
             similarity, text = pair[condition]
-            shown = fixed(similarity, 2) if is_defined(similarity) else "undefined"
-            found.append(Generated(condition, title, shown, text_runs(str(text), words)))
-    return tuple(found)
+            similarity_text = fixed(similarity, 2) if is_defined(similarity) else "undefined"
+            texts.append(Generated(condition, title, similarity_text, text_runs(str(text), words)))
+    return tuple(texts)
 
 
-def _places(difference: np.ndarray) -> list[tuple[str, int]]:
-    """Positions of the median, best and worst pair; fewer if there are fewer pairs."""
+def _representative_pairs(difference: np.ndarray) -> list[tuple[str, int]]:
+    """Indices of the median, best and worst pair, without repeats."""
     defined = np.flatnonzero(np.isfinite(difference))
     if not len(defined):
         return [("first", 0)]
     order = defined[np.argsort(difference[defined], kind="stable")]
-    found = {"typical (median)": int(order[(len(order) - 1) // 2])}
-    for which, place in (("best", int(order[-1])), ("worst", int(order[0]))):
-        if place not in found.values():
-            found[which] = place
-    return list(found.items())
+    pairs = {"typical (median)": int(order[(len(order) - 1) // 2])}
+    for rank, index in (("best", int(order[-1])), ("worst", int(order[0]))):
+        if index not in pairs.values():
+            pairs[rank] = index
+    return list(pairs.items())

@@ -1,4 +1,4 @@
-"""The verdicts of a guard as JSON, JUnit XML and Markdown: all from one list, none with a number of its own."""
+"""The verdicts of a guard as JSON, JUnit XML and Markdown."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def headline(verdicts: Sequence[Verdict]) -> str:
     broken = [verdict.rule for verdict in verdicts if verdict.status == "broken"]
     unjudged = [verdict.rule for verdict in verdicts if verdict.status == "unjudged"]
     n_judged = sum(verdict.status in ("kept", "broken") for verdict in verdicts)
-    said = f"Broken: {', '.join(broken)}." if broken else f"Kept: {n_judged} of {n_judged} rules."
-    return said + (f" Not judged: {', '.join(unjudged)}." if unjudged else "")
+    text = f"Broken: {', '.join(broken)}." if broken else f"Kept: {n_judged} of {n_judged} rules."
+    return text + (f" Not judged: {', '.join(unjudged)}." if unjudged else "")
 
 
 def cells(verdict: Verdict) -> tuple[str, ...]:
@@ -50,45 +50,45 @@ def cells(verdict: Verdict) -> tuple[str, ...]:
 
 
 def false_alarms(verdict: Verdict) -> str:
-    """How often a fine-tune that taught nothing would break this rule: what is promised, and what the nulls did."""
+    """The rate at which null fine-tunes break this rule: the promised bound, and that of the measured nulls."""
     if not verdict.nulls or verdict.status in ("unjudged", "reported"):
         return "-" if verdict.nulls else "unknown: no nulls"
-    seen = f"{verdict.nulls_broken} of {verdict.nulls} nulls"
+    among_nulls = f"{verdict.nulls_broken} of {verdict.nulls} nulls"
     if math.isnan(verdict.level):
-        return seen
-    return f"at most {verdict.level:.3g}; {seen}"
+        return among_nulls
+    return f"at most {verdict.level:.3g}; {among_nulls}"
 
 
 def markdown(verdicts: Sequence[Verdict], title: str) -> str:
-    """For a comment on a pull request."""
-    lines = [f"### {_escaped(title)}", "", f"**{_escaped(headline(verdicts))}**", ""]
+    """The verdicts as a comment on a pull request."""
+    lines = [f"### {_escape(title)}", "", f"**{_escape(headline(verdicts))}**", ""]
     lines += ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for verdict in verdicts:
-        lines.append(f"| {_MARKS[verdict.status]} | " + " | ".join(map(_escaped, cells(verdict))) + " |")
-    lines += ["", *(f"- {_escaped(f'{v.rule}: {v.reason}')}" for v in verdicts if v.reason), "", _note(verdicts)]
+        lines.append(f"| {_MARKS[verdict.status]} | " + " | ".join(map(_escape, cells(verdict))) + " |")
+    lines += ["", *(f"- {_escape(f'{v.rule}: {v.reason}')}" for v in verdicts if v.reason), "", _p_note(verdicts)]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _note(verdicts: Sequence[Verdict]) -> str:
-    nulls = max((verdict.nulls for verdict in verdicts if verdict.rule.startswith("group ")), default=0)
-    if not nulls:
+def _p_note(verdicts: Sequence[Verdict]) -> str:
+    n_nulls = max((verdict.nulls for verdict in verdicts if verdict.rule.startswith("group ")), default=0)
+    if not n_nulls:
         return ""
-    how = (
-        f"p is Student's for one more value among {nulls} nulls, which assumes that scores are normal over nulls"
-        if nulls >= MANY_NULLS
-        else f"p is the rank among {nulls} nulls, so never below 1/{nulls + 1}"
+    method = (
+        f"p is Student's for one more value among {n_nulls} nulls, which assumes that scores are normal over nulls"
+        if n_nulls >= MANY_NULLS
+        else f"p is the rank among {n_nulls} nulls, so never below 1/{n_nulls + 1}"
     )
-    return f"{how}; corrected for the number of rules for groups by Holm's method."
+    return f"{method}; corrected for the number of rules for groups by Holm's method."
 
 
-def _escaped(text: str) -> str:
-    """Text that Markdown takes as it is."""
+def _escape(text: str) -> str:
+    """Text with Markdown's special characters escaped."""
     text = printable_text(text)
     return "".join(f"\\{c}" if c in "\\`*_{}[]<>#|" else c for c in text)
 
 
 def plain(verdicts: Sequence[Verdict], title: str) -> dict[str, Any]:
-    """What verdicts.json holds; NaN becomes null."""
+    """The content of verdicts.json; NaN becomes null."""
     rows = [asdict(verdict) | {"false_alarms": false_alarms(verdict)} for verdict in verdicts]
     return {"title": title, "headline": headline(verdicts), "verdicts": rows}
 
@@ -106,12 +106,12 @@ def junit(verdicts: Sequence[Verdict], title: str) -> bytes:
     )
     for verdict in verdicts:
         case = ElementTree.SubElement(suite, "testcase", classname="saeffect.guard", name=printable_text(verdict.rule))
-        said = "; ".join(f"{name}: {text}" for name, text in zip(COLUMNS[1:], cells(verdict)[1:], strict=True))
+        details = "; ".join(f"{name}: {text}" for name, text in zip(COLUMNS[1:], cells(verdict)[1:], strict=True))
         if verdict.status != "kept":
             kind = "failure" if verdict.status == "broken" else "skipped"
-            ElementTree.SubElement(case, kind, message=printable_text(verdict.reason or said)).text = said
+            ElementTree.SubElement(case, kind, message=printable_text(verdict.reason or details)).text = details
         else:
-            ElementTree.SubElement(case, "system-out").text = said
+            ElementTree.SubElement(case, "system-out").text = details
     return ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True) + b"\n"
 
 

@@ -25,7 +25,7 @@ from saeffect.errors import ConfigError, unknown_name
 from saeffect.review.database import as_saeffect_error, connect
 from saeffect.review.verdicts import VERDICTS
 
-__all__ = ["NOT_BLIND", "STORE", "Given", "Rater", "VerdictStore"]
+__all__ = ["NOT_BLIND", "STORE", "Verdict", "Rater", "VerdictStore"]
 
 STORE = "verdicts.sqlite"
 NOT_BLIND = "app, not blind"
@@ -52,7 +52,7 @@ class Rater:
 
 
 @dataclass(frozen=True)
-class Given:
+class Verdict:
     """One verdict of a person.
 
     Attributes:
@@ -126,21 +126,21 @@ class VerdictStore:
         rows = self._read("SELECT name FROM raters WHERE folded = ?", [_fold(name)])
         return str(rows[0][0]) if rows else None
 
-    def record(self, rater: str, *verdicts: Given) -> list[int]:
+    def record(self, rater: str, *verdicts: Verdict) -> list[int]:
         """Add verdicts, all or none, and return their ids once they are on the disk.
 
         A verdict whose `request` is already stored is not added again.
         """
         return self.record_many([(rater, verdict) for verdict in verdicts])
 
-    def record_many(self, verdicts: Sequence[tuple[str, Given]]) -> list[int]:
+    def record_many(self, verdicts: Sequence[tuple[str, Verdict]]) -> list[int]:
         """`record` for verdicts of several raters, in one transaction."""
         rows = [(_check_name(rater), _check_verdict(verdict)) for rater, verdict in verdicts]
         with self._writing() as db:
             numbers = {name: _add_rater(db, name)[0] for name in dict.fromkeys(name for name, _ in rows)}
             return [_insert(db, numbers[name], row) for name, row in rows]
 
-    def undo(self, rater: str) -> Given | None:
+    def undo(self, rater: str) -> Verdict | None:
         """Undo the rater's latest verdict that is not undone, and return it; None if there is none."""
         latest = """SELECT history.id, arm, feature, seen, verdict, label, note, kind FROM history
             JOIN raters ON raters.id = history.rater
@@ -151,7 +151,7 @@ class VerdictStore:
             if row is None:
                 return None
             db.execute("INSERT INTO undone VALUES (?, ?)", [row[0], _now()])
-            return Given(*row[1:])
+            return Verdict(*row[1:])
 
     def mark_not_blind(self, rater: str) -> None:
         """Record that a rater (added if new) has seen the verdicts of others."""
@@ -256,7 +256,7 @@ def _add_rater(db: sqlite3.Connection, name: str) -> tuple[int, Rater]:
     return int(added.lastrowid or 0), Rater(name, known=False)
 
 
-def _insert(db: sqlite3.Connection, rater: int, verdict: Given) -> int:
+def _insert(db: sqlite3.Connection, rater: int, verdict: Verdict) -> int:
     if verdict.request:
         stored = db.execute("SELECT id FROM history WHERE request = ?", [verdict.request]).fetchone()
         if stored is not None:
@@ -278,7 +278,7 @@ def _check_name(name: str) -> str:
     return name
 
 
-def _check_verdict(verdict: Given) -> Given:
+def _check_verdict(verdict: Verdict) -> Verdict:
     if verdict.verdict not in VERDICTS:
         raise unknown_name("verdict", verdict.verdict, VERDICTS)
     return replace(verdict, label=_clean(verdict.label, "label"), note=_clean(verdict.note, "note"))

@@ -1,14 +1,8 @@
-"""Batched generation: many continuations of one prompt, each row with its own intervention, or of different prompts.
-
-A shared prompt is read once: rows are expanded only from the hook on, at the first changed position and after it.
-"""
+"""Batched generation: many continuations of one prompt, each row with its own intervention, or of different prompts."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
-import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -17,14 +11,14 @@ import torch
 from torch import Tensor
 
 from saeffect.errors import ConfigError, ShapeMismatch
-from saeffect.lm.hooks import edited, parse_hook
+from saeffect.lm.hooks import edited
 from saeffect.lm.language_model import LanguageModel, fused
 from saeffect.steering.operators import Intervention, PositionedEdit
+from saeffect.steering.prompt_pass import is_plain_cache, last_logits, read_prompt, reserve
 from saeffect.steering.sampling import NoiseCell, Sampling, next_tokens, penalise
 
-__all__ = ["Progress", "continue_prompts", "generate", "last_logits", "read_prompt", "stream"]
+__all__ = ["Progress", "continue_prompts", "generate", "stream"]
 
-_SHAPE_WORDS = re.compile(r"\b(sizes?|shapes?|dimensions?|batches)\b", re.IGNORECASE)
 
 Progress = Callable[[int, int], None]
 """Called with (done, total), in rows unless stated otherwise."""
@@ -98,9 +92,9 @@ def continue_prompts(
             n_read = len(batch_prompts[0])
             heads = torch.tensor([list(ids[:n_read]) for ids in batch_prompts], device=lm.device)
             logits, cache = last_logits(lm, heads)
-            if _is_plain_cache(cache):
+            if is_plain_cache(cache):
                 room = len(batch_prompts[-1]) + sampling.max_new_tokens - 1 - n_read
-                cache = _reserve(cache, len(batch), room)
+                cache = reserve(cache, len(batch), room)
             texts = _continue(lm, batch_prompts, [cells[i] for i in batch], sampling, (logits, cache))
             outputs |= dict(zip(batch, texts, strict=True))
             if progress is not None:
@@ -242,147 +236,3 @@ def _forbidden_tokens(lm: LanguageModel, sampling: Sampling) -> Tensor:
     # Some tokenizers have an end-of-text token that is not marked as special.
     forbidden[_end_tokens(lm)] = not sampling.allow_end
     return forbidden.nonzero()[:, 0].to(lm.device)
-
-
-def read_prompt(
-    lm: LanguageModel, hook: str, prompt_ids: Sequence[int], n_rows: int, edit: PositionedEdit | None, *, room: int
-) -> tuple[Tensor, Any]:
-    """Logits after a prompt, float32 `[n_rows, d_vocab]`, and the cache with memory for `room` further tokens;
-    `edit`, None or with `n_rows` rows, acts at `hook`.
-    """
-    ids = torch.tensor([list(prompt_ids)], device=lm.device)
-    try:
-        logits, cache = _read_once(lm, hook, ids, n_rows, edit)
-    except (_UnknownCacheError, RuntimeError) as error:
-        # Other caches, and models whose inputs must have equal rows (Bloom's position bias), read the prompt in every
-        # row.
-        if not isinstance(error, _UnknownCacheError) and not _is_shape_error(error):
-            raise
-        logits, cache = _read_in_every_row(lm, hook, ids, n_rows, edit)
-    return logits, _reserve(cache, n_rows, room) if _is_plain_cache(cache) else cache
-
-
-def last_logits(lm: LanguageModel, input_ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
-    """Logits after each row's last token, float32 `[rows, d_vocab]`, and the cache of keys and values."""
-    model: Any = lm.model
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    parameters = inspect.signature(base.forward).parameters
-    cache_name = "cache" if "cache" in parameters else "past_key_values"  # so called before transformers 5.24
-    keep_last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
-    # On a CPU the bfloat16 product of a strided slice is hundreds of times slower than that of a dense copy.
-    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
-    try:
-        result = model(input_ids=input_ids, use_cache=True, **{cache_name: cache}, **keep_last)
-    finally:
-        handle.remove()
-    return result.logits[:, -1].float(), getattr(result, cache_name)
-
-
-class _UnknownCacheError(Exception):
-    """The model's cache has unknown parts."""
-
-
-def _read_once(
-    lm: LanguageModel, hook: str, ids: Tensor, n_rows: int, edit: PositionedEdit | None
-) -> tuple[Tensor, Any]:
-    if edit is None:
-        logits, cache = last_logits(lm, ids)
-        return logits.repeat(n_rows, 1), _require_plain_cache(cache)
-    point = parse_hook(hook, lm.n_layers)
-    edit.start = 0
-    n_shared = edit.first(ids.shape[1])
-    cache = None
-    if n_shared:
-        _, cache = last_logits(lm, ids[:, :n_shared])
-        # The attention of these layers comes after the hook.
-        _expand_rows(_require_plain_cache(cache), point.layer + (point.kind != "hook_resid_pre"), n_rows)
-    edit.start = n_shared
-    with edited(lm, hook, lambda x: edit(x.expand(n_rows, -1, -1).contiguous())):
-        logits, cache = last_logits(lm, ids[:, n_shared:], cache)
-    if len(logits) != n_rows:
-        raise _UnknownCacheError  # the model cut its output to the rows of its input
-    return logits, _require_plain_cache(cache)
-
-
-def _read_in_every_row(
-    lm: LanguageModel, hook: str, ids: Tensor, n_rows: int, edit: PositionedEdit | None
-) -> tuple[Tensor, Any]:
-    rows = ids.expand(n_rows, -1).contiguous()
-    if edit is None:
-        return last_logits(lm, rows)
-    edit.start = 0
-    with edited(lm, hook, edit):
-        return last_logits(lm, rows)
-
-
-def _is_shape_error(error: RuntimeError) -> bool:
-    """Whether torch refused tensors of unequal shape (it has no error class for that)."""
-    return not isinstance(error, torch.OutOfMemoryError) and bool(_SHAPE_WORDS.search(str(error)))
-
-
-def _require_plain_cache(cache: Any) -> Any:
-    if not _is_plain_cache(cache):
-        raise _UnknownCacheError
-    return cache
-
-
-def _is_plain_cache(cache: Any) -> bool:
-    """Whether a transformers cache is keys and values alone."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-
-    plain_layers = (DynamicLayer, DynamicSlidingWindowLayer)
-    return type(cache) is DynamicCache and len(cache.layers) > 0 and all(type(x) in plain_layers for x in cache.layers)
-
-
-def _expand_rows(cache: Any, first_layer: int, n_rows: int) -> None:
-    """Expand the layers from `first_layer` on to `n_rows` rows, without copying."""
-    for layer in cache.layers[first_layer:]:
-        if layer.keys is not None:  # some models reuse the keys of another layer
-            layer.keys, layer.values = (x.expand(n_rows, -1, -1, -1) for x in (layer.keys, layer.values))
-
-
-def _reserve(cache: Any, n_rows: int, room: int) -> Any:
-    """The cache with `n_rows` rows, and memory for `room` further positions in layers without a sliding window."""
-    from transformers.cache_utils import DynamicLayer
-
-    _expand_rows(cache, 0, n_rows)
-    for i, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer and layer.keys is not None:
-            cache.layers[i] = _preallocated_layer()(layer.keys, layer.values, room)
-    return cache
-
-
-@functools.cache
-def _preallocated_layer() -> Any:
-    """The class, made on first use: importing transformers takes seconds."""
-    from transformers.cache_utils import DynamicLayer
-
-    class PreallocatedLayer(DynamicLayer):
-        """Writes keys and values in place; `keys` and `values` are views of the filled part."""
-
-        def __init__(self, keys: Tensor, values: Tensor, room: int) -> None:
-            super().__init__()
-            self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-            self._memory = tuple(_copy_with_room(x, room) for x in (keys, values))
-            self._fill(keys.shape[2])
-
-        def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-            start = self.get_seq_length()
-            stop = start + key_states.shape[2]
-            for memory, new in zip(self._memory, (key_states, value_states), strict=True):
-                memory[:, :, start:stop] = new
-            return self._fill(stop)
-
-        def _fill(self, length: int) -> tuple[Tensor, Tensor]:
-            keys, values = (memory[:, :, :length] for memory in self._memory)
-            self.keys, self.values = keys, values
-            return keys, values
-
-    return PreallocatedLayer
-
-
-def _copy_with_room(x: Tensor, room: int) -> Tensor:
-    n_rows, heads, length, width = x.shape
-    memory = x.new_empty(n_rows, heads, length + room, width)
-    memory[:, :, :length] = x
-    return memory

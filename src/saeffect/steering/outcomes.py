@@ -23,6 +23,7 @@ from saeffect.features.embeddings import load_embeddings
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.tokens import normalise_token
 from saeffect.paths import user_path
+from saeffect.steering.prompt_pass import continuation_logits
 
 __all__ = [
     "OUTCOMES",
@@ -168,12 +169,11 @@ def perplexity(
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
         longest = max(len(continuations[i]) for i in batch)
-        rows = [[*prompt_ids, *continuations[i], *[0] * (longest - len(continuations[i]))] for i in batch]
-        input_ids = torch.tensor(rows, device=lm.device)
-        logits = lm.model(input_ids=input_ids, use_cache=False).logits[:, len(prompt_ids) - 1 : -1]
+        padded = [[*continuations[i], *[0] * (longest - len(continuations[i]))] for i in batch]
+        logits = continuation_logits(lm, prompt_ids, torch.tensor(padded, device=lm.device))
         for row, i in enumerate(batch):
             targets = torch.tensor(list(continuations[i]), device=lm.device)
-            loss = torch.nn.functional.cross_entropy(logits[row, : len(targets)].float(), targets)
+            loss = torch.nn.functional.cross_entropy(logits[row, : len(targets)], targets)
             result[i] = np.exp(loss.item())
     return result
 

@@ -35,7 +35,7 @@ __all__ = [
 _FIRST_TRIES = (16, 128, 1024)
 # Tokens per block maximum in the search for the most probable ones.
 _BLOCK = 64
-_NOISE_CHUNK = 1 << 16  # draws
+_NOISE_CHUNK = 1 << 18  # draws: enough for all threads, few enough for the cache
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)

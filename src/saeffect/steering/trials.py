@@ -17,11 +17,12 @@ from saeffect.lm.hooks import edited
 from saeffect.lm.language_model import LanguageModel
 from saeffect.parallel import from_all, is_first, join, rank_and_world
 from saeffect.steering.actions import ActionRow, Actions, actions_of
-from saeffect.steering.generate import Progress, generate, last_logits
+from saeffect.steering.generate import Progress, generate
 from saeffect.steering.operators import Intervention
 from saeffect.steering.outcomes import RememberedVectors, TextVectors, join_tokens, measure_texts
 from saeffect.steering.placebos import UNSTEERED
 from saeffect.steering.plan import Site, SteeringPlan
+from saeffect.steering.prompt_pass import last_logits
 from saeffect.steering.sampling import NoiseCell
 
 __all__ = [

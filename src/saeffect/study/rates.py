@@ -29,7 +29,7 @@ from saeffect.lm.hooks import capture
 from saeffect.lm.language_model import LanguageModel, fused
 from saeffect.lm.loading import load_config, locate_model, resolve_dtype, usable_device
 from saeffect.sae.base import SaeConfig
-from saeffect.steering.generate import last_logits, read_prompt
+from saeffect.steering.prompt_pass import last_logits, read_prompt
 from saeffect.steering.sampling import NoiseCell, Sampling, next_tokens
 
 __all__ = ["PROMPT", "DiskRates", "ModelRates", "StageCost", "encode_seconds", "product_rate", "table_speed"]

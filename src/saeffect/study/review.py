@@ -11,7 +11,7 @@ import pandas as pd
 from saeffect.errors import NotFound
 from saeffect.io import fingerprint
 from saeffect.review.queue import Queue, fingerprint_tokens, make_queue
-from saeffect.review.store import NOT_BLIND, STORE, Given, VerdictStore
+from saeffect.review.store import NOT_BLIND, STORE, Verdict, VerdictStore
 from saeffect.review.verdicts import ADJUDICATION, BLIND, COLUMNS, read_verdicts, write_verdicts
 from saeffect.study.run_folder import read_table
 
@@ -114,7 +114,7 @@ def import_verdicts(folder: Path | str, file: Path | str) -> tuple[int, int]:
             is_adjudicator = rater.startswith(ADJUDICATION)
             if is_adjudicator:
                 rater = rater.removeprefix(ADJUDICATION).strip() or "adjudicator"
-            given = Given(
+            given = Verdict(
                 arm,
                 number,
                 fingerprint_tokens(tokens[arm][number]),

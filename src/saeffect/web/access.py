@@ -1,4 +1,4 @@
-"""Who may use the app: everybody on this machine; elsewhere each rater with a token, of which only a hash is kept."""
+"""Access to the app: open on this machine; elsewhere raters need tokens, of which only hashes are stored."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from saeffect.web.site import Settings
 __all__ = ["Access", "Raters", "attempts", "own_path", "router"]
 
 _FILE = "raters.json"
-_LONGEST_NAME = 40
+_MAX_NAME = 40
 _RESTORE = "restore it, or delete it and make new tokens with --rater."
 _YEAR = 365 * 24 * 3600
-_OPEN = ("/enter", "/static/")
+_PUBLIC_PATHS = ("/enter", "/static/")
 
 router = APIRouter()
 
 
 class Raters:
-    """The raters of a run directory, in its `raters.json`: by name, the SHA-256 of a token and when it was made.
+    """The raters of a run directory, in its `raters.json`: by name, the SHA-256 of a token and its creation time.
 
-    A token is 256 random bits, so a plain hash cannot be undone. Deleting an entry takes a token back.
+    A token is 256 random bits, so a plain hash cannot be inverted. Deleting an entry revokes its token.
     """
 
     def __init__(self, run: Path) -> None:
@@ -48,45 +48,45 @@ class Raters:
         return sorted(self._read())
 
     def add(self, name: str) -> str:
-        """Add a rater and return the token, which is not kept.
+        """Add a rater and return the token, which is not stored.
 
         ConfigError if the name is taken (upper and lower case are the same) or cannot be shown, BadFile if the file is
         damaged or cannot be written.
         """
-        name, found = unicodedata.normalize("NFC", name.strip()), self._read()
-        if not name or len(name) > _LONGEST_NAME or printable_text(name) != name or "\n" in name or "\t" in name:
+        name, raters = unicodedata.normalize("NFC", name.strip()), self._read()
+        if not name or len(name) > _MAX_NAME or printable_text(name) != name or "\n" in name or "\t" in name:
             raise ConfigError(
-                f"a rater's name has 1 to {_LONGEST_NAME} visible characters. Got {name[:80]!r} instead.", at="--rater"
+                f"a rater's name has 1 to {_MAX_NAME} visible characters. Got {name[:80]!r} instead.", at="--rater"
             )
-        if name.casefold() in {other.casefold() for other in found}:
+        if name.casefold() in {other.casefold() for other in raters}:
             raise ConfigError(
                 f"there is a rater {name!r} already, whose token was shown when it was made.",
                 at="--rater",
                 fix=f"leave --rater {name} out; for a new token, delete the entry from {self._file.name} first.",
             )
         token = secrets.token_urlsafe(32)
-        found[name] = {"sha256": _hash(token), "made": datetime.now(UTC).isoformat(timespec="seconds")}
-        write_json(self._file, {"raters": found})
+        raters[name] = {"sha256": _hash(token), "made": datetime.now(UTC).isoformat(timespec="seconds")}
+        write_json(self._file, {"raters": raters})
         self._file.chmod(0o600)
         return token
 
-    def who(self, token: str) -> str | None:
-        """The rater whose token this is; None for nobody's."""
-        given, found = _hash(token), None
+    def rater_of(self, token: str) -> str | None:
+        """The rater with this token, or None."""
+        digest, rater = _hash(token), None
         for name, entry in self._read().items():
-            if hmac.compare_digest(str(entry.get("sha256", "")).encode(), given.encode()):
-                found = name
-        return found
+            if hmac.compare_digest(str(entry.get("sha256", "")).encode(), digest.encode()):
+                rater = name
+        return rater
 
     def _read(self) -> dict[str, dict[str, Any]]:
         if not self._file.exists():
             return {}
         try:
-            found = read_json(self._file)
+            content = read_json(self._file)
         except OSError as error:
             reason = (error.strerror or type(error).__name__).lower()
             raise BadFile(f"the list of raters cannot be read: {reason}.", at=str(self._file), fix=_RESTORE) from error
-        raters = found.get("raters") if isinstance(found, dict) else None
+        raters = content.get("raters") if isinstance(content, dict) else None
         if not isinstance(raters, dict) or not all(isinstance(entry, dict) for entry in raters.values()):
             raise BadFile("this is no list of raters.", at=str(self._file), fix=_RESTORE)
         return raters
@@ -97,7 +97,7 @@ def _hash(token: str) -> str:
 
 
 class Access:
-    """ASGI middleware that lets nobody in without a token, unless only this machine can reach the app."""
+    """ASGI middleware that requires a token, unless only this machine can reach the app."""
 
     def __init__(self, app: ASGIApp, settings: Settings, raters: Raters, attempts: Rates) -> None:
         self._app, self._settings, self._raters, self._attempts = app, settings, raters, attempts
@@ -109,7 +109,7 @@ class Access:
         request, path = HTTPConnection(scope), str(scope["path"])
         token, client = _token(request, self._settings), _address(request)
         try:
-            rater = self._raters.who(token) if token else None
+            rater = self._raters.rater_of(token) if token else None
         except BadFile as error:
             await refusal(scope, 503, f"nobody can be let in: {error.message}")(scope, receive, send)
             return
@@ -117,22 +117,22 @@ class Access:
             await refusal(scope, 429, f"too many wrong tokens: wait {wait:.0f} s.")(scope, receive, send)
             return
         scope.setdefault("state", {})["rater"] = rater
-        if rater is None and not path.startswith(_OPEN):
-            await self._turn_away(request)(scope, receive, send)
+        if rater is None and not path.startswith(_PUBLIC_PATHS):
+            await self._reject(request)(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
-    def _turn_away(self, request: HTTPConnection) -> Response:
+    def _reject(self, request: HTTPConnection) -> Response:
         path = request.url.path
         if path.startswith("/api/") or request.scope["method"] not in ("GET", "HEAD"):
             return refusal(request.scope, 401, "a token is needed: open /enter, or send Authorization: Bearer TOKEN.")
-        answer = RedirectResponse(f"/enter?next={quote(path, safe='/')}", status_code=303)
-        answer.delete_cookie(_cookie(self._settings))
-        return answer
+        response = RedirectResponse(f"/enter?next={quote(path, safe='/')}", status_code=303)
+        response.delete_cookie(_cookie(self._settings))
+        return response
 
 
 def attempts(settings: Settings) -> Rates:
-    """How many wrong tokens each address may send."""
+    """The limit of wrong tokens per address."""
     return Rates(settings.attempts_per_minute / 60, settings.attempts_per_minute)
 
 
@@ -145,8 +145,8 @@ def _address(request: HTTPConnection) -> str:
 
 
 def _token(request: HTTPConnection, settings: Settings) -> str:
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    return given.strip() if scheme.lower() == "bearer" else request.cookies.get(_cookie(settings), "")
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else request.cookies.get(_cookie(settings), "")
 
 
 @router.get("/enter")
@@ -156,30 +156,30 @@ def _enter(request: Request, next: str = "/") -> Response:
 
 
 @router.post("/enter")
-async def _entered(request: Request) -> Response:
+async def _submit_token(request: Request) -> Response:
     form = parse_qs((await request.body()).decode("utf-8", "replace"))
-    token, place = form.get("token", [""])[0].strip(), own_path(form.get("next", ["/"])[0])
+    token, target = form.get("token", [""])[0].strip(), own_path(form.get("next", ["/"])[0])
     app = request.app.state
     settings: Settings = app.site.settings
-    if app.raters.who(token) is None:
+    if app.raters.rater_of(token) is None:
         if wait := app.attempts.wait(_address(request)):
             return refusal(request.scope, 429, f"too many wrong tokens: wait {wait:.0f} s.")
-        return page(request, "enter.html.j2", status=401, title="Enter", next=place, wrong=True)
-    answer = RedirectResponse(place, status_code=303)
+        return page(request, "enter.html.j2", status=401, title="Enter", next=target, wrong=True)
+    response = RedirectResponse(target, status_code=303)
     secure = request.url.scheme == "https"
-    answer.set_cookie(_cookie(settings), token, max_age=_YEAR, httponly=True, samesite="lax", secure=secure)
-    return answer
+    response.set_cookie(_cookie(settings), token, max_age=_YEAR, httponly=True, samesite="lax", secure=secure)
+    return response
 
 
 @router.post("/leave")
 def _leave(request: Request) -> Response:
-    answer = RedirectResponse("/enter", status_code=303)
-    answer.delete_cookie(_cookie(request.app.state.site.settings))
-    return answer
+    response = RedirectResponse("/enter", status_code=303)
+    response.delete_cookie(_cookie(request.app.state.site.settings))
+    return response
 
 
 def own_path(path: str) -> str:
-    """A path of this app, so that nobody is sent elsewhere.
+    """The path if it is one of this app, else "/": no open redirects.
 
     Example:
         >>> own_path("/features?q=a"), own_path("//evil.example"), own_path("https://evil.example")

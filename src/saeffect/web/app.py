@@ -1,4 +1,4 @@
-"""The app: its areas, and what surrounds them all."""
+"""The app: its areas, error pages, static files and middleware."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ AREAS = (
 
 
 def create_app(run: Path, settings: Settings | None = None) -> FastAPI:
-    """The app over a run directory, which may be empty or in the making; `app.state.site` is the directory's `Site`."""
+    """The app over a run directory, which may be empty or unfinished; `app.state.site` is the directory's `Site`."""
     settings = settings or Settings()
     site = Site(run, settings)
 
@@ -69,8 +69,8 @@ def create_app(run: Path, settings: Settings | None = None) -> FastAPI:
 
 
 def _static(name: str) -> Response:
-    found = static_files().get(name)
-    if found is None:
+    content = static_files().get(name)
+    if content is None:
         raise HTTPException(404)
     kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
-    return Response(found, media_type=kind, headers={"Cache-Control": "public, max-age=31536000, immutable"})
+    return Response(content, media_type=kind, headers={"Cache-Control": "public, max-age=31536000, immutable"})

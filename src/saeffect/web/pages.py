@@ -1,5 +1,5 @@
-"""Pages: templates that escape every string, with the report's pieces and one style for both. Errors are pages too, and
-under `/api/` JSON: what is wrong, where, and the fix; never a traceback.
+"""Pages: templates that escape every string and share style and macros with the report. Errors are pages, and JSON
+under `/api/`: what is wrong, where, and the fix; never a traceback.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ _THEMES = ("light", "dark")
 def static_files() -> dict[str, bytes]:
     """By name, what `/static/` serves: the files of this package's `static` folder, and the report's style."""
     folder = resources.files("saeffect.web").joinpath("static")
-    own = {entry.name: entry.read_bytes() for entry in folder.iterdir() if entry.is_file()}
-    return own | {"tokens.css": page_tokens().encode(), "report.css": page_style(tokens=False).encode()}
+    files = {entry.name: entry.read_bytes() for entry in folder.iterdir() if entry.is_file()}
+    return files | {"tokens.css": page_tokens().encode(), "report.css": page_style(tokens=False).encode()}
 
 
 @cache
 def environment() -> Environment:
-    """The templates of the app and the pieces of the report. Every string is escaped, characters that act are shown."""
-    made = page_environment()
-    made.loader = ChoiceLoader([PackageLoader("saeffect.web"), PackageLoader("saeffect.report")])
-    made.globals["static"] = _static_url
-    made.auto_reload = False
-    return made
+    """The templates of app and report. Strings are escaped, control characters made visible."""
+    templates = page_environment()
+    templates.loader = ChoiceLoader([PackageLoader("saeffect.web"), PackageLoader("saeffect.report")])
+    templates.globals["static"] = _static_url
+    templates.auto_reload = False
+    return templates
 
 
 def page(request: Request, template: str, *, status: int = 200, **values: Any) -> HTMLResponse:
@@ -52,7 +52,7 @@ def page(request: Request, template: str, *, status: int = 200, **values: Any) -
     """
     app = request.app.state
     theme = request.cookies.get("theme", "")
-    known = {
+    shared = {
         "areas": app.areas,
         "here": request.url.path,
         "study": app.site.folder.name,
@@ -60,7 +60,7 @@ def page(request: Request, template: str, *, status: int = 200, **values: Any) -
         "rater": getattr(request.state, "rater", None),
         "entered": app.site.settings.is_local or getattr(request.state, "rater", None) is not None,
     }
-    return HTMLResponse(environment().get_template(template).render(known | values), status_code=status)
+    return HTMLResponse(environment().get_template(template).render(shared | values), status_code=status)
 
 
 @cache
@@ -99,28 +99,28 @@ def add_error_pages(app: FastAPI) -> None:
     """Let an app answer with a page (or JSON) for every error."""
 
     @app.exception_handler(SaeffectError)
-    async def own(request: Request, error: SaeffectError) -> Response:
+    async def saeffect_error(request: Request, error: SaeffectError) -> Response:
         return _problem(request, status_of(error), error.message, error.at, error.fix)
 
     @app.exception_handler(HTTPException)
-    async def http(request: Request, error: HTTPException) -> Response:
+    async def http_error(request: Request, error: HTTPException) -> Response:
         standard = error.detail == HTTPStatus(error.status_code).phrase
         message = "there is no such page." if standard and error.status_code == 404 else str(error.detail)
-        answer = _problem(request, error.status_code, message)
-        answer.headers.update(error.headers or {})
-        return answer
+        response = _problem(request, error.status_code, message)
+        response.headers.update(error.headers or {})
+        return response
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
+    async def invalid_request(request: Request, error: RequestValidationError) -> Response:
         first: dict[str, Any] = next(iter(error.errors()), {"loc": (), "msg": "invalid"})
-        place = ".".join(str(part) for part in first["loc"][1:])
-        return _problem(request, 422, f"{first['msg']}.", place or None)
+        file = ".".join(str(part) for part in first["loc"][1:])
+        return _problem(request, 422, f"{first['msg']}.", file or None)
 
     @app.exception_handler(OSError)
-    async def system(request: Request, error: OSError) -> Response:
+    async def system_error(request: Request, error: OSError) -> Response:
         reason = (error.strerror or type(error).__name__).lower()
-        place = str(error.filename) if error.filename is not None else None
-        return _problem(request, 500, f"a file cannot be read or written: {reason}.", place, "free it, and load again.")
+        file = str(error.filename) if error.filename is not None else None
+        return _problem(request, 500, f"a file cannot be read or written: {reason}.", file, "free it, and load again.")
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> Response:
@@ -136,8 +136,8 @@ def _problem(request: Request, status: int, message: str, at: str | None = None,
     return page(request, "problem.html.j2", status=status, title=title, message=sentence, at=at, fix=fix)
 
 
-def refusal(scope: Scope, status: int, why: str) -> Response:
+def refusal(scope: Scope, status: int, message: str) -> Response:
     """The answer to a request that no page should see: plain text, or JSON under `/api/`."""
     if scope["path"].startswith("/api/"):
-        return JSONResponse({"error": why, "at": None, "fix": None}, status_code=status)
-    return PlainTextResponse(f"{why[:1].upper()}{why[1:]}\n", status_code=status)
+        return JSONResponse({"error": message, "at": None, "fix": None}, status_code=status)
+    return PlainTextResponse(f"{message[:1].upper()}{message[1:]}\n", status_code=status)

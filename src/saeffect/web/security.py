@@ -1,4 +1,4 @@
-"""What every request passes: Host, Origin, size and rate are checked, and every answer says what a browser may do."""
+"""Checks of every request: Host, Origin, size and rate; and the security headers of every response."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
-_READING = {"GET", "HEAD", "OPTIONS"}
-_KNOWN_CLIENTS = 10_000
+_SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}
+_MAX_CLIENTS = 10_000
 
 
 class Rates:
-    """Allowances that fill up over time: each client may spend `burst` at once, and `per_second` on average."""
+    """Token buckets: each client may spend `burst` at once, and `per_second` on average."""
 
     def __init__(self, per_second: float, burst: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._per_second, self._burst, self._clock = per_second, burst, clock
@@ -47,13 +47,13 @@ class Rates:
             (0.0, 0.0, 1.0, 0.0)
         """
         now = self._clock()
-        left, then = self._left.pop(client, (self._burst, now))
-        left = min(self._burst, left + (now - then) * self._per_second)
-        missing = max(0.0, cost - left)
-        self._left[client] = (left if missing else left - cost, now)
-        if len(self._left) > _KNOWN_CLIENTS:  # the one that has been silent longest
+        left, last = self._left.pop(client, (self._burst, now))
+        left = min(self._burst, left + (now - last) * self._per_second)
+        lacking = max(0.0, cost - left)
+        self._left[client] = (left if lacking else left - cost, now)
+        if len(self._left) > _MAX_CLIENTS:  # drop the least recent one
             self._left.pop(next(iter(self._left)))
-        return missing / self._per_second
+        return lacking / self._per_second
 
 
 class Guard:
@@ -80,7 +80,7 @@ class Guard:
                 out.setdefault("Cache-Control", "no-store")
             await send(message)
 
-        refused = self._refused(scope, headers)
+        refused = self._refusal(scope, headers)
         try:
             if refused is not None:
                 await refusal(scope, *refused)(scope, receive, answer)
@@ -93,13 +93,13 @@ class Guard:
     def _size_limit(self) -> str:
         return f"a request may hold at most {self._settings.max_body:,} bytes."
 
-    def _refused(self, scope: Scope, headers: Headers) -> tuple[int, str] | None:
+    def _refusal(self, scope: Scope, headers: Headers) -> tuple[int, str] | None:
         """(status, why) for a request that no page should see."""
         hosts = headers.getlist("host")
-        if len(hosts) != 1 or not self._is_ours(hosts[0]):
+        if len(hosts) != 1 or not self._is_own_host(hosts[0]):
             return 421, "this server is not called by that name: open the address that it printed."
-        if (wrong := _from_elsewhere(scope, headers, hosts[0])) is not None:
-            return 403, wrong
+        if (reason := _cross_site_reason(scope, headers, hosts[0])) is not None:
+            return 403, reason
         length = headers.get("content-length", "0")
         if not length.isdecimal():
             return 400, "the Content-Length is no number."
@@ -111,8 +111,8 @@ class Guard:
                 return 429, f"too many requests: wait {seconds:.0f} s."
         return None
 
-    def _is_ours(self, host: str) -> bool:
-        """Whether a Host header names this server: against pages of other names that resolve to this machine."""
+    def _is_own_host(self, host: str) -> bool:
+        """Whether a Host header names this server, against DNS rebinding."""
         try:
             parts = urlsplit(f"//{host}")
             name = (parts.hostname or "").rstrip(".")
@@ -126,30 +126,30 @@ class Guard:
         try:
             ipaddress.ip_address(name)
         except ValueError:
-            return name in _own_names()
-        return True  # an address cannot be made to point elsewhere
+            return name in _host_names()
+        return True  # an IP address cannot be rebound
 
 
-def _own_names() -> set[str]:
+def _host_names() -> set[str]:
     name = socket.gethostname().lower()
     return {name, f"{name}.local", socket.getfqdn().lower()}
 
 
-def _from_elsewhere(scope: Scope, headers: Headers, host: str) -> str | None:
-    """Why a request does not come from one of our own pages; None for one that does, or that needs not.
+def _cross_site_reason(scope: Scope, headers: Headers, host: str) -> str | None:
+    """Why a request is refused as not from one of our pages; None if it is, or need not be.
 
-    Browsers send Origin with every request that changes something, and pages cannot forge it. Other programs say where
-    they come from in the same way.
+    Browsers send Origin with every request that changes something, and pages cannot forge it. Other programs must send
+    it too.
     """
     site, origin = headers.get("sec-fetch-site"), headers.get("origin")
-    reads = scope["method"] in _READING
-    if site in ("cross-site", "same-site") and (not reads or scope["path"].startswith("/api/")):
+    is_safe = scope["method"] in _SAFE_METHODS
+    if site in ("cross-site", "same-site") and (not is_safe or scope["path"].startswith("/api/")):
         return "this request comes from a page of another site."
     if origin is not None:
         parts = urlsplit(origin)
         if parts.netloc.lower() != host.lower() or parts.scheme not in ("http", "https"):
             return "this request comes from a page of another site."
-    elif not reads and site not in ("same-origin",):
+    elif not is_safe and site not in ("same-origin",):
         return f"a request that changes something needs the header Origin: http://{host}."
     return None
 

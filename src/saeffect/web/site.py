@@ -1,4 +1,4 @@
-"""What all pages read from: how the app is served, and one run directory, read again when its files change."""
+"""The settings of the server, and the run directory behind all pages, read again when its files change."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def is_loopback(host: str) -> bool:
 
 
 class Site:
-    """A run directory as the pages see it. Safe to use from several threads; writes nothing.
+    """A run directory as the pages see it. Thread-safe; writes nothing.
 
     Attributes:
         folder: The run directory, absolute.
@@ -77,7 +77,7 @@ class Site:
 
     def __init__(self, folder: Path, settings: Settings | None = None) -> None:
         self.folder, self.settings = folder.absolute(), settings or Settings()
-        self._kept: dict[str, tuple[tuple[_Stamp, ...], Any]] = {}
+        self._cache: dict[str, tuple[tuple[_Stamp, ...], Any]] = {}
         self._locks: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
         self._closing: list[Callable[[], None]] = []
@@ -92,33 +92,33 @@ class Site:
             Traceback (most recent call last):
             saeffect.errors.NotFound: NotFound: there is no such file in the run directory.
         """
-        place = self.folder.joinpath(*parts)
+        file = self.folder.joinpath(*parts)
         try:
-            resolved = place.resolve()  # of a link to itself still that link since Python 3.13, an error before
+            resolved = file.resolve()  # a link to itself: unchanged since Python 3.13, an error before
             inside = resolved.is_relative_to(self.folder.resolve()) and not resolved.is_symlink()
         except (OSError, ValueError, RuntimeError):  # a name that cannot be one, or a link to itself
             inside = False
         if not inside or any(".." in Path(part).parts for part in parts):
             raise NotFound("there is no such file in the run directory.")
-        return place
+        return file
 
     def has(self, *parts: str) -> bool:
         """Whether there is such a file in the run directory."""
         return self.path(*parts).is_file()
 
     def cached(self, name: str, files: Sequence[Path], make: Callable[[], _Value]) -> _Value:
-        """What `make` returns, kept until one of the files changes, appears or vanishes.
+        """The result of `make`, cached by `name` until one of the files changes, appears or vanishes.
 
-        `name` tells values apart; several threads that ask for the same one wait for the first. An error is not kept.
+        Threads that ask for the same name wait for the first. Errors are not cached.
         """
         with self._lock:
             lock = self._locks.setdefault(name, threading.Lock())
         with lock:
             stamps = tuple(_stamp(file) for file in files)
-            kept = self._kept.get(name)
-            if kept is None or kept[0] != stamps:
-                kept = self._kept[name] = (stamps, make())
-            value: _Value = kept[1]
+            entry = self._cache.get(name)
+            if entry is None or entry[0] != stamps:
+                entry = self._cache[name] = (stamps, make())
+            value: _Value = entry[1]
             return value
 
     @property
@@ -153,15 +153,15 @@ class Site:
 
     @property
     def manifest(self) -> Mapping[str, Any]:
-        """What the run wrote down beside the study: versions, identities of the arms, stages; empty if unreadable."""
+        """The run's manifest: versions, identities of the arms, stages; empty if unreadable."""
         file = self.folder / "manifest.json"
 
         def read() -> Mapping[str, Any]:
             try:
-                found = read_json(file)
+                content = read_json(file)
             except (SaeffectError, OSError):
                 return {}
-            return found if isinstance(found, dict) else {}
+            return content if isinstance(content, dict) else {}
 
         return self.cached("manifest.json", [file], read)
 
@@ -177,7 +177,7 @@ class Site:
         return tuple(self.study.config.arms)
 
     def table(self, *parts: str) -> pd.DataFrame:
-        """A table of the run, kept until the file changes: do not change it. NotFound, or BadFile if it is broken.
+        """A table of the run, cached until the file changes: do not modify it. NotFound, or BadFile if it is broken.
 
         Example: `site.table("arms", "control", "features.parquet")`.
         """
@@ -193,14 +193,14 @@ class Site:
         self._closing.append(action)
 
     def close(self) -> None:
-        """Run what `on_close` was given, the latest first."""
+        """Run the actions of `on_close`, the latest first."""
         while self._closing:
             self._closing.pop()()
 
 
 def _stamp(file: Path) -> _Stamp:
     try:
-        found = file.stat()
+        status = file.stat()
     except OSError:
         return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    return status.st_ino, status.st_size, status.st_mtime_ns

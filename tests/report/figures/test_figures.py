@@ -159,7 +159,7 @@ def test_densities_are_drawn_to_scale(figures: tuple[DrawnFigure, ...], comparis
     assert f"control has median {100 * np.median(values):.3f}" in density.alt
 
 
-def test_an_svg_is_drawn_once_for_the_file_and_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_svg_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[object] = []
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda *args, **options: (saved.append(args[0]), save(*args, **options)))

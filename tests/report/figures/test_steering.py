@@ -12,7 +12,7 @@ import pytest
 from saeffect.comparison import ArmTables, Comparison
 from saeffect.report import DrawnFigure, ReportContext
 from saeffect.report.figures import FIGURES
-from saeffect.report.figures.steering import MOST_ROWS
+from saeffect.report.figures.steering import MAX_ROWS
 from synthetic_study import HOSTILE
 
 
@@ -45,7 +45,7 @@ def test_rows_are_the_features_by_effect(figures: tuple[DrawnFigure, ...], arms:
     assert [int(label.split("·")[-1]) for label in labels[1:]] == effects["feature"].tolist()
 
 
-def test_the_marks_are_at_the_effects_and_filled_where_passed(figures: tuple[DrawnFigure, ...], arms: dict) -> None:
+def test_marks_are_filled_if_passed(figures: tuple[DrawnFigure, ...], arms: dict) -> None:
     drawn = _named(figures, "effects_b").figure
     assert drawn is not None
     effects = arms["treatment"].effects.sort_values("effect", ascending=False)
@@ -80,7 +80,7 @@ def test_five_hundred_features_are_capped_with_both_ends(
         features, how="outer", on="feature", suffixes=("_old", "")))  # fmt: skip
     drawn = _named(_drawn("effects", comparison, replace(context, arms=many)), "effects_b")
     labels = _labels(drawn)
-    assert len(labels) == MOST_ROWS + 2
+    assert len(labels) == MAX_ROWS + 2
     assert labels[1].endswith("499")
     assert "… 460 between …" in labels
     assert "a, b · 0" in labels
@@ -109,9 +109,7 @@ def test_an_effect_without_interval_is_drawn_without_a_line(
     assert len([line for line in drawn.figure.axes[0].lines if line.get_marker() == "o"]) == 1
 
 
-def test_the_panels_are_means_by_dose_with_the_placebo_hollow(
-    figures: tuple[DrawnFigure, ...], context: ReportContext
-) -> None:
+def test_dose_panels_have_a_hollow_placebo(figures: tuple[DrawnFigure, ...], context: ReportContext) -> None:
     drawn = _named(figures, "doses")
     assert drawn.figure is not None
     assert context.steering is not None

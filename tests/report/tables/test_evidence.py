@@ -45,7 +45,7 @@ def texts(view: Any, row: int) -> list[str]:
     return [cell.text for cell in view.rows[row].cells]
 
 
-def test_a_promise_is_kept_only_where_the_data_say_so() -> None:
+def test_verdict_needs_an_interval_within_nominal() -> None:
     view = calibration_table(found(calibration()), ReportContext())
     assert view is not None
     assert [row.label for row in view.rows] == ["Share of domain features", "Pass rate", "Mean effect"]
@@ -59,7 +59,7 @@ def test_a_promise_is_kept_only_where_the_data_say_so() -> None:
     assert view.rows[0].sub == "p ≤ 0.05"
 
 
-def test_what_could_not_be_tried_is_named_with_its_reason() -> None:
+def test_untried_tests_are_listed_with_a_reason() -> None:
     view = calibration_table(found(calibration()), ReportContext())
     assert view is not None
     assert "Could not be tried: fates, more than SAE noise (it needs three SAEs)." in view.note

@@ -113,7 +113,7 @@ def test_notable_features_have_words_and_parents(context: ReportContext, arms: d
     assert "features that moved, are gone" in view.caption
 
 
-def test_when_nothing_is_called_the_nearest_are_shown_and_said_to_be_no_finding(context: ReportContext) -> None:
+def test_nearest_features_are_shown_if_none_is_called(context: ReportContext) -> None:
     view = notable_table(matched(called=False), context)
     assert view is not None
     assert {row.label for row in view.rows} == {"Not called gone", "Not called new"}

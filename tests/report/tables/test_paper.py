@@ -21,13 +21,13 @@ def test_where_saes_decide_the_row_is_about_them():
     assert row.cells[place].text == f"+{100 * seeds.value:.1f}\N{NARROW NO-BREAK SPACE}pp"
 
 
-def test_without_further_saes_the_placebos_say_how_much_they_scatter():
+def test_placebos_give_the_noise_without_further_saes():
     comparison = compare(synthetic_arms(seed=2), **SMALL)
     row = next(row for row in at_a_glance(comparison, ReportContext()).rows if row.key == "domain_share")
     assert row.sub.startswith("with SAE noise [")
 
 
-def test_without_any_second_sae_nothing_is_said_of_their_noise():
+def test_no_noise_without_a_second_sae():
     arms = {name: arm for name, arm in synthetic_arms(seed=2).items() if name != "placebo"}
     table = at_a_glance(compare(arms, **SMALL), ReportContext())
     assert {row.sub for row in table.rows} == {""}

@@ -9,7 +9,7 @@ import pytest
 
 from saeffect.comparison import Comparison, MatchTables
 from saeffect.report import ReportContext, write_tables
-from saeffect.report.tables.write import _field
+from saeffect.report.tables.write import _csv_field
 from synthetic_changes import first_screen
 
 
@@ -66,11 +66,11 @@ def test_no_csv_field_is_a_formula(folder: Path) -> None:
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-2+3+cmd|' /C calc'!A0", "@SUM(A1)", "\t=1", "\r=1"])
 def test_what_a_person_typed_stays_text_in_a_spreadsheet(text: str) -> None:
-    assert _field(text) == "'" + text
+    assert _csv_field(text) == "'" + text
 
 
 def test_numbers_and_other_text_are_written_as_they_are() -> None:
-    assert [_field(value) for value in (-1, -0.5, True, None, "a-b", "")] == ["-1", "-0.5", "true", "", "a-b", ""]
+    assert [_csv_field(value) for value in (-1, -0.5, True, None, "a-b", "")] == ["-1", "-0.5", "true", "", "a-b", ""]
 
 
 def test_lists_come_back_whole(folder: Path, arms: dict) -> None:

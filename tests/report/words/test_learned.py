@@ -40,7 +40,7 @@ def test_without_a_claim_nothing_is_named() -> None:
     assert "would have been named had it changed" in dict(said.parts)["What did not change"]
 
 
-def test_the_domain_is_not_named_if_all_bases_together_do_not_show_it() -> None:
+def test_domain_is_not_named_without_combined_evidence() -> None:
     tables = synthetic_changes(hostile="signs")
     tables["evidence"].loc[tables["evidence"]["basis"] == "all", "p"] = 0.06
     assert learned(tables, "medical", alpha=0.05).headline.startswith("Fine-tuning changed features about")

@@ -57,7 +57,7 @@ def test_what_changed_how_much_how_sure_and_beside_what(arms, found):
     assert "7 features are gone, moved or new beyond SAE noise." in text
 
 
-def test_without_a_change_everything_is_said_in_about_ninety_words(uncalled):
+def test_paragraph_without_a_change_has_about_ninety_words(uncalled):
     assert len([word for word in uncalled.split() if any(sign.isalnum() for sign in word)]) <= 100
     assert "No single feature is gone, moved or new beyond SAE noise." in uncalled
 

@@ -119,7 +119,7 @@ def test_the_picture() -> None:
         draw_shares(table, source="code")
 
 
-def test_where_the_text_gives_no_share_of_the_loss_the_models_own_writing_does() -> None:
+def test_own_writing_replaces_an_undefined_share_of_the_loss() -> None:
     undefined = {"own": _NAN, "matched": _NAN, "difference": _NAN}
     whole = {"own": (1.0, 1.0, 1.0)}
     text = (_rows("loss", "changed", 20, "not clear of zero", **undefined), _rows("kl", "changed", 20, **NOT_MORE))

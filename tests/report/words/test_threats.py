@@ -78,7 +78,7 @@ def test_a_flaw_and_a_missing_placebo_are_serious(arms):
         ({"dead_share": 0.3}, "never fired on the study's text (30.0 % in control)", "moderate"),
     ],
 )
-def test_a_poor_sae_is_as_serious_as_it_is_poor(comparison, arms, facts, words, severity):
+def test_severity_of_a_poor_sae(comparison, arms, facts, words, severity):
     assert severity_of(found(comparison, {**arms, "control": with_facts(arms["control"], **facts)}), words) == severity
 
 
@@ -88,7 +88,7 @@ def test_matching_brings_threats_of_its_own(comparison, arms):
     assert severity_of(table, "has no placebo here") == "moderate"
 
 
-def test_with_several_saes_a_side_only_what_was_steered_lacks_seeds(arms):
+def test_several_saes_leave_only_steering_without_seeds(arms):
     several = synthetic_seeds(arms, n_features=120)
     table = checked(compared({name: arm for name, arm in several.items() if name != "placebo"}).threats)
     assert not table["threat"].str.contains("There is no placebo arm").any()  # further SAEs stand in for one
@@ -131,7 +131,7 @@ def test_arms_steered_at_different_doses_are_a_serious_threat(comparison, arms, 
     assert severity_of(table, words) == "serious" if words else not table["threat"].str.contains("doses").any()
 
 
-def test_few_top_tokens_in_the_word_vectors_are_a_threat(comparison, arms):
+def test_low_coverage_of_word_vectors_is_a_threat(comparison, arms):
     def knowing(share):
         known = {name: (10 * share * (arm.coherence["n_known"] > -1)).astype(int) for name, arm in arms.items()}
         return {name: replace(arm, coherence=arm.coherence.assign(n_known=known[name])) for name, arm in arms.items()}

@@ -25,7 +25,7 @@ def rows(page: Any) -> int:
     return int(page.locator("a.open").count())
 
 
-def test_the_list_follows_each_key_and_its_address_can_be_shared(tab: Callable[..., Any], served: str) -> None:
+def test_list_and_address_follow_each_key(tab: Callable[..., Any], served: str) -> None:
     page = tab()
     page.goto(f"{served}/features?arm=control")
     assert rows(page) == 50

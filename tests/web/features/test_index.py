@@ -19,8 +19,8 @@ ARMS = ArmRoles({"control": "control", "treatment": "treatment", "placebo": "pla
 
 
 def found(index: FeatureIndex, **query: Any) -> list[tuple[str, int]]:
-    places = index.find(Query(**query)).places.tolist()
-    return [(index.arm_of(place), int(index.numbers[place])) for place in places]
+    positions = index.find(Query(**query)).positions.tolist()
+    return [(index.arm_of(place), int(index.numbers[place])) for place in positions]
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def index(run: Path) -> FeatureIndex:
     return read_index(RunTables(Site(run)), ARMS)
 
 
-def test_whole_tokens_come_before_beginnings_and_these_before_the_inside(index: FeatureIndex) -> None:
+def test_exact_hits_rank_before_prefixes_before_substrings(index: FeatureIndex) -> None:
     assert found(index, q="heart", arm="control") == [("control", 0), ("control", 1), ("control", 2)]
     assert found(index, q="EART", arm="control") == [("control", 0), ("control", 1), ("control", 2)]
     assert found(index, q='"hearth"', arm="control") == [("control", 2)]
@@ -121,7 +121,7 @@ def test_filters_and_orders(index: FeatureIndex, query: dict[str, Any], numbers:
 
 
 def test_an_effect_is_that_of_the_declared_test(index: FeatureIndex) -> None:
-    assert index.value("effect", index.place("control", 0)) == 0.5
+    assert index.value("effect", index.position("control", 0)) == 0.5
 
 
 def test_counts_say_what_each_value_would_leave(index: FeatureIndex) -> None:
@@ -137,16 +137,16 @@ def test_counts_say_what_each_value_would_leave(index: FeatureIndex) -> None:
 def test_pages_and_neighbours_follow_the_order(index: FeatureIndex) -> None:
     query = Query(arm="control", sort="feature", page=9)
     assert index.find(query).page == 1
-    before, after, rank = index.around(query, index.place("control", 1))
-    assert (before, after, rank) == (index.place("control", 0), index.place("control", 2), 2)
-    assert index.around(query, index.place("placebo", 0)) == (None, None, 0)
+    before, after, rank = index.neighbours(query, index.position("control", 1))
+    assert (before, after, rank) == (index.position("control", 0), index.position("control", 2), 2)
+    assert index.neighbours(query, index.position("placebo", 0)) == (None, None, 0)
 
 
 def test_new_verdicts_change_the_answers(index: FeatureIndex) -> None:
     n = len(index)
     votes = np.zeros(n, dtype=np.int64)
     yes = votes.copy()
-    yes[index.place("placebo", 2)] = 1
+    yes[index.position("placebo", 2)] = 1
     later = index.with_verdicts(Verdicts(yes, votes, votes, ["x"] * n))
     assert found(later, verdict="yes") == [("placebo", 2)]
     assert found(index, verdict="yes") == [("control", 0)]
@@ -156,7 +156,7 @@ def test_unknown_names_list_what_there_is(index: FeatureIndex) -> None:
     with pytest.raises(UnknownName, match="placebo"):
         index.find(Query(arm="other"))
     with pytest.raises(NotFound, match="up to 12"):
-        index.place("control", 13)
+        index.position("control", 13)
     with pytest.raises(UnknownName, match="kept"):
         Query.read({"fate": "lost"})
     for wrong in ({"coherence_min": "x"}, {"coherence_min": "nan"}, {"page": "0"}, {"page": "x"}, {"q": "x" * 201}):

@@ -17,7 +17,7 @@ import yaml
 from saeffect.errors import ConfigError
 from saeffect.features.embeddings import WordVectors, load_embeddings
 from saeffect.review.queue import fingerprint_tokens
-from saeffect.review.store import NOT_BLIND, STORE, Given, VerdictStore
+from saeffect.review.store import NOT_BLIND, STORE, Verdict, VerdictStore
 from saeffect.study.both_models import read_both_models, refuse_remote_code
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.study import Study
@@ -41,7 +41,7 @@ def read_run(site_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def test_the_list_is_a_page_and_its_rows_come_alone(client: Any) -> None:
+def test_list_page_and_its_rows(client: Any) -> None:
     whole = client.get("/features?arm=control&sort=feature")
     assert whole.status_code == 200 and whole.text.count('class="open"') == 50
     rows = client.get("/api/features/rows?arm=control&sort=feature&page=2")
@@ -91,7 +91,7 @@ def test_pairs_average_to_the_coherence(run_copy: Path, client: Any) -> None:
     assert len(load_embeddings()) > 1000
 
 
-def test_both_models_are_read_as_the_run_read_its_own(read_run: Path, client_of: Callable[..., Any]) -> None:
+def test_both_models_read_like_the_run(read_run: Path, client_of: Callable[..., Any]) -> None:
     own = pd.read_parquet(read_run / "arms/control/examples.parquet")
     features = pd.read_parquet(read_run / "arms/control/features.parquet")
     (both,) = (read_run / "cache").glob("both-control-*-contexts.parquet")
@@ -123,9 +123,7 @@ def test_both_models_are_read_as_the_run_read_its_own(read_run: Path, client_of:
     assert "Not read in both models yet" not in text
 
 
-def test_a_model_with_code_of_its_own_is_not_loaded_for_readers(
-    run_copy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_models_with_own_code_are_not_loaded(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = run_copy / "study.yaml"
     study = yaml.safe_load(file.read_text())
     study["arms"]["control"]["model"]["trust_remote_code"] = True
@@ -203,9 +201,9 @@ def test_verdicts_given_in_the_app_are_shown_and_filtered(run_copy: Path, client
     assert client.get("/api/features?arm=control&verdict=yes").json()["total"] == 0
     with VerdictStore(run_copy / STORE) as store:
         store.join("ada")
-        store.record("ada", Given("control", 7, seen, "yes", "hearts", "clear"))
-        store.record("ada", Given("control", 8, "other tokens", "yes", "", ""))
-        store.record("ada", Given("control", 5_000, seen, "yes", "", ""))
+        store.record("ada", Verdict("control", 7, seen, "yes", "hearts", "clear"))
+        store.record("ada", Verdict("control", 8, "other tokens", "yes", "", ""))
+        store.record("ada", Verdict("control", 5_000, seen, "yes", "", ""))
         # Hidden until somebody says that they will not judge blind.
         assert client.get("/api/features?arm=control&verdict=yes").json()["total"] == 0
         text = client.get("/features/control/7").text
@@ -220,11 +218,11 @@ def test_verdicts_given_in_the_app_are_shown_and_filtered(run_copy: Path, client
         blind = catalogue(client.app.state.site, blind=True)
         assert blind.record("control", 7)["verdicts"]["given"] == []
         assert blind.index.find(Query(verdict="yes")).total == 0
-        store.record("ada", Given("control", 7, seen, "no", "", "", role="adjudicator"))
+        store.record("ada", Verdict("control", 7, seen, "no", "", "", role="adjudicator"))
         assert client.get("/api/features?arm=control&verdict=no").json()["total"] == 1
 
 
-def test_a_label_is_corrected_on_the_page_of_its_feature(run_copy: Path, client_of: Callable[..., Any]) -> None:
+def test_label_is_corrected_on_the_feature_page(run_copy: Path, client_of: Callable[..., Any]) -> None:
     client, page = client_of(run_copy), "/features/control/7"
     assert "Write your name" in client.get(page).text
     said = {"verdict": "no", "label": "a <b>better</b> name", "next": f"{page}?q=a"}
@@ -244,9 +242,7 @@ def test_a_label_is_corrected_on_the_page_of_its_feature(run_copy: Path, client_
     assert client.post(f"{page}/verdict", data=said | {"next": "https://elsewhere.example"}).url.path == "/"
 
 
-def test_labels_of_a_language_model_are_shown_as_such_and_hidden_from_raters(
-    run_copy: Path, client_of: Callable[..., Any]
-) -> None:
+def test_model_labels_are_marked_and_hidden_from_raters(run_copy: Path, client_of: Callable[..., Any]) -> None:
     client = client_of(run_copy)
     assert "language model" not in client.get("/features/control/7").text
     seen = {

@@ -143,7 +143,7 @@ def test_two_models_that_do_not_fit_are_refused(run: RunFolder, monkeypatch: pyt
     assert engine.state["state"] == "failed"
 
 
-def test_a_model_that_is_gone_is_a_state_and_may_come_back(run_copy: Path) -> None:
+def test_missing_model_is_a_state_and_can_recover(run_copy: Path) -> None:
     file = run_copy / "study.yaml"
     whole = file.read_text(encoding="utf-8")
     model = next(line.split(": ")[1] for line in whole.splitlines() if line.strip().startswith("path:"))

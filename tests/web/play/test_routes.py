@@ -39,9 +39,7 @@ def events(client: Any, asked: dict[str, Any]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in answer.text.splitlines()]
 
 
-def test_a_stream_ends_with_the_result_that_its_address_asks_for(
-    run_copy: Path, client_of: Client, ask: dict[str, Any]
-) -> None:
+def test_stream_ends_with_the_result(run_copy: Path, client_of: Client, ask: dict[str, Any]) -> None:
     client = client_of(run_copy)
     first, again = events(client, ask | {"client": "tab"}), events(client, ask)
     kinds = [event["type"] for event in first]
@@ -107,9 +105,7 @@ def test_a_wrong_request_is_refused(
     assert answer.status_code == status and answer.json()["error"]
 
 
-def test_what_only_the_models_know_ends_the_stream_with_an_error(
-    site_run: Path, client_of: Client, ask: dict[str, Any]
-) -> None:
+def test_model_errors_end_the_stream(site_run: Path, client_of: Client, ask: dict[str, Any]) -> None:
     client = client_of(site_run)
     assert events(client, ask | {"features": [10**6]})[-1]["what"].startswith("arm control has no feature")
     assert "chat template" in events(client, ask | {"chat": True})[-1]["what"]

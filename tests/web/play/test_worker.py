@@ -15,7 +15,7 @@ from saeffect.web.play.worker import Job, Worker
 
 @pytest.fixture
 def worker() -> Iterator[Worker]:
-    made = Worker(at_once=2, most_waiting=5, most_each=2)
+    made = Worker(max_running=2, max_waiting=5, max_per_client=2)
     yield made
     made.close()
 
@@ -45,10 +45,10 @@ class Recorder:
 
 
 def wait(*jobs: Job) -> None:
-    assert all(job.over.wait(60) for job in jobs)
+    assert all(job.finished.wait(60) for job in jobs)
 
 
-def test_clients_take_turns_and_one_with_many_requests_gets_no_more(worker: Worker) -> None:
+def test_clients_take_turns(worker: Worker) -> None:
     heard = Recorder()
     jobs = [worker.submit("a", heard.steps(6, gated=True), heard.put("a"))]
     jobs += [worker.submit("a", heard.steps(6), heard.put("a")), worker.submit("b", heard.steps(6), heard.put("b"))]
@@ -72,7 +72,7 @@ def test_further_clients_wait_in_the_order_of_arrival(worker: Worker) -> None:
     assert first == sorted(first)
 
 
-def test_a_stopped_job_ends_and_lets_go_also_while_it_waits(worker: Worker) -> None:
+def test_stopped_job_releases_its_work_while_waiting(worker: Worker) -> None:
     heard, closed = Recorder(), []
     running = worker.submit("a", heard.steps(1000, closed, gated=True), heard.put("a"))
     waiting = worker.submit("a", heard.steps(5), heard.put("a"))
@@ -132,6 +132,6 @@ def test_closing_ends_everything(worker: Worker) -> None:
     heard = Recorder()
     jobs = [worker.submit(client, heard.steps(10_000_000), heard.put(client)) for client in "abcd"]
     worker.close()
-    assert all(job.over.is_set() for job in jobs)
+    assert all(job.finished.is_set() for job in jobs)
     with pytest.raises(ConfigError, match="stopping"):
         worker.submit("a", heard.steps(1), heard.put("a"))

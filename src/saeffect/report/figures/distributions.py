@@ -21,7 +21,7 @@ from saeffect.stats.arguments import FloatArray
 
 __all__ = ["coherence", "density", "match_counts", "mean_activation", "top_token_weights"]
 
-_GOLDEN = 0.6180339887498949  # its multiples spread evenly: jitter without random numbers
+_GOLDEN = 0.6180339887498949  # multiples modulo 1 are evenly spread: jitter without random numbers
 
 
 def match_counts(comparison: Comparison, context: ReportContext) -> Drawing:
@@ -29,28 +29,28 @@ def match_counts(comparison: Comparison, context: ReportContext) -> Drawing:
     table, least = comparison.match_counts, context.min_matches
     if not (table["matches"] >= 1).any():
         raise Undefined("no arm has a feature to count.")
-    none, domain = [], []
+    unmatched, domain = [], []
     for name in arm_styles(comparison):
-        mine = table[table["arm"] == name]
-        for zero in mine[mine["matches"] == 0].to_dict("records"):
-            none.append(f"{name} {count(zero['n'])} ({percent(zero['share'])})")
-        domain.append(f"{name} {count(mine.loc[mine['matches'] >= least, 'n'].sum())}")
+        rows = table[table["arm"] == name]
+        for row in rows[rows["matches"] == 0].to_dict("records"):
+            unmatched.append(f"{name} {count(row['n'])} ({percent(row['share'])})")
+        domain.append(f"{name} {count(rows.loc[rows['matches'] >= least, 'n'].sum())}")
     figure = new_figure(3.2)
     _draw_counts(figure.add_subplot(), table[table["matches"] >= 1], arm_styles(comparison), least)
     return Drawing(
         figure,
         f"Features by how many of their {context.top_k} top tokens are in the vocabulary; logarithmic scale. "
         f"From {least} on (shaded) a feature counts as a domain feature, unless people's verdicts say no. "
-        f"Not drawn: features with no such token ({', '.join(none)}).",
+        f"Not drawn: features with no such token ({', '.join(unmatched)}).",
         f"Number of features by matching top tokens. With {least} or more: {'; '.join(domain)}.",
     )
 
 
 def _draw_counts(ax: Axes, table: pd.DataFrame, styles: Mapping[str, ArmStyle], least: int) -> None:
-    deepest = int((table[table["n"] > 0] if (table["n"] > 0).any() else table)["matches"].max())
-    table = table[table["matches"] <= deepest]
+    most = int((table[table["n"] > 0] if (table["n"] > 0).any() else table)["matches"].max())
+    table = table[table["matches"] <= most]
     top = max(1.0, float(table["n"].max()))
-    ax.axvspan(least - 0.5, deepest + 0.5, color=GRID, alpha=0.45, linewidth=0)
+    ax.axvspan(least - 0.5, most + 0.5, color=GRID, alpha=0.45, linewidth=0)
     for number, (name, style) in enumerate(styles.items()):
         rows = table[table["arm"] == name]
         shift = 0.24 * (number - (len(styles) - 1) / 2)
@@ -65,9 +65,9 @@ def _draw_counts(ax: Axes, table: pd.DataFrame, styles: Mapping[str, ArmStyle], 
     )
     ax.yaxis.set_major_formatter(lambda value, _: count(value))
     ax.yaxis.set_minor_locator(NullLocator())
-    ax.set(xlim=(0.5, deepest + 0.5), ylim=(-0.12, 1.9 * top), ylabel="features")
+    ax.set(xlim=(0.5, most + 0.5), ylim=(-0.12, 1.9 * top), ylabel="features")
     ax.set_xlabel("top tokens in the vocabulary")
-    ax.set_xticks(np.arange(1, deepest + 1))
+    ax.set_xticks(np.arange(1, most + 1))
     ax.text(least - 0.42, 1.75 * top, "domain features", color=MUTED, size=8, va="top", style="italic")
     clean_axes(ax, grid="y")
     ax.legend(loc="upper right", handletextpad=0.3, borderaxespad=0.1)
@@ -82,7 +82,7 @@ def top_token_weights(comparison: Comparison, context: ReportContext) -> Drawing
         f"Weights of the {context.top_k} top tokens of every domain feature: what the paper plots as activations. "
         "The shape is the distribution, the dot its median, the bar its middle half; "
         "each tick below is a token (at most 400 drawn).",
-        _alt("Top-token weights", groups),
+        _alt_text("Top-token weights", groups),
     )
 
 
@@ -93,7 +93,7 @@ def mean_activation(comparison: Comparison, _context: ReportContext) -> Drawing:
         _ridges(groups, comparison, "mean activation where active", "features"),
         "Mean activation of each domain feature over the tokens on which it fires, in units of the SAE's "
         "input. Features that never fired are left out. Read as [[figure:top_token_weights]].",
-        _alt("Mean activations", groups),
+        _alt_text("Mean activations", groups),
     )
 
 
@@ -107,7 +107,7 @@ def density(comparison: Comparison, _context: ReportContext) -> Drawing:
         _ridges(groups, comparison, "density (share of tokens, log scale)", "features", unit=unit, log=True),
         "Density: the share of tokens on which a domain feature fires, on a logarithmic scale."
         f"{note} Read as [[figure:top_token_weights]].",
-        _alt("Densities", groups, unit),
+        _alt_text("Densities", groups, unit),
     )
 
 
@@ -121,7 +121,7 @@ def coherence(comparison: Comparison, context: ReportContext) -> Drawing:
         _ridges(groups, comparison, "coherence", "features"),
         "Coherence of each domain feature: the weighted mean cosine between the word vectors of its top "
         f"tokens, 1 when they mean the same.{note} Read as [[figure:top_token_weights]].",
-        _alt("Coherences", groups),
+        _alt_text("Coherences", groups),
     )
 
 
@@ -133,7 +133,7 @@ def _by_arm(comparison: Comparison, table: pd.DataFrame, column: str) -> dict[st
     return groups
 
 
-def _alt(what: str, groups: Mapping[str, FloatArray], unit: str = "") -> str:
+def _alt_text(what: str, groups: Mapping[str, FloatArray], unit: str = "") -> str:
     parts = [
         f"{name} has median {amount(np.median(values), unit)} over {count(len(values))}"
         if len(values)
@@ -152,25 +152,25 @@ def _ridges(
     unit: str = "",
     log: bool = False,
 ) -> Figure:
-    """One row per arm: half-violin, median and quartiles on the line, and a tick per value below it."""
+    """One row per arm: half-violin; below it the median, the quartiles and a tick per value."""
     if not any(len(values) for values in groups.values()):
         raise Undefined(f"no domain feature has a value of {label.split(' (', maxsplit=1)[0]}.")
     positions = {name: np.log10(values) if log else values for name, values in groups.items()}
-    every = np.concatenate(list(positions.values()))
-    margin = 0.08 * (float(np.ptp(every)) or 1.0)
-    grid = np.linspace(float(every.min()) - margin, float(every.max()) + margin, 256)
+    values_of_all = np.concatenate(list(positions.values()))
+    margin = 0.08 * (float(np.ptp(values_of_all)) or 1.0)
+    grid = np.linspace(float(values_of_all.min()) - margin, float(values_of_all.max()) + margin, 256)
     shapes = {name: _density_curve(values, grid) for name, values in positions.items()}
-    tallest = max((float(shape.max()) for shape in shapes.values() if shape is not None), default=1.0)
+    highest = max((float(shape.max()) for shape in shapes.values() if shape is not None), default=1.0)
     figure = new_figure(0.7 + 0.92 * len(groups))
     ax = figure.add_subplot()
     styles = arm_styles(comparison)
     for row, name in enumerate(reversed(list(groups))):
         shape, values = shapes[name], groups[name]
-        _ridge(ax, row, positions[name], grid, None if shape is None else 0.5 * shape / tallest, styles[name])
-        middle = f"median {amount(np.median(values), unit)}, " if len(values) else ""
+        _ridge(ax, row, positions[name], grid, None if shape is None else 0.5 * shape / highest, styles[name])
+        median = f"median {amount(np.median(values), unit)}, " if len(values) else ""
         ax.text(0.0, row + 0.56, safe_text(name, 24), transform=ax.get_yaxis_transform(), weight="bold", va="bottom",
                 color=styles[name].colour)  # fmt: skip
-        ax.text(1.0, row + 0.56, f"{middle}{count(len(values))} {noun}", transform=ax.get_yaxis_transform(),
+        ax.text(1.0, row + 0.56, f"{median}{count(len(values))} {noun}", transform=ax.get_yaxis_transform(),
                 ha="right", va="bottom", color=MUTED, size=8)  # fmt: skip
     ax.set(xlim=(grid[0], grid[-1]), ylim=(-0.28, len(groups) - 0.18), xlabel=label, yticks=[])
     clean_axes(ax, grid="x")
@@ -185,16 +185,16 @@ def _ridge(ax: Axes, row: int, values: FloatArray, grid: FloatArray, shape: Floa
         ax.text(0.5, row + 0.1, "none", transform=ax.get_yaxis_transform(), color=MUTED, ha="center")
         return
     if shape is not None:
-        seen = (grid >= values.min()) & (grid <= values.max())  # a smooth curve must not invent values beyond the data
-        x, y = grid[seen], row + shape[seen]
+        in_range = (grid >= values.min()) & (grid <= values.max())  # no density outside the data
+        x, y = grid[in_range], row + shape[in_range]
         ax.fill_between(x, row, y, color=style.colour, alpha=0.18, linewidth=0)
         ax.plot(x, y, color=style.colour, linestyle=style.line, linewidth=1.4)
-    few = np.sort(values)[:: max(1, len(values) // 400)]
-    jitter = 0.05 * ((np.arange(len(few)) * _GOLDEN) % 1.0)
-    ax.plot(few, row - 0.1 - jitter, "|", color=style.colour, alpha=0.45, markersize=4, markeredgewidth=0.7)
-    low, middle, high = np.percentile(values, [25, 50, 75])
+    drawn = np.sort(values)[:: max(1, len(values) // 400)]
+    jitter = 0.05 * ((np.arange(len(drawn)) * _GOLDEN) % 1.0)
+    ax.plot(drawn, row - 0.1 - jitter, "|", color=style.colour, alpha=0.45, markersize=4, markeredgewidth=0.7)
+    low, median, high = np.percentile(values, [25, 50, 75])
     ax.plot([low, high], [row, row], color=style.colour, linewidth=3.2, solid_capstyle="butt")
-    ax.plot([middle], [row], marker=style.marker, color=style.colour, markeredgecolor="#ffffff", markersize=7)
+    ax.plot([median], [row], marker=style.marker, color=style.colour, markeredgecolor="#ffffff", markersize=7)
 
 
 def _density_curve(values: FloatArray, grid: FloatArray) -> FloatArray | None:
@@ -209,5 +209,5 @@ def _log_ticks(low: float, high: float) -> Sequence[float]:
     powers = range(math.ceil(low), math.floor(high) + 1)
     if len(powers) > 1:
         return powers
-    every = [p + math.log10(step) for p in range(math.floor(low), math.ceil(high) + 1) for step in (1, 2, 5)]
-    return [tick for tick in every if low <= tick <= high]
+    ticks = [p + math.log10(step) for p in range(math.floor(low), math.ceil(high) + 1) for step in (1, 2, 5)]
+    return [tick for tick in ticks if low <= tick <= high]

@@ -45,7 +45,7 @@ def calibration(comparison: Comparison, context: ReportContext) -> Drawing:
     ax = figure.add_subplot()
     alarms = []
     for y, row in zip(reversed(range(len(rows))), rows.to_dict("records"), strict=True):
-        _alarm_line(ax, y, row, context.alpha)
+        _draw_alarm_rate(ax, y, row, context.alpha)
         alarms.append(f"{test_label(row['test'])}, {row['rule']}: {count(row['findings'])} of {count(row['tests'])}")
     ax.set(xlim=(-2, 102), ylim=(-0.55, len(rows) - 0.3), yticks=[])
     ax.set_xticks(np.arange(0, 101, 20))
@@ -62,15 +62,15 @@ def calibration(comparison: Comparison, context: ReportContext) -> Drawing:
     )
 
 
-def _alarm_line(ax: Axes, y: float, row: Mapping[Any, Any], alpha: float) -> None:
+def _draw_alarm_rate(ax: Axes, y: float, row: Mapping[Any, Any], alpha: float) -> None:
     null, treatment = ROLE_STYLES["placebo"], ROLE_STYLES["treatment"]
     low, high, rate, nominal = (100 * float(row[name]) for name in ("low", "high", "rate", "nominal"))
     ax.plot([low, high], [y, y], color=null.colour, linewidth=2.4, solid_capstyle="butt", alpha=0.75)
     ax.plot([rate], [y], null.marker, color=null.colour, markersize=5)
     ax.plot([nominal, nominal], [y - 0.16, y + 0.16], color=INK, linewidth=1.4)
     if float(row["treatment_tests"]):
-        found = 100 * float(row["treatment_findings"]) / float(row["treatment_tests"])
-        ax.plot([found], [y - 0.27], treatment.marker, color=treatment.colour, markersize=4.5, clip_on=False)
+        share = 100 * float(row["treatment_findings"]) / float(row["treatment_tests"])
+        ax.plot([share], [y - 0.27], treatment.marker, color=treatment.colour, markersize=4.5, clip_on=False)
     label = f"{test_label(str(row['test']))}: {rule_label(str(row['rule']), alpha)}"
     ax.text(0, y + 0.22, safe_text(label, 66), size=7.8, color=INK, va="bottom")
 
@@ -86,7 +86,7 @@ def contrasts(comparison: Comparison, _context: ReportContext) -> Drawing:
     n_lines = 1 + int(table.loc[table["comparison"] == "retraining", "b"].nunique())
     figure = new_figure(0.45 + (0.68 + 0.16 * n_lines) * len(quantities))
     for ax, quantity in zip(figure.subplots(len(quantities), 1, squeeze=False)[:, 0], quantities, strict=True):
-        _differences(ax, rows[rows["quantity"] == quantity], arm_styles(comparison), n_lines)
+        _draw_differences(ax, rows[rows["quantity"] == quantity], arm_styles(comparison), n_lines)
     differences = [
         f"{row.label}, {row.b}: {amount(row.estimate, difference_unit(str(row.unit)), sign=True)}"
         for row in rows.itertuples()
@@ -101,7 +101,7 @@ def contrasts(comparison: Comparison, _context: ReportContext) -> Drawing:
     )
 
 
-def _differences(ax: Axes, rows: pd.DataFrame, styles: Mapping[str, ArmStyle], n_lines: int) -> None:
+def _draw_differences(ax: Axes, rows: pd.DataFrame, styles: Mapping[str, ArmStyle], n_lines: int) -> None:
     first = rows.iloc[0]
     unit = str(first["unit"])
     ends = rows[["low", "high", "estimate"]].to_numpy(dtype=float)
@@ -143,7 +143,7 @@ def partial_residuals(comparison: Comparison, _context: ReportContext) -> Drawin
         label = TERM_NAMES[name][0]
         ends = f" {interval(term['low'], term['high'])}" if has_interval(term) else ", no interval"
         slope = signed(term["estimate"]) + ends
-        _residuals(ax, table[table["term"] == name], arm_styles(comparison), float(term["estimate"]))
+        _draw_residuals(ax, table[table["term"] == name], arm_styles(comparison), float(term["estimate"]))
         ax.set_title(f"{label}: {slope}", size=8.8)
         slopes.append(f"{label} {slope}")
         if name == "log10_density":
@@ -162,11 +162,11 @@ def partial_residuals(comparison: Comparison, _context: ReportContext) -> Drawin
     )
 
 
-def _residuals(ax: Axes, rows: pd.DataFrame, styles: Mapping[str, ArmStyle], slope: float) -> None:
+def _draw_residuals(ax: Axes, rows: pd.DataFrame, styles: Mapping[str, ArmStyle], slope: float) -> None:
     for arm, style in styles.items():
-        mine = rows[rows["arm"] == arm]
-        if len(mine):
-            ax.plot(mine["x"], mine["residual"], style.marker, color=style.colour, markersize=4, alpha=0.75,
+        arm_rows = rows[rows["arm"] == arm]
+        if len(arm_rows):
+            ax.plot(arm_rows["x"], arm_rows["residual"], style.marker, color=style.colour, markersize=4, alpha=0.75,
                     label=safe_text(arm, 16), linestyle="none")  # fmt: skip
     ends = np.array([rows["x"].min(), rows["x"].max()], dtype=float)
     ax.plot(ends, slope * ends, color=INK, linewidth=1.5)

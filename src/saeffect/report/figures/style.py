@@ -89,7 +89,7 @@ class ArmStyle:
 
 
 # Okabe & Ito's palette. Control and treatment are its blue and vermilion (far apart in lightness too);
-# the placebo is grey because it is the yardstick, not a finding.
+# the placebo is grey because it is the reference, not a finding.
 ROLE_STYLES: Mapping[str, ArmStyle] = {
     "control": ArmStyle("control", "control", "#0072b2", "o", "-"),
     "treatment": ArmStyle("treatment", "treatment", "#d55e00", "s", (0, (6, 1.5))),
@@ -98,7 +98,7 @@ ROLE_STYLES: Mapping[str, ArmStyle] = {
 _SPARE_COLOURS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _SPARE_MARKS = (("^", (0, (4, 1, 1, 1))), ("v", (0, (8, 2))), ("P", (0, (3, 3))))
 
-# In the report a figure's colours follow the page, which may be dark.
+# In the report the colours of figures follow the page, which may be dark.
 _CSS_VARIABLES = {
     INK: "var(--ink)",
     MUTED: "var(--muted)",
@@ -141,19 +141,19 @@ class DrawnFigure:
     @functools.cached_property
     def svg(self) -> str:
         """The figure as a standalone SVG with selectable text, drawn once for file and page; "" without a drawing."""
-        return self._saved("svg", {"Date": None, "Creator": None, "Format": None, "Type": None}).decode()
+        return self._render("svg", {"Date": None, "Creator": None, "Format": None, "Type": None}).decode()
 
     @functools.cached_property
     def png(self) -> bytes:
         """The figure as a PNG of 200 dots per inch, without dates or program names; empty without a drawing."""
-        return self._saved("png", {"Software": None})
+        return self._render("png", {"Software": None})
 
-    def _saved(self, kind: str, metadata: Mapping[str, None]) -> bytes:
-        """Equal figures give equal bytes."""
+    def _render(self, kind: str, metadata: Mapping[str, None]) -> bytes:
+        """The bytes of the figure; equal figures give equal bytes."""
         if self.figure is None:
             return b""
         buffer = io.BytesIO()
-        with _drawing():
+        with _rc_context():
             if self.figure.get_layout_engine() is not None:
                 # Lay out once: a new layout at each saving would differ slightly.
                 self.figure.draw_without_rendering()
@@ -182,16 +182,16 @@ class FigureKind:
     def drawn(self, comparison: Comparison, context: ReportContext) -> tuple[DrawnFigure, ...]:
         """The figures of a study, or one without a drawing that carries the reason."""
         title = self.title.replace("{domain}", context.domain)
-        about = DrawnFigure(self.name, title, source=self.source, group=self.group, paper=self.paper)
+        blank = DrawnFigure(self.name, title, source=self.source, group=self.group, paper=self.paper)
         try:
-            with _drawing():
-                made = self.draw(comparison, context)
+            with _rc_context():
+                result = self.draw(comparison, context)
         except Undefined as error:
-            return (replace(about, reason=error.message),)
-        return (replace(about, **made._asdict()),) if isinstance(made, Drawing) else made
+            return (replace(blank, reason=error.message),)
+        return (replace(blank, **result._asdict()),) if isinstance(result, Drawing) else result
 
 
-def _drawing() -> AbstractContextManager[None]:
+def _rc_context() -> AbstractContextManager[None]:
     return matplotlib.rc_context(dict(_RC))
 
 
@@ -207,27 +207,27 @@ def arm_styles(comparison: Comparison) -> dict[str, ArmStyle]:
     return styles
 
 
-_PLACE: ContextVar[Axes | None] = ContextVar("_PLACE", default=None)
+_TARGET: ContextVar[Axes | None] = ContextVar("_TARGET", default=None)
 
 
 @contextlib.contextmanager
 def drawn_into(ax: Axes | None) -> Iterator[None]:
-    """While the block runs, a new figure is a part of the figure of `ax`, in its place; None: a figure of its own."""
-    before = _PLACE.set(ax)
+    """Within the block, `new_figure` gives a subfigure in place of `ax`; with None, a separate figure."""
+    token = _TARGET.set(ax)
     try:
         yield
     finally:
-        _PLACE.reset(before)
+        _TARGET.reset(token)
 
 
 def new_figure(height: float, *, layout: bool = True) -> Figure:
     """An empty figure of column width, `height` in inches, without pyplot's global state; see `drawn_into`."""
-    place = _PLACE.get()
-    if place is not None:
-        whole, spec = place.figure, place.get_subplotspec()
-        place.remove()
-        found: Any = whole.add_subfigure(spec)  # type: ignore[union-attr, arg-type]
-        return found  # type: ignore[no-any-return]
+    target = _TARGET.get()
+    if target is not None:
+        parent, spec = target.figure, target.get_subplotspec()
+        target.remove()
+        subfigure: Any = parent.add_subfigure(spec)  # type: ignore[union-attr, arg-type]
+        return subfigure  # type: ignore[no-any-return]
     engine = ConstrainedLayoutEngine(w_pad=0.07, h_pad=0.07) if layout else None
     figure = Figure(figsize=(_WIDTH, height), layout=engine)
     FigureCanvasAgg(figure)
@@ -248,15 +248,15 @@ def clean_axes(ax: Axes, *, grid: str) -> None:
 
 
 def safe_text(text: object, limit: int = 40) -> str:
-    """A name as the font can draw it: control and bidirectional marks visible, missing characters as □.
+    """Text that the font can draw: control and bidirectional characters visible, missing glyphs as □.
 
     Example:
         >>> safe_text("tuned 漢")
         'tuned □'
     """
-    shown = printable_token(str(text))
-    known = font_manager.get_font(font_manager.findfont(_FONT)).get_charmap()
-    drawn = "".join(letter if ord(letter) in known else "□" for letter in shown)
+    visible = printable_token(str(text))
+    glyphs = font_manager.get_font(font_manager.findfont(_FONT)).get_charmap()
+    drawn = "".join(letter if ord(letter) in glyphs else "□" for letter in visible)
     return drawn if len(drawn) <= limit else drawn[: limit - 1] + "…"
 
 
@@ -264,8 +264,8 @@ def inline_svg(drawn: DrawnFigure) -> str:
     """The figure as an `<svg>` element for the report: unique ids, page colours, no metadata; strings stay escaped."""
     text = drawn.svg
     text = text[text.index("<svg") :]
-    for unwanted in (r"<!--.*?-->\s*", r"<metadata>.*?</metadata>\s*", r"<style[^>]*>.*?</style>"):
-        text = re.sub(unwanted, "", text, flags=re.DOTALL)  # a style would apply to the whole page
+    for pattern in (r"<!--.*?-->\s*", r"<metadata>.*?</metadata>\s*", r"<style[^>]*>.*?</style>"):
+        text = re.sub(pattern, "", text, flags=re.DOTALL)  # a style would apply to the whole page
     text = re.sub(r'\bid="([^"]*)"', rf'id="figure-{drawn.name}-\1"', text)
     text = re.sub(r'(xlink:href|href)="#([^"]*)"', rf'href="#figure-{drawn.name}-\2"', text)
     text = re.sub(r"url\(#([^)]*)\)", rf"url(#figure-{drawn.name}-\1)", text)
@@ -273,18 +273,18 @@ def inline_svg(drawn: DrawnFigure) -> str:
     for colour, variable in _CSS_VARIABLES.items():
         text = text.replace(colour, variable)
     # As attributes, since a page may forbid styles in its elements.
-    text = re.sub(r'\bstyle="([^"]*)"', _as_attributes, text)
+    text = re.sub(r'\bstyle="([^"]*)"', _style_to_attributes, text)
     head, rest = text.split(">", 1)
     view_box = re.search(r'viewBox="[^"]*"', head)
     start = f'<svg {view_box.group(0) if view_box else ""} role="img" aria-labelledby="figure-{drawn.name}-alt">'
     return start + rest.strip()
 
 
-def _as_attributes(style: re.Match[str]) -> str:
+def _style_to_attributes(style: re.Match[str]) -> str:
     """The declarations of a `style` as presentation attributes.
 
     Example:
-        >>> _as_attributes(re.match('style="(.*)"', 'style="fill: none; stroke-width: 0.8"'))
+        >>> _style_to_attributes(re.match('style="(.*)"', 'style="fill: none; stroke-width: 0.8"'))
         'fill="none" stroke-width="0.8"'
     """
     pairs = (declaration.partition(":") for declaration in style[1].split(";") if ":" in declaration)

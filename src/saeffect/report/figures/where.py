@@ -18,8 +18,8 @@ from saeffect.report.words.numbers import count, fixed, is_defined, joined, perc
 
 __all__ = ["where", "written"]
 
-_WORDS = 9  # words of a panel
-_LINE = 0.185  # inches a word
+_MAX_WORDS = 9  # words of a panel
+_WORD_HEIGHT = 0.185  # inches a word
 _TUNED, _NULL, _BASE = ROLE_STYLES["treatment"], ROLE_STYLES["placebo"], ROLE_STYLES["control"]
 
 
@@ -31,15 +31,15 @@ def where(comparison: Comparison, context: ReportContext) -> Drawing:
     layers, words = tables["change_by_layer"], tables["change_by_word"]
     if layers.empty or not (layers["change"] > 0).any():
         raise Undefined("the two models are the same at every layer.")
-    read = words[words["role"] == "read"].head(_WORDS)
-    expected = words[words["role"] == "expected"].head(_WORDS)
-    heights = [1.75, *(0.75 + _LINE * len(rows) for rows in (read, expected) if len(rows))]
+    read = words[words["role"] == "read"].head(_MAX_WORDS)
+    expected = words[words["role"] == "expected"].head(_MAX_WORDS)
+    heights = [1.75, *(0.75 + _WORD_HEIGHT * len(rows) for rows in (read, expected) if len(rows))]
     figure = new_figure(sum(heights) + 0.35)
     axes = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    _layers(axes[0], layers)
+    _draw_layers(axes[0], layers)
     panels = iter(axes[1:])
     if len(read):
-        _dots(
+        _draw_words(
             next(panels),
             read,
             "After which words predictions changed",
@@ -47,19 +47,19 @@ def where(comparison: Comparison, context: ReportContext) -> Drawing:
             alpha,
         )
     if len(expected):
-        _dots(
+        _draw_words(
             next(panels), expected, "Which words are expected more or less", "times as probable as before (log)", alpha
         )
-    return Drawing(figure, _caption(layers, alpha), _alt(layers, read, expected))
+    return Drawing(figure, _caption(layers, alpha), _alt_text(layers, read, expected))
 
 
-def _layers(ax: Axes, table: pd.DataFrame) -> None:
+def _draw_layers(ax: Axes, table: pd.DataFrame) -> None:
     x = table["layer"].to_numpy()
     ax.set_title("How much each layer changed")
     if table["null_median"].notna().any():
-        low, middle, high = (100 * table[f"null_{name}"].to_numpy() for name in ("low", "median", "high"))
+        low, median, high = (100 * table[f"null_{name}"].to_numpy() for name in ("low", "median", "high"))
         ax.fill_between(x, low, high, color=_NULL.colour, alpha=0.25, linewidth=0)
-        ax.plot(x, middle, color=_NULL.colour, linewidth=1.4, linestyle=_NULL.line, label="nulls: median, range")
+        ax.plot(x, median, color=_NULL.colour, linewidth=1.4, linestyle=_NULL.line, label="nulls: median, range")
     ax.plot(x, 100 * table["change"], _TUNED.marker, color=_TUNED.colour, linestyle="-", linewidth=1.4, markersize=3.2,
             label="this fine-tune")  # fmt: skip
     ax.set_ylim(0, 1.28 * 100 * float(np.nanmax(table[["change", "null_high"]].to_numpy(dtype=float))))
@@ -72,15 +72,15 @@ def _layers(ax: Axes, table: pd.DataFrame) -> None:
     clean_axes(ax, grid="y")
 
 
-def _dots(ax: Axes, rows: pd.DataFrame, title: str, label: str, alpha: float) -> None:
-    """One line a word: the nulls' range in grey, the fine-tune's mark filled where its p counts as found."""
+def _draw_words(ax: Axes, rows: pd.DataFrame, title: str, label: str, alpha: float) -> None:
+    """One line a word: the nulls' range in grey, the fine-tune's mark filled where p is at most `alpha`."""
     ratio = rows["unit"].iloc[0] == "log ratio"
-    shown = ("change", "null_low", "null_median", "null_high")
-    table = rows.assign(**{name: np.exp(rows[name]) for name in shown}) if ratio else rows
+    columns = ("change", "null_low", "null_median", "null_high")
+    table = rows.assign(**{name: np.exp(rows[name]) for name in columns}) if ratio else rows
     for y, row in zip(reversed(range(len(table))), table.to_dict("records"), strict=True):
-        _dot(ax, y, row, found=is_defined(row["p_search"]) and row["p_search"] <= alpha)
+        _draw_word(ax, y, row, filled=is_defined(row["p_search"]) and row["p_search"] <= alpha)
     ax.set_xscale("log")
-    ends = table[list(shown)].to_numpy(dtype=float)
+    ends = table[list(columns)].to_numpy(dtype=float)
     low, high = float(np.nanmin(ends)), float(np.nanmax(ends))
     if ratio:
         low, high = min(low, 0.8), max(high, 1.25)
@@ -94,12 +94,12 @@ def _dots(ax: Axes, rows: pd.DataFrame, title: str, label: str, alpha: float) ->
     clean_axes(ax, grid="x")
 
 
-def _dot(ax: Axes, y: float, row: Mapping[Any, Any], *, found: bool, value: str = "change") -> None:
+def _draw_word(ax: Axes, y: float, row: Mapping[Any, Any], *, filled: bool, value: str = "change") -> None:
     if is_defined(row["null_low"]):
         ax.plot([row["null_low"], row["null_high"]], [y, y], color=_NULL.colour, linewidth=3.2, alpha=0.45,
                 solid_capstyle="butt")  # fmt: skip
     ax.plot([row[value]], [y], _TUNED.marker, markeredgecolor=_TUNED.colour, markersize=5, markeredgewidth=1.2,
-            markerfacecolor=_TUNED.colour if found else PAPER, clip_on=False)  # fmt: skip
+            markerfacecolor=_TUNED.colour if filled else PAPER, clip_on=False)  # fmt: skip
 
 
 def _log_ticks(ax: Axes, low: float, high: float, unit: str) -> None:
@@ -128,19 +128,19 @@ def _caption(layers: pd.DataFrame, alpha: float) -> str:
     above = int((layers["change"] > layers["null_high"]).sum())
     return text + (
         f"Grey: the range of the null fine-tunes, which were taught nothing new. {above} of {len(layers)} layers "
-        f"changed more than in any of them. {_filled(layers, alpha)}"
+        f"changed more than in any of them. {_filled_note(layers, alpha)}"
     )
 
 
-def _filled(table: pd.DataFrame, alpha: float) -> str:
-    """What a filled mark says, or why there are none."""
+def _filled_note(table: pd.DataFrame, alpha: float) -> str:
+    """The meaning of a filled mark, or why there are none."""
     reason = next((str(reason) for reason in table["reason"] if reason), "")
     if reason:
         return f"No mark is filled: {reason}."
     return f"Filled: stands out more than any word does in at least {percent(1 - alpha, 0)} of the nulls."
 
 
-def _alt(layers: pd.DataFrame, read: pd.DataFrame, expected: pd.DataFrame) -> str:
+def _alt_text(layers: pd.DataFrame, read: pd.DataFrame, expected: pd.DataFrame) -> str:
     most = layers.loc[layers["change"].idxmax()]
     parts = [f"Layer {count(most['layer'])} changed most, by {percent(most['change'])}"]
     for name, rows in (("predictions changed most after", read), ("expectation changed most of", expected)):
@@ -150,22 +150,22 @@ def _alt(layers: pd.DataFrame, read: pd.DataFrame, expected: pd.DataFrame) -> st
 
 
 def written(comparison: Comparison, context: ReportContext) -> Drawing:
-    """One line a word: in how many of the texts the tuned model writes it, the base model, and the nulls (range)."""
+    """One line a word: share of texts with it, of the tuned model, the base model and the nulls (range)."""
     table, alpha = comparison.matches.further.get("written_words"), context.alpha
     if table is None:
         raise Undefined("the models wrote nothing to compare.")
-    rows = table[table["change"] > 0].head(_WORDS + 5)
+    rows = table[table["change"] > 0].head(_MAX_WORDS + 5)
     if rows.empty:
         raise Undefined("no word comes up more often than without fine-tuning.")
-    figure = new_figure(1.1 + (_LINE + 0.01) * len(rows))
+    figure = new_figure(1.1 + (_WORD_HEIGHT + 0.01) * len(rows))
     ax = figure.add_subplot()
-    shown = rows.assign(**{name: 100 * rows[name] for name in ("rate", "base_rate", "null_low", "null_high")})
-    for y, row in zip(reversed(range(len(rows))), shown.to_dict("records"), strict=True):
+    percentages = rows.assign(**{name: 100 * rows[name] for name in ("rate", "base_rate", "null_low", "null_high")})
+    for y, row in zip(reversed(range(len(rows))), percentages.to_dict("records"), strict=True):
         ax.plot([row["base_rate"]], [y], _BASE.marker, color=_BASE.colour, markersize=4, clip_on=False, zorder=3)
-        _dot(ax, y, row, found=is_defined(row["p_search"]) and row["p_search"] <= alpha, value="rate")
+        _draw_word(ax, y, row, filled=is_defined(row["p_search"]) and row["p_search"] <= alpha, value="rate")
     ax.set_ylim(-0.6, len(rows) - 0.4)
     ax.set_yticks(range(len(rows)), [_word(word) for word in reversed(list(rows["word"]))], size=8)
-    ax.set_xlim(left=min(-0.5, -0.01 * float(shown["rate"].max())))
+    ax.set_xlim(left=min(-0.5, -0.01 * float(percentages["rate"].max())))
     ax.xaxis.set_major_formatter(lambda value, _: percent(value / 100, 0))
     ax.set_xlabel("texts with the word")
     ax.plot([], [], _TUNED.marker, color=_TUNED.colour, markersize=5, linestyle="none", label="this fine-tune")
@@ -174,15 +174,15 @@ def written(comparison: Comparison, context: ReportContext) -> Drawing:
         ax.plot([], [], color=_NULL.colour, linewidth=3.2, alpha=0.45, label="nulls, range")
     ax.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=3, handletextpad=0.3, columnspacing=1.0)
     clean_axes(ax, grid="x")
-    found = int((table["p_search"] <= alpha).sum())
-    said = (
-        f"{count(found)} of {count(len(table))} words stand out from the nulls. "
+    n_significant = int((table["p_search"] <= alpha).sum())
+    lead = (
+        f"{count(n_significant)} of {count(len(table))} words stand out from the nulls. "
         if table["p_search"].notna().any()
         else ""
     )
-    listed = "; ".join(f"{_word(row.word)} {fixed(100 * float(row.rate), 0)} %" for row in rows.head(8).itertuples())
+    examples = "; ".join(f"{_word(row.word)} {fixed(100 * float(row.rate), 0)} %" for row in rows.head(8).itertuples())
     return Drawing(
         figure,
-        f"Words that the fine-tuned model writes after openings that name nothing. {said}{_filled(table, alpha)}",
-        f"Share of texts with the word: {listed}.",
+        f"Words that the fine-tuned model writes after openings that name nothing. {lead}{_filled_note(table, alpha)}",
+        f"Share of texts with the word: {examples}.",
     )

@@ -46,7 +46,7 @@ def test_label(test: str) -> str:
 
 
 def rule_label(rule: str, alpha: float) -> str:
-    """What counts as a finding, with the study's alpha.
+    """The rule that makes a finding, with the study's alpha.
 
     Example:
         >>> rule_label("p at most alpha", 0.05), rule_label("more than SAE noise", 0.05)
@@ -57,9 +57,9 @@ def rule_label(rule: str, alpha: float) -> str:
 
 
 def calibration_table(comparison: Comparison, context: ReportContext) -> TableView | None:
-    """Each test where there is nothing to find, beside the same test on the treatment.
+    """Each test on pairs of SAEs without a difference, beside the same test on the treatment.
 
-    Declared tests come first; the note lists undeclared ones that could not be tried.
+    Declared tests come first; the note lists undeclared ones without such a pair.
     """
     table = comparison.calibration
     if table.empty:
@@ -69,17 +69,17 @@ def calibration_table(comparison: Comparison, context: ReportContext) -> TableVi
     rows = [
         Row(
             test_label(str(row["test"])),
-            (_alarms(row), Cell(percent(row["nominal"], 0)), _promise(row), _findings(row)),
+            (_alarms_cell(row), Cell(percent(row["nominal"], 0)), _verdict_cell(row), _findings_cell(row)),
             sub=rule_label(str(row["rule"]), context.alpha),
             strong=bool(row["declared"]),
         )
         for row in shown.to_dict("records")
     ]
-    not_tried = []
+    untried = []
     for reason, group in table[~declared & (table["tests"] == 0)].groupby("reason", sort=False):
         tests = zip(group["test"], group["rule"], strict=True)
         names = "; ".join(f"{short_name(test)}, {rule_label(rule, context.alpha)}" for test, rule in tests)
-        not_tried.append(f"{names} ({reason})")
+        untried.append(f"{names} ({reason})")
     return TableView(
         name="calibration",
         caption="False alarms where there is nothing to find, beside the findings",
@@ -93,12 +93,12 @@ def calibration_table(comparison: Comparison, context: ReportContext) -> TableVi
         rows=tuple(rows),
         corner="Test, and what counts as a finding",
         note="Bold: tests that the study declared beforehand. "
-        + (f"Could not be tried: {'; '.join(not_tried)}." if not_tried else ""),
+        + (f"Could not be tried: {'; '.join(untried)}." if untried else ""),
         terms=("calibration", "false_alarm", "nominal", "stand_in", "wilson"),
     )
 
 
-def _alarms(row: Mapping[Any, Any]) -> Cell:
+def _alarms_cell(row: Mapping[Any, Any]) -> Cell:
     if not row["tests"]:
         return Cell.undefined(row["reason"] or "it was not tested")
     sub = str(row["unit"])
@@ -109,15 +109,15 @@ def _alarms(row: Mapping[Any, Any]) -> Cell:
     return Cell(f"{count(row['findings'])} of {count(row['tests'])}", sub=sub)
 
 
-def _findings(row: Mapping[Any, Any]) -> Cell:
+def _findings_cell(row: Mapping[Any, Any]) -> Cell:
     findings, tests = row["treatment_findings"], row["treatment_tests"]
     if not is_defined(tests) or not tests:
         return Cell.undefined(row["reason"] or "it was not tested")
     return Cell(f"{count(findings)} of {count(tests)}", sub=percent(findings / tests) if tests > 1 else "")
 
 
-def _promise(row: Mapping[Any, Any]) -> Cell:
-    """The test keeps its promise only if the interval's upper end is within the nominal rate."""
+def _verdict_cell(row: Mapping[Any, Any]) -> Cell:
+    """Confirmed only if the interval's upper end is within the nominal rate."""
     if row["verdict"] == "more alarms than nominal":
         return Cell.words("too many alarms", tone="warn")
     if row["verdict"] != WITHIN or not is_defined(row["high"]):
@@ -133,15 +133,15 @@ def chance_table(comparison: Comparison, _context: ReportContext) -> TableView |
         return None
     rows = []
     for row in comparison.by_chance.to_dict("records"):
-        both = has_interval(row)
+        defined = has_interval(row)
         expected = Cell.undefined(row["reason"])
         if is_defined(row["expected"]):
-            sub = f"[{_expected(row['low'])}, {_expected(row['high'])}]" if both else str(row["reason"])
-            expected = Cell(("at most " if row["bound"] else "") + _expected(row["expected"]), sub=sub)
+            sub = f"[{_expected_text(row['low'])}, {_expected_text(row['high'])}]" if defined else str(row["reason"])
+            expected = Cell(("at most " if row["bound"] else "") + _expected_text(row["expected"]), sub=sub)
         cells = (
             Cell(count(row["found"]), sub=f"of {count(row['among'])}"),
             expected,
-            _beside_chance(row, both),
+            _chance_verdict_cell(row, defined),
             Cell.words(row["chance"], tone="muted"),
         )
         rows.append(Row(capital(str(row["finding"])), cells))
@@ -161,23 +161,23 @@ def chance_table(comparison: Comparison, _context: ReportContext) -> TableView |
     )
 
 
-def _expected(value: float) -> str:
+def _expected_text(value: float) -> str:
     return count(round(value)) if abs(value) >= 10 or float(value).is_integer() else fixed(value, 1)
 
 
-def _beside_chance(row: Mapping[Any, Any], both: bool) -> Cell:
-    found = row["found"]
+def _chance_verdict_cell(row: Mapping[Any, Any], defined: bool) -> Cell:
+    n_found = row["found"]
     if is_defined(row["expected"]) and row["bound"]:
-        return Cell.words("more" if found > row["expected"] else "no more")
-    if not is_defined(row["expected"]) or not both:
+        return Cell.words("more" if n_found > row["expected"] else "no more")
+    if not is_defined(row["expected"]) or not defined:
         return Cell.words("not comparable", tone="muted")
-    if row["low"] <= found <= row["high"]:
+    if row["low"] <= n_found <= row["high"]:
         return Cell.words("what chance gives")
-    return Cell.words("more than chance" if found > row["high"] else "less than chance", tone="good")
+    return Cell.words("more than chance" if n_found > row["high"] else "less than chance", tone="good")
 
 
 def power_table(comparison: Comparison, _context: ReportContext) -> TableView | None:
-    """The smallest difference that each test would probably have found, beside the observed one."""
+    """The smallest difference that each test detects with the table's power, beside the observed one."""
     table = comparison.power
     if table.empty:
         return None
@@ -211,21 +211,21 @@ _POWER_NOTES = {
 def _power_row(row: Mapping[Any, Any]) -> Row:
     test, unit = str(row["test"]), difference_unit(str(row["unit"]))
     detectable, below, observed = row["detectable"], row["detectable_below"], row["observed"]
-    single = test.startswith(("feature in", "only feature"))
+    is_feature = test.startswith(("feature in", "only feature"))
     sample = count(row["n_a"]) if row["n_a"] == row["n_b"] else f"{count(row['n_a'])} and {count(row['n_b'])}"
-    noun = "prompts or pairs" if single else "SAEs a side" if test.endswith("_seeds") else "features a side"
+    units = "prompts or pairs" if is_feature else "SAEs a side" if test.endswith("_seeds") else "features a side"
     differs = is_defined(below) and is_defined(detectable) and abs(below - detectable) >= 1e-9
     reading = Cell.words("cannot be said", tone="muted")
     if is_defined(detectable) and is_defined(observed):
         limit = below if observed < 0 and is_defined(below) else detectable
         reading = Cell.words("too small to be found reliably" if abs(observed) < limit else "large enough to be found")
-    seen = Cell.dash()
+    observed_cell = Cell.dash()
     if is_defined(observed):
-        seen = Cell.value(observed, unit, sub="median effect" if single else "", sign=True)
+        observed_cell = Cell.value(observed, unit, sub="median effect" if is_feature else "", sign=True)
     cells = (
         Cell.value(detectable, unit, sub=f"{amount(below, unit)} downwards" if differs else "", reason=row["reason"]),
-        seen,
-        Cell(sample, sub=noun),
+        observed_cell,
+        Cell(sample, sub=units),
         reading,
     )
     return Row(test_label(test), cells)
@@ -237,24 +237,24 @@ TERM_NAMES = {
     "log10_density": ("Density", "fires ten times as often"),
     "decoder_norm": ("Decoder norm", "per unit of length"),
 }
-"""Terms of the regression apart from arms: name, and what one unit of it is."""
+"""Terms of the regression apart from arms: name and unit."""
 
 
 def regression_table(comparison: Comparison, context: ReportContext) -> TableView | None:
-    """What each property adds to the effect of steering, all others equal."""
+    """Coefficient of each property in the regression of the effect of steering."""
     table = comparison.regression
     if table.empty:
         return None
     outcome = OUTCOMES[context.steering.deciding if context.steering else "similarity"]
     first = table.iloc[0]
     clustered = str(first["errors"]).startswith("clustered")
-    how = (
+    errors = (
         "cluster-robust errors, clustered by SAE"
         if clustered
         else "HC3 errors: there are too few steered SAEs to cluster by"
     )
     left_out = int(first["n_left_out"])
-    left = f" {count(left_out)} without a coherence or an activity are left out." if left_out else ""
+    left_out_note = f" {count(left_out)} without a coherence or an activity are left out." if left_out else ""
     return TableView(
         name="regression",
         caption="What goes with a strong effect of steering",
@@ -263,7 +263,7 @@ def regression_table(comparison: Comparison, context: ReportContext) -> TableVie
         rows=tuple(_regression_row(row) for row in table.to_dict("records")),
         corner="Property",
         stacks=False,
-        note=f"Least squares over {count(first['n'])} steered features of all arms; {how}.{left}",
+        note=f"Least squares over {count(first['n'])} steered features of all arms; {errors}.{left_out_note}",
         terms=("regression", *(() if clustered else ("hc3",)), "cluster_robust", "partial_residual", "p"),
     )
 
@@ -274,15 +274,15 @@ def _regression_row(row: Mapping[Any, Any]) -> Row:
     reason = str(row["reason"]).replace(term, label.lower())
     cells = (Cell.undefined(reason), Cell.dash())
     if is_defined(row["estimate"]):
-        both = has_interval(row)
-        apart = both and (row["low"] > 0 or row["high"] < 0) and term != "intercept"
-        ends = interval(row["low"], row["high"]) if both else f"no interval: {reason}"
-        estimate = Cell(signed(row["estimate"]), sub=ends, tone="good" if apart else "")
+        defined = has_interval(row)
+        excludes_zero = defined and (row["low"] > 0 or row["high"] < 0) and term != "intercept"
+        interval_text = interval(row["low"], row["high"]) if defined else f"no interval: {reason}"
+        estimate = Cell(signed(row["estimate"]), sub=interval_text, tone="good" if excludes_zero else "")
         cells = (estimate, Cell(p_value(row["p"]) if is_defined(row["p"]) else "–"))
     return Row(label, cells, sub=sub, strong=term == "coherence")
 
 
-_SEVERITIES = {
+_SEVERITY_MEANINGS = {
     "serious": "the answer may be wrong for it",
     "moderate": "the answer is less sure than its intervals say",
     "minor": "the answer holds for less than it seems to",
@@ -308,5 +308,5 @@ def threat_table(comparison: Comparison, _context: ReportContext) -> TableView |
             for row in table.to_dict("records")
         ),
         corner="How serious",
-        note="; ".join(f"{name}: {means}" for name, means in _SEVERITIES.items()) + ".",
+        note="; ".join(f"{name}: {means}" for name, means in _SEVERITY_MEANINGS.items()) + ".",
     )

@@ -1,4 +1,4 @@
-"""The groups of features that changed most, beside what null fine-tunes reach, and what the models write."""
+"""The groups of features that changed most, beside null fine-tunes, and texts that the models write."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from saeffect.report.words.numbers import count, fixed, is_defined, p_value, per
 
 __all__ = ["learned_table", "openings"]
 
-_NOT_CLAIMED = 3  # groups shown below those that are claimed
-_MOST = 15
-_OPENINGS, _LONGEST = 12, 160  # texts shown, and characters of one
+_N_UNCLAIMED = 3  # groups shown after the claimed ones
+_MAX_GROUPS = 15
+_MAX_OPENINGS, _MAX_CHARACTERS = 12, 160  # texts shown, and characters of one
 
 
 def learned_table(comparison: Comparison, context: ReportContext) -> TableView | None:
@@ -28,7 +28,7 @@ def learned_table(comparison: Comparison, context: ReportContext) -> TableView |
     if groups is None or nulls is None or groups.empty or nulls.empty:
         return None
     n_claimed = int(groups["claimed"].sum())
-    shown = groups.head(min(_MOST, n_claimed + _NOT_CLAIMED))
+    shown = groups.head(min(_MAX_GROUPS, n_claimed + _N_UNCLAIMED))
     reached = f"highest in {count(len(nulls))} nulls: {nulls['highest'].min():.1f} to {nulls['highest'].max():.1f}"
     return TableView(
         name="learned",
@@ -63,7 +63,7 @@ def _row(row: Mapping[Any, Any], evidence: pd.DataFrame | None) -> Row:
             Cell(count(row["n_features"])),
             Cell(f"{row['score']:+.1f}".replace("-", "−")),
             Cell(p_value(row["p"]), tone="good" if claimed else "muted"),
-            Cell(_agreeing(row["group"], evidence)),
+            Cell(_n_agreeing(row["group"], evidence)),
             Cell(percent(row["share"])),
         ),
         sub="" if claimed else "not beyond the nulls",
@@ -72,30 +72,30 @@ def _row(row: Mapping[Any, Any], evidence: pd.DataFrame | None) -> Row:
     )
 
 
-def _agreeing(group: int, evidence: pd.DataFrame | None) -> str:
+def _n_agreeing(group: int, evidence: pd.DataFrame | None) -> str:
     if evidence is None or evidence.empty:
         return ""
-    own = evidence[(evidence["kind"] == "group") & (evidence["group"] == group) & evidence["basis"].isin(BASES)]
-    return f"{int(own['agrees'].sum())} of {len(own)}"
+    rows = evidence[(evidence["kind"] == "group") & (evidence["group"] == group) & evidence["basis"].isin(BASES)]
+    return f"{int(rows['agrees'].sum())} of {len(rows)}"
 
 
 def openings(comparison: Comparison, _context: ReportContext) -> TableView | None:
-    """Texts side by side, one sample an opening, where the models differ most comes first."""
+    """Texts of the models side by side, one sample an opening, the largest difference first."""
     table = comparison.matches.further.get("openings")
     if table is None or table.empty:
         return None
-    first = table[table["sample"] == 0].head(_OPENINGS)
+    first = table[table["sample"] == 0].head(_MAX_OPENINGS)
     has_null = bool((first["null"] != "").any())
     columns = [Column("base model", is_text=True), Column("fine-tuned", role="treatment", is_text=True)]
     columns += [Column("a null fine-tune", is_text=True)] if has_null else []
-    lines = []
+    rows = []
     for row in first.to_dict("records"):
         texts = [row["base_text"], row["tuned_text"], *([row["null_text"]] if has_null else [])]
         p = f", p {p_value(row['p'])}" if is_defined(row["p"]) else ""
-        lines.append(
+        rows.append(
             Row(
                 visible_text(str(row["opening"])),
-                tuple(Cell.words(visible_text(str(text), _LONGEST)) for text in texts),
+                tuple(Cell.words(visible_text(str(text), _MAX_CHARACTERS)) for text in texts),
                 sub=f"differ by {fixed(row['change'], 2)} nats{p}",
             )
         )
@@ -103,7 +103,7 @@ def openings(comparison: Comparison, _context: ReportContext) -> TableView | Non
         "openings",
         "What the models write after openings that name nothing",
         tuple(columns),
-        tuple(lines),
+        tuple(rows),
         corner="opening",
         note="All models drew with the same random numbers. Sorted by how much the first word's probabilities differ.",
         source="comparison/openings.parquet",

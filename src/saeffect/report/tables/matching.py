@@ -1,4 +1,4 @@
-"""Fates of features, features that fire more or less after fine-tuning, and how far warm-started ones turned."""
+"""Fates of features, features that fire more or less after fine-tuning, and rotations of warm-started features."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ _FATES = {
     ("treatment", "moved"): "Moved: what it was is further off",
     ("treatment", "new"): "New: matches nothing before",
 }
-_PER_FATE, _CANDIDATES = 6, 3  # notable features shown of each fate; and of each measure where none is called
-_EACH_WAY, _TURNED = 10, 10  # features shown that fire more, that fire less; that turned
+_MAX_PER_FATE, _MAX_NEAREST = 6, 3  # notable features per fate; per measure where none is called
+_MAX_PER_DIRECTION, _MAX_ROTATED = 10, 10  # features shown
 
 
 def fate_table(comparison: Comparison, context: ReportContext) -> TableView | None:
-    """Features by fate, for fine-tuning beside another seed; None if nothing was matched."""
+    """Features by fate, for fine-tuning and for another seed; None if nothing was matched."""
     counts = comparison.matches.fate_counts
     if counts.empty:
         return None
-    bare = counts[counts["excess"].isna() | counts["low"].isna()]
-    reasons = dict.fromkeys(reason for reason in bare["reason"] if reason)
+    incomplete = counts[counts["excess"].isna() | counts["low"].isna()]
+    reasons = dict.fromkeys(reason for reason in incomplete["reason"] if reason)
     return TableView(
         name="fates",
         caption="Kept, moved, gone, absorbed and new features",
@@ -66,7 +66,7 @@ def fate_table(comparison: Comparison, context: ReportContext) -> TableView | No
         rows=tuple(
             Row(
                 _FATES[row["side"], row["fate"]],
-                (_number(row, "n_treatment"), _number(row, "n_placebo"), _excess(row), _called(row)),
+                (_count_cell(row, "n_treatment"), _count_cell(row, "n_placebo"), _excess_cell(row), _called_cell(row)),
                 sub=f"of the {row['side']}'s features",
                 strong=row["fate"] in ("gone", "new"),
                 group=MEASURES[row["measure"]],
@@ -79,36 +79,36 @@ def fate_table(comparison: Comparison, context: ReportContext) -> TableView | No
     )
 
 
-def _number(row: Mapping[Any, Any], column: str) -> Cell:
+def _count_cell(row: Mapping[Any, Any], column: str) -> Cell:
     if is_defined(row[column]):
         share = percent(row[column] / row["n_features"]) if row["n_features"] else ""
         return Cell(count(round(row[column])), sub=share)
     return Cell.dash() if row["fate"] == "absorbed" else Cell.undefined(row["reason"])
 
 
-def _excess(row: Mapping[Any, Any]) -> Cell:
+def _excess_cell(row: Mapping[Any, Any]) -> Cell:
     if not is_defined(row["excess"]):
         return Cell.dash()
     text = amount(round(row["excess"]), "features", sign=True)
     if not has_interval(row):
         return Cell(text, sub="no interval")
-    apart = row["low"] > 0 or row["high"] < 0
-    return Cell(text, sub=interval(row["low"], row["high"], 0), tone="good" if apart else "")
+    excludes_zero = row["low"] > 0 or row["high"] < 0
+    return Cell(text, sub=interval(row["low"], row["high"], 0), tone="good" if excludes_zero else "")
 
 
-def _called(row: Mapping[Any, Any]) -> Cell:
+def _called_cell(row: Mapping[Any, Any]) -> Cell:
     if row["fate"] == "kept":
-        return Cell.dash()  # only what differs from seeds is called
+        return Cell.dash()  # only differences from seeds are called
     return Cell(count(row["called"])) if is_defined(row["called"]) else Cell.undefined(row["reason"])
 
 
 def notable_table(comparison: Comparison, context: ReportContext) -> TableView | None:
-    """The moved, gone, absorbed and new features with their top tokens, or else those nearest to it."""
-    rows = _notable(comparison)
+    """The moved, gone, absorbed and new features with their top tokens, or else the nearest candidates."""
+    rows = _notable_features(comparison)
     if rows.empty:
         return None
     called = bool((rows["q"] <= context.alpha).any())
-    words = {role: _words(context, role, rows) for role in ("control", "treatment")}
+    tokens = {role: _top_tokens(context, role, rows) for role in ("control", "treatment")}
     return TableView(
         name="notable",
         caption=(
@@ -127,7 +127,7 @@ def notable_table(comparison: Comparison, context: ReportContext) -> TableView |
             Column("p, q"),
             Column("Nearest, or absorbing features", is_text=True),
         ),
-        rows=tuple(_notable_row(row, words, context) for row in rows.to_dict("records")),
+        rows=tuple(_notable_row(row, tokens, context) for row in rows.to_dict("records")),
         corner="Fate",
         note=(
             ""
@@ -138,7 +138,7 @@ def notable_table(comparison: Comparison, context: ReportContext) -> TableView |
     )
 
 
-def _notable(comparison: Comparison) -> pd.DataFrame:
+def _notable_features(comparison: Comparison) -> pd.DataFrame:
     """The rows of both fate tables with the smallest q, a few per fate and measure."""
     matches, parts = comparison.matches, []
     parents: dict[int, list[int]] = {}
@@ -148,14 +148,14 @@ def _notable(comparison: Comparison) -> pd.DataFrame:
     for side, table in (("control", matches.fates_control), ("treatment", matches.fates_treatment)):
         if table.empty or not table["p"].notna().any():
             continue
-        found = table[table["fate"].isin(CALLED)].sort_values(["q", "similarity"], kind="stable")
-        found = found.groupby(["measure", "fate"], sort=False).head(_PER_FATE)
-        if found.empty:
-            near = table[table["p"].notna() & (table["similarity"] < table["chance_at"])]
-            near = near.sort_values(["p", "similarity"], kind="stable").groupby("measure", sort=False)
-            found = near.head(_CANDIDATES).assign(fate=f"not called {'gone' if side == 'control' else 'new'}")
-        absorbing = [parents.get(feature, ()) if side == "control" else () for feature in found["feature"]]
-        parts.append(found.assign(side=side, parents=absorbing))
+        selected = table[table["fate"].isin(CALLED)].sort_values(["q", "similarity"], kind="stable")
+        selected = selected.groupby(["measure", "fate"], sort=False).head(_MAX_PER_FATE)
+        if selected.empty:
+            nearest = table[table["p"].notna() & (table["similarity"] < table["chance_at"])]
+            nearest = nearest.sort_values(["p", "similarity"], kind="stable").groupby("measure", sort=False)
+            selected = nearest.head(_MAX_NEAREST).assign(fate=f"not called {'gone' if side == 'control' else 'new'}")
+        absorbing = [parents.get(feature, ()) if side == "control" else () for feature in selected["feature"]]
+        parts.append(selected.assign(side=side, parents=absorbing))
     if not parts:
         return pd.DataFrame()
     rows = pd.concat(parts, ignore_index=True)
@@ -163,43 +163,43 @@ def _notable(comparison: Comparison) -> pd.DataFrame:
     return rows.iloc[np.argsort(order.to_numpy(), kind="stable")].reset_index(drop=True)
 
 
-def _words(context: ReportContext, role: str, rows: pd.DataFrame) -> Mapping[int, str]:
-    is_own = rows["side"] == role
+def _top_tokens(context: ReportContext, role: str, rows: pd.DataFrame) -> Mapping[int, str]:
+    own_side = rows["side"] == role
     parents = rows["parents"].explode().dropna() if role == "treatment" else []
     return feature_names(
         context.arm_of(role),
         5,
         longest=None,
-        wanted={*rows.loc[is_own, "feature"], *rows.loc[~is_own, "match"], *parents},
+        wanted={*rows.loc[own_side, "feature"], *rows.loc[~own_side, "match"], *parents},
     )
 
 
-def _notable_row(row: Mapping[Any, Any], words: Mapping[str, Mapping[int, str]], context: ReportContext) -> Row:
+def _notable_row(row: Mapping[Any, Any], tokens: Mapping[str, Mapping[int, str]], context: ReportContext) -> Row:
     side, feature = str(row["side"]), int(row["feature"])
-    other = words["treatment" if side == "control" else "control"]
-    others = row["parents"] if row["fate"] == "absorbed" else [int(row["match"])] if row["match"] >= 0 else []
+    other_tokens = tokens["treatment" if side == "control" else "control"]
+    related = row["parents"] if row["fate"] == "absorbed" else [int(row["match"])] if row["match"] >= 0 else []
     arm = context.arm_of(side)
     is_domain = arm is not None and feature in arm.domain
     cells = (
         Cell.words(
-            f"{feature} {words[side].get(feature, '')}".strip(), sub=f"{context.domain} feature" if is_domain else ""
+            f"{feature} {tokens[side].get(feature, '')}".strip(), sub=f"{context.domain} feature" if is_domain else ""
         ),
         Cell(fixed(row["similarity"], 2) if is_defined(row["similarity"]) else "–"),
         Cell(fixed(row["drop"], 2) if is_defined(row.get("drop")) else "–"),
         Cell(f"{p_value(row['p'])}, {p_value(row['q'])}" if is_defined(row["q"]) else "–"),
-        Cell.words("; ".join(f"{number} {other.get(number, '')}".strip() for number in others) or "nothing"),
+        Cell.words("; ".join(f"{number} {other_tokens.get(number, '')}".strip() for number in related) or "nothing"),
     )
     return Row(capital(row["fate"]), cells, group=MEASURES[row["measure"]], sub=f"{side}'s feature")
 
 
 def cross_table(comparison: Comparison, context: ReportContext) -> TableView | None:
     """The features that changed most in either direction, with intervals and q."""
-    found = most_changed(comparison.matches.cross_activity, alpha=context.alpha)
-    if found.empty:
+    changed = most_changed(comparison.matches.cross_activity, alpha=context.alpha)
+    if changed.empty:
         return None
-    more, less = found[found["difference"] > 0].head(_EACH_WAY), found[found["difference"] < 0].head(_EACH_WAY)
-    shown = pd.concat([more, less], ignore_index=True)
-    words = feature_names(context.arm_of("control"), 5, longest=None, wanted=set(shown["feature"]))
+    is_more = changed["difference"] > 0
+    shown = pd.concat([changed[sign].head(_MAX_PER_DIRECTION) for sign in (is_more, ~is_more)], ignore_index=True)
+    tokens = feature_names(context.arm_of("control"), 5, longest=None, wanted=set(shown["feature"]))
     return TableView(
         name="cross",
         caption="Features of the control's SAE that fire more or less after fine-tuning",
@@ -215,7 +215,7 @@ def cross_table(comparison: Comparison, context: ReportContext) -> TableView | N
             Column("After / before"),
             Column("q"),
         ),
-        rows=tuple(_cross_row(row, words, context.domain) for row in shown.to_dict("records")),
+        rows=tuple(_cross_row(row, tokens, context.domain) for row in shown.to_dict("records")),
         corner="Feature",
         note=(
             "The most changed ones of either direction, by the change divided by the square root of the mean level: "
@@ -225,14 +225,14 @@ def cross_table(comparison: Comparison, context: ReportContext) -> TableView | N
     )
 
 
-def _cross_row(row: Mapping[Any, Any], words: Mapping[int, str], domain: str) -> Row:
+def _cross_row(row: Mapping[Any, Any], tokens: Mapping[int, str], domain: str) -> Row:
     feature, is_more = int(row["feature"]), row["difference"] > 0
     ends = (
         f"[{_level(row['low'])}, {_level(row['high'])}]" if is_defined(row["low"]) else f"no interval: {row['reason']}"
     )
     ratio = f"{fixed(row['mean_treatment'] / row['mean_control'], 2)}×" if row["mean_control"] > 0 else "silent before"
     cells = (
-        Cell.words(words.get(feature, "–"), sub=f"{domain} feature" if row["is_domain"] else ""),
+        Cell.words(tokens.get(feature, "–"), sub=f"{domain} feature" if row["is_domain"] else ""),
         Cell(_level(row["mean_control"])),
         Cell(_level(row["mean_treatment"])),
         Cell(("+" if is_more else "") + _level(row["difference"]), sub=ends),
@@ -248,19 +248,19 @@ def _level(value: float) -> str:
 
 
 def stagewise_table(comparison: Comparison, context: ReportContext) -> TableView | None:
-    """The features that turned most, if the treatment's SAE was trained on from the control's."""
+    """The features with the largest rotation, if the treatment's SAE was warm-started from the control's."""
     table = comparison.matches.stagewise
     if table.empty:
         return None
-    shown = table[table["decoder_rotation"].notna()].head(_TURNED)
-    words = feature_names(context.arm_of("control"), 5, longest=None, wanted=set(shown["feature"]))
+    shown = table[table["decoder_rotation"].notna()].head(_MAX_ROTATED)
+    tokens = feature_names(context.arm_of("control"), 5, longest=None, wanted=set(shown["feature"]))
     rows = []
     for row in shown.to_dict("records"):
-        known, excess, q = is_defined(row["null_rotation"]), row["excess_rotation"], row["q"]
+        has_null, excess, q = is_defined(row["null_rotation"]), row["excess_rotation"], row["q"]
         cells = (
-            Cell.words(words.get(row["feature"], "–")),
+            Cell.words(tokens.get(row["feature"], "–")),
             Cell(f"{fixed(row['decoder_rotation'], 1)}°"),
-            Cell(f"{fixed(row['null_rotation'], 1)}°") if known else Cell.undefined(row["reason"]),
+            Cell(f"{fixed(row['null_rotation'], 1)}°") if has_null else Cell.undefined(row["reason"]),
             Cell(f"{signed(excess, 1)}°" if is_defined(excess) else "–"),
             Cell(p_value(q) if is_defined(q) else "–"),
         )

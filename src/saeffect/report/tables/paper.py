@@ -37,7 +37,7 @@ def at_a_glance(comparison: Comparison, _context: ReportContext) -> TableView:
             _READINGS.get(judged.status) or Cell.undefined(judged.change.reason),
         ]
         label = str(contrasts.loc[contrasts["quantity"] == quantity, "label"].iloc[-1])
-        rows.append(Row(label, tuple(cells), sub=_saes_behind(judged), strong=quantity in PRIMARY, key=quantity))
+        rows.append(Row(label, tuple(cells), sub=_n_saes_note(judged), strong=quantity in PRIMARY, key=quantity))
     return TableView(
         name="glance",
         caption="The result at a glance",
@@ -65,8 +65,8 @@ def _difference_cell(estimate: Estimate, unit: str) -> Cell:
     return Cell.estimate(estimate.value, estimate.low, estimate.high, unit, reason=estimate.reason)
 
 
-def _saes_behind(judged: Judgement) -> str:
-    """How many SAEs decide, or else the interval with SAE noise; "" if there is neither."""
+def _n_saes_note(judged: Judgement) -> str:
+    """The number of deciding SAEs, else the interval with SAE noise, else ""."""
     if judged.by_seeds:
         return f"over {judged.n_saes[0]} and {judged.n_saes[1]} SAEs"
     if judged.seeds is None:
@@ -76,7 +76,7 @@ def _saes_behind(judged: Judgement) -> str:
 
 
 def _alarms_cell(calibration: pd.DataFrame, quantity: str) -> Cell:
-    """False alarms of this test in a stand-in, by the headline's rule where it could be tried."""
+    """False alarms of this test between SAEs of the control's model, by the headline's rule if it has any."""
     if len(calibration):
         calibration = calibration[(calibration["test"] == quantity) & (calibration["tests"] > 0)]
     if calibration.empty:
@@ -110,7 +110,7 @@ def paper_table_1(comparison: Comparison, context: ReportContext) -> TableView:
     table = comparison.table1
     matching = f"with {context.min_matches}+ {context.domain} top tokens"
     outcome = context.steering.deciding if context.steering else "similarity"
-    of_outcome = "" if outcome == "similarity" else f" ({OUTCOMES[outcome].label})"
+    outcome_note = "" if outcome == "similarity" else f" ({OUTCOMES[outcome].label})"
     selected = _Line("Selected by the vocabulary", "in_vocabulary", "count", of="n_features", sub="before verdicts")
     lines = (
         _Line("Features in the SAE", "n_features", "count"),
@@ -124,7 +124,7 @@ def paper_table_1(comparison: Comparison, context: ReportContext) -> TableView:
         _Line("Similarity when steered", "steered_mean", interval="steered"),
         _Line("Similarity when unsteered", "unsteered_mean", interval="unsteered"),
         _Line("Similarity under the placebo", "placebo_mean", interval="placebo"),
-        _Line(f"Effect{of_outcome}: steered − placebo", "effect_mean", interval="effect", strong=True),
+        _Line(f"Effect{outcome_note}: steered − placebo", "effect_mean", interval="effect", strong=True),
     )
     return TableView(
         name="table1",
@@ -163,7 +163,7 @@ def paper_table_2(comparison: Comparison, _context: ReportContext) -> TableView:
         columns=arm_columns(comparison.table2),
         rows=(
             *_arm_rows(comparison.table2, lines),
-            *(Row(label, _against_control(comparison, quantity)) for quantity, label in differences.items()),
+            *(Row(label, _difference_cells(comparison, quantity)) for quantity, label in differences.items()),
         ),
         stacks=False,
         source="comparison/table2.parquet, one row an arm; made from arms/*/coherence.parquet",
@@ -180,20 +180,20 @@ def _arm_rows(table: pd.DataFrame, lines: tuple[_Line, ...]) -> tuple[Row, ...]:
 
 
 def _arm_cell(row: Mapping[Any, Any], line: _Line) -> Cell:
-    value, reason = row[line.column], _why_undefined(row)
-    part = ""
+    value, reason = row[line.column], _undefined_reason(row)
+    share_text = ""
     if "/" in line.of:
-        part = " of ".join(count(row[name]) for name in line.of.split("/"))
+        share_text = " of ".join(count(row[name]) for name in line.of.split("/"))
     elif line.of and row[line.of]:
-        part = percent(value / row[line.of])
+        share_text = percent(value / row[line.of])
     if not line.interval:
-        return Cell.value(value, line.unit, reason=reason, sub=part)
+        return Cell.value(value, line.unit, reason=reason, sub=share_text)
     low, high = row[f"{line.interval}_low"], row[f"{line.interval}_high"]
     cell = Cell.estimate(value, low, high, line.unit, reason=reason, sign=False)
-    return cell._replace(sub=f"{part} · {cell.sub}") if part and cell.sub else cell
+    return cell._replace(sub=f"{share_text} · {cell.sub}") if share_text and cell.sub else cell
 
 
-def _why_undefined(row: Mapping[Any, Any]) -> str:
+def _undefined_reason(row: Mapping[Any, Any]) -> str:
     if "tested" in row:
         return row["reason"] or ("fewer than two features were tested" if row["tested"] else "no feature was tested")
     if row["n_defined"] == 0:
@@ -201,13 +201,13 @@ def _why_undefined(row: Mapping[Any, Any]) -> str:
     return "fewer than two features" if row["n_defined"] < 2 else "not measured"
 
 
-def _against_control(comparison: Comparison, quantity: str) -> tuple[Cell, ...]:
+def _difference_cells(comparison: Comparison, quantity: str) -> tuple[Cell, ...]:
     table = comparison.contrasts
     rows = table[(table["quantity"] == quantity) & table["comparison"].isin(["fine-tuning", "retraining"])]
-    found = {row["b"]: row for row in rows.to_dict("records")}
+    by_arm = {row["b"]: row for row in rows.to_dict("records")}
     cells = []
     for name in comparison.table2["arm"]:
-        row = found.get(name)
+        row = by_arm.get(name)
         if row is None:
             cells.append(Cell.dash())
             continue
@@ -220,7 +220,7 @@ _COMPARISONS = {"fine-tuning": "Fine-tuning", "retraining": "SAE noise", "beyond
 
 
 def contrast_table(comparison: Comparison, _context: ReportContext) -> TableView:
-    """Every contrast, fine-tuning beside SAE noise, with intervals, p and method."""
+    """All contrasts of fine-tuning and of SAE noise, with intervals, p and method."""
     table = comparison.contrasts
     rank = {name: rank for rank, name in enumerate(_COMPARISONS)}
     pairs = table[["comparison", "a", "b"]].drop_duplicates()
@@ -228,9 +228,9 @@ def contrast_table(comparison: Comparison, _context: ReportContext) -> TableView
     keys = list(pairs.itertuples(index=False, name=None))
     rows = []
     for quantity, group in table.groupby("quantity", sort=False):
-        found = {(row["comparison"], row["a"], row["b"]): row for row in group.to_dict("records")}
-        first = next(found[key] for key in keys if key in found)
-        cells = [_contrast_cell(found[key]) if key in found else Cell.dash() for key in keys]
+        by_pair = {(row["comparison"], row["a"], row["b"]): row for row in group.to_dict("records")}
+        first = next(by_pair[key] for key in keys if key in by_pair)
+        cells = [_contrast_cell(by_pair[key]) if key in by_pair else Cell.dash() for key in keys]
         cells.append(Cell.words(first["method"], tone="muted"))
         rows.append(Row(str(first["label"]), tuple(cells), strong=quantity in PRIMARY, key=str(quantity)))
     return TableView(

@@ -1,4 +1,4 @@
-"""What raters said: how far they agree, and how often each says yes to a decoy."""
+"""Verdicts of raters: their agreement, and how often each says yes to a decoy."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ _SOURCE = "comparison/verdicts.parquet, one row a verdict"
 
 
 def review_tables(context: ReportContext) -> dict[str, pd.DataFrame]:
-    """`raters` and `agreement` (`saeffect.review.agreement`) of a study that people have judged; else nothing."""
+    """`raters` and `agreement` (`saeffect.review.agreement`) of a study with verdicts; else empty."""
     if context.verdicts is None:
         return {}
-    chosen = {
+    candidate_features = {
         (name, int(feature))
         for name, arm in context.arms.items()
         for feature in arm.selection.loc[arm.selection["in_vocabulary"], "feature"]
     }
-    said = context.verdicts[~context.verdicts["rater"].str.startswith(ADJUDICATION).astype(bool)]
-    asked = [place in chosen for place in zip(said["arm"], said["feature"], strict=True)]
-    candidates = said[(said["kind"] == "feature") & pd.Series(asked, index=said.index, dtype=bool)]
-    return {"raters": rater_summary(said, chosen), "agreement": agreement(candidates)}
+    verdicts = context.verdicts[~context.verdicts["rater"].str.startswith(ADJUDICATION).astype(bool)]
+    is_candidate = [key in candidate_features for key in zip(verdicts["arm"], verdicts["feature"], strict=True)]
+    judged = verdicts[(verdicts["kind"] == "feature") & pd.Series(is_candidate, index=verdicts.index, dtype=bool)]
+    return {"raters": rater_summary(verdicts, candidate_features), "agreement": agreement(judged)}
 
 
 def rater_table(_comparison: Comparison, context: ReportContext) -> TableView | None:
-    """What each rater said; None for a study without verdicts."""
-    found = review_tables(context)
-    return rater_view(found["raters"]) if found else None
+    """Verdicts of each rater; None for a study without verdicts."""
+    tables = review_tables(context)
+    return rater_view(tables["raters"]) if tables else None
 
 
 def agreement_table(_comparison: Comparison, context: ReportContext) -> TableView | None:
     """Agreement over all raters and by pairs; None with fewer than two."""
-    found = review_tables(context)
-    return agreement_view(found["agreement"]) if found else None
+    tables = review_tables(context)
+    return agreement_view(tables["agreement"]) if tables else None
 
 
 def agreement_view(table: pd.DataFrame, source: str = _SOURCE) -> TableView | None:
@@ -80,9 +80,9 @@ def rater_view(table: pd.DataFrame, source: str = _SOURCE) -> TableView:
     """`saeffect.review.agreement.rater_summary` as a table."""
     rows = []
     for row in table.to_dict("records"):
-        seen = f"{count(row['n_not_blind'])} not blind" if row["n_not_blind"] else ""
+        not_blind = f"{count(row['n_not_blind'])} not blind" if row["n_not_blind"] else ""
         cells = [
-            Cell(count(row["judged"]), sub=seen),
+            Cell(count(row["judged"]), sub=not_blind),
             *(Cell(count(row[f"n_{name}"])) for name in ("yes", "no", "unsure")),
         ]
         for kind in ("other", "shuffled"):

@@ -1,4 +1,4 @@
-"""What steering did: outcomes against controls, baselines, features steered at once, and the dose search."""
+"""Results of steering: outcomes against controls, baselines, features steered at once, and the dose search."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def outcome_table(comparison: Comparison, context: ReportContext) -> TableView |
         return None
     controls = set(table["control"])
     rows = list(_pass_rows(arms, table))
-    for outcome, of_outcome in table.groupby("outcome", sort=False):
-        words, decides = OUTCOMES[str(outcome)], bool(of_outcome["decides"].any())
-        declared = "declared" if of_outcome["declared"].iloc[0] else "exploratory"
-        for control, group in of_outcome.groupby("control", sort=False):
+    for outcome, rows_of_outcome in table.groupby("outcome", sort=False):
+        definition, decides = OUTCOMES[str(outcome)], bool(rows_of_outcome["decides"].any())
+        declared = "declared" if rows_of_outcome["declared"].iloc[0] else "exploratory"
+        for control, group in rows_of_outcome.groupby("control", sort=False):
             by_arm = {row["arm"]: row for row in group.to_dict("records")}
             rows.append(
                 Row(
                     f"… {control_label(str(control))}",
                     tuple(_outcome_cell(by_arm.get(arm), str(outcome)) for arm in arms["arm"]),
                     strong=bool(group["decides"].any()),
-                    group=f"{capital(words.label)} ({words.effect_unit})",
+                    group=f"{capital(definition.label)} ({definition.effect_unit})",
                     tag="declared, decides" if decides else declared,
                 )
             )
@@ -52,7 +52,7 @@ def outcome_table(comparison: Comparison, context: ReportContext) -> TableView |
         rows=tuple(rows),
         corner="Steered minus …",
         stacks=False,
-        note=_why_no_interval(table)
+        note=_no_interval_note(table)
         + (
             "Means over an arm's features; intervals are Student's t over features, where [[table:table1]] has the "
             "bootstrap's. Outcomes without a direction (KL, perplexity, distinct-2) are tested two-sided: there, q "
@@ -72,27 +72,27 @@ def outcome_table(comparison: Comparison, context: ReportContext) -> TableView |
     )
 
 
-def _why_no_interval(table: pd.DataFrame) -> str:
-    bare = table[table["mean"].notna() & table["low"].isna()]
-    if bare.empty:
+def _no_interval_note(table: pd.DataFrame) -> str:
+    no_interval = table[table["mean"].notna() & table["low"].isna()]
+    if no_interval.empty:
         return ""
-    if (bare["n_defined"] == 1).all():
+    if (no_interval["n_defined"] == 1).all():
         return "No interval: one feature alone shows no spread. "
     return "No interval: every feature of the arm has the same effect. "
 
 
 def _pass_rows(arms: pd.DataFrame, table: pd.DataFrame) -> Sequence[Row]:
     reversed_share = table[table["decides"]].drop_duplicates("arm").set_index("arm")["reversed_share"]
-    ours, papers, reverses = [], [], []
+    our_test, paper_rule, reversals = [], [], []
     for row in arms.to_dict("records"):
-        ours.append(_rate(row["passed"], row["tested"], row["pass_low"], row["pass_high"]))
-        papers.append(_rate(row["paper_passed"], row["tested"]))
-        reverses.append(Cell.value(reversed_share.get(row["arm"]), "share", reason="no feature was tested"))
+        our_test.append(_rate(row["passed"], row["tested"], row["pass_low"], row["pass_high"]))
+        paper_rule.append(_rate(row["paper_passed"], row["tested"]))
+        reversals.append(Cell.value(reversed_share.get(row["arm"]), "share", reason="no feature was tested"))
     group, tag = "Features that pass", "declared"
     return (
-        Row("Our test", tuple(ours), sub="against the placebo, q corrected", strong=True, group=group, tag=tag),
-        Row("The paper's rule", tuple(papers), sub="a coin passes half", group=group, tag=tag),
-        Row("Prompts where the effect reverses", tuple(reverses), sub="mean over features", group=group, tag=tag),
+        Row("Our test", tuple(our_test), sub="against the placebo, q corrected", strong=True, group=group, tag=tag),
+        Row("The paper's rule", tuple(paper_rule), sub="a coin passes half", group=group, tag=tag),
+        Row("Prompts where the effect reverses", tuple(reversals), sub="mean over features", group=group, tag=tag),
     )
 
 
@@ -118,46 +118,46 @@ def outcome_pairs(context: ReportContext, arm: str) -> Mapping[int, tuple[tuple[
     results = context.steering
     if results is None or arm not in results.outcome_effects:
         return {}
-    beside = f"steered − {control_label(results.placebo)}"
-    found: dict[int, tuple[tuple[str, str], ...]] = {}
+    difference = f"steered − {control_label(results.placebo)}"
+    pairs_by_feature: dict[int, tuple[tuple[str, str], ...]] = {}
     for feature, rows in results.outcome_effects[arm].groupby("feature"):
-        against: list[str] = []
+        deciding: list[str] = []
         declared: list[str] = []
         exploratory: list[str] = []
         for row in rows.to_dict("records"):
-            outcome, words = str(row["outcome"]), OUTCOMES[str(row["outcome"])]
+            outcome, definition = str(row["outcome"]), OUTCOMES[str(row["outcome"])]
             text = effect_text(row["effect"], outcome)
             if outcome == results.deciding:
                 ends = f" {interval_text(row['low'], row['high'], outcome)}" if is_defined(row["low"]) else ""
-                against.append(f"{control_label(row['placebo'])} {text}{ends}")
+                deciding.append(f"{control_label(row['placebo'])} {text}{ends}")
             elif row["placebo"] == results.placebo:
-                unit = " nats" if "nats" in words.effect_unit and is_defined(row["effect"]) else ""
-                (declared if results.declared(outcome) else exploratory).append(f"{words.label} {text}{unit}")
+                unit = " nats" if "nats" in definition.effect_unit and is_defined(row["effect"]) else ""
+                (declared if results.declared(outcome) else exploratory).append(f"{definition.label} {text}{unit}")
         pairs = (
-            (f"{capital(OUTCOMES[results.deciding].label)}: steered minus …", "; ".join(against)),
-            (f"Other declared outcomes: {beside}", ", ".join(declared)),
-            (f"Exploratory outcomes: {beside}", ", ".join(exploratory)),
+            (f"{capital(OUTCOMES[results.deciding].label)}: steered minus …", "; ".join(deciding)),
+            (f"Other declared outcomes: {difference}", ", ".join(declared)),
+            (f"Exploratory outcomes: {difference}", ", ".join(exploratory)),
         )
-        found[int(feature)] = tuple(pair for pair in pairs if pair[1])  # type: ignore[call-overload]
-    return found
+        pairs_by_feature[int(feature)] = tuple(pair for pair in pairs if pair[1])  # type: ignore[call-overload]
+    return pairs_by_feature
 
 
-_SIMPLER = {
+_BASELINE_PHRASES = {
     "prompt": "simply asking (a prompt that names the concept)",
     "mean_difference": "an equal push along a plain difference of means",
 }
 
 
-def _compared_on(results: SteeringResults) -> str:
-    """The first declared outcome that both steering and baselines have (baselines give texts only)."""
-    found = dict.fromkeys(str(name) for table in results.baseline_effects.values() for name in table["outcome"])
-    return next(iter(results.in_order(list(found))), "")
+def _baseline_outcome(results: SteeringResults) -> str:
+    """The first declared outcome that the baselines have too (they give texts only)."""
+    outcomes = dict.fromkeys(str(name) for table in results.baseline_effects.values() for name in table["outcome"])
+    return next(iter(results.in_order(list(outcomes))), "")
 
 
 def baseline_sentences(comparison: Comparison, context: ReportContext) -> tuple[str, ...]:
     """One sentence per baseline, over the features of all arms; none if no baseline was run."""
     results = context.steering
-    outcome = _compared_on(results) if results is not None else ""
+    outcome = _baseline_outcome(results) if results is not None else ""
     if results is None or not outcome:
         return ()
     if results.operator == "ablate":
@@ -173,19 +173,19 @@ def baseline_sentences(comparison: Comparison, context: ReportContext) -> tuple[
 def _baseline_sentence(baseline: str, rows: pd.DataFrame, outcome: str) -> str:
     n, above, below = (int(rows[name].sum()) for name in ("n_defined", "n_above", "n_below"))
     clear_above, clear_below = (int(rows[name].sum()) for name in ("n_clearly_above", "n_clearly_below"))
-    what = _SIMPLER.get(baseline, control_label(baseline))
+    phrase = _BASELINE_PHRASES.get(baseline, control_label(baseline))
     if not n:
         reason = next((str(reason) for reason in rows["reason"] if reason), "no reason was recorded")
-        return f"Whether steering does more than {what} cannot be said: {reason}."
+        return f"Whether steering does more than {phrase} cannot be said: {reason}."
     if above > below and clear_above > clear_below:
-        verdict = f"Steering is stronger than {what}"
+        verdict = f"Steering is stronger than {phrase}"
     elif below > above and clear_below > clear_above:
-        verdict = f"Steering is weaker than {what}"
+        verdict = f"Steering is weaker than {phrase}"
     else:
-        verdict = f"Steering is neither clearly stronger nor clearly weaker than {what}"
-    of = "the one feature compared" if n == 1 else f"{count(n)} features"
+        verdict = f"Steering is neither clearly stronger nor clearly weaker than {phrase}"
+    sample = "the one feature compared" if n == 1 else f"{count(n)} features"
     return (
-        f"{verdict}: by {OUTCOMES[outcome].label}, of {of} it is stronger on {count(above)} (clearly on "
+        f"{verdict}: by {OUTCOMES[outcome].label}, of {sample} it is stronger on {count(above)} (clearly on "
         f"{count(clear_above)}) and weaker on {count(below)} (clearly on {count(clear_below)}). Clearly: the 95 % "
         "interval excludes zero."
     )
@@ -194,18 +194,20 @@ def _baseline_sentence(baseline: str, rows: pd.DataFrame, outcome: str) -> str:
 def baseline_table(comparison: Comparison, context: ReportContext) -> TableView | None:
     """One row per arm and feature: unsteered, steered, each baseline and the difference; None without baselines."""
     results = context.steering
-    outcome = _compared_on(results) if results is not None else ""
+    outcome = _baseline_outcome(results) if results is not None else ""
     if results is None or not outcome:
         return None
-    tables = {arm: results.baseline_effects[arm] for arm in comparison.table1["arm"] if arm in results.baseline_effects}
-    shown = {arm: table[table["outcome"] == outcome] for arm, table in tables.items()}
-    baselines = [str(name) for name in dict.fromkeys(pd.concat(list(shown.values()))["baseline"])]
+    effects = results.baseline_effects
+    tables = {
+        arm: effects[arm][effects[arm]["outcome"] == outcome] for arm in comparison.table1["arm"] if arm in effects
+    }
+    baselines = [str(name) for name in dict.fromkeys(pd.concat(list(tables.values()))["baseline"])]
     columns = [Column("Unsteered"), Column("Steered")]
     for baseline in baselines:
         short = "means" if baseline == "mean_difference" else baseline
         columns += [Column(capital(control_label(baseline))), Column(f"Steered − {short}", "95 % interval")]
     rows = []
-    for arm, table in shown.items():
+    for arm, table in tables.items():
         names = feature_names(context.arms.get(arm))
         for feature, group in table.groupby("feature"):
             cells = _baseline_cells(group.to_dict("records"), baselines, outcome)
@@ -231,7 +233,7 @@ def baseline_table(comparison: Comparison, context: ReportContext) -> TableView 
 
 def _baseline_cells(records: Sequence[Mapping[Any, Any]], baselines: Sequence[str], outcome: str) -> tuple[Cell, ...]:
     first = next((row for row in records if is_defined(row["steered_mean"])), records[0])
-    cells = [_level(first, name, outcome) for name in ("unsteered_mean", "steered_mean")]
+    cells = [_mean_cell(first, name, outcome) for name in ("unsteered_mean", "steered_mean")]
     by_baseline = {row["baseline"]: row for row in records}
     for baseline in baselines:
         row = by_baseline.get(baseline)
@@ -241,11 +243,11 @@ def _baseline_cells(records: Sequence[Mapping[Any, Any]], baselines: Sequence[st
             cells += [Cell("undefined", tone="muted"), Cell.undefined(row["reason"])]
         else:
             ends = interval_text(row["low"], row["high"], outcome)
-            cells += [_level(row, "baseline_mean", outcome), Cell(effect_text(row["effect"], outcome), sub=ends)]
+            cells += [_mean_cell(row, "baseline_mean", outcome), Cell(effect_text(row["effect"], outcome), sub=ends)]
     return tuple(cells)
 
 
-def _level(row: Mapping[Any, Any], name: str, outcome: str) -> Cell:
+def _mean_cell(row: Mapping[Any, Any], name: str, outcome: str) -> Cell:
     return Cell(level_text(row[name], outcome), tone="" if is_defined(row[name]) else "muted")
 
 
@@ -295,12 +297,12 @@ def _set_row(arm: str, row: Mapping[Any, Any], alone: Mapping[int, float], names
         effect = Cell(effect_text(row["effect"], outcome), sub=ends)
     q = p_value(row["q"]) + (" ✓" if is_true(row["passed"]) else "") if is_defined(row["q"]) else "undefined"
     tested = {member: effect_text(alone[member], outcome) for member in members if is_defined(alone.get(member))}
-    each = ", ".join(f"{member}: {tested.get(member, 'not tested')}" for member in members)
+    effects_text = ", ".join(f"{member}: {tested.get(member, 'not tested')}" for member in members)
     cells = (
-        *(_level(row, name, outcome) for name in ("unsteered_mean", "steered_mean", "placebo_mean")),
+        *(_mean_cell(row, name, outcome) for name in ("unsteered_mean", "steered_mean", "placebo_mean")),
         effect,
         Cell(q),
-        Cell.words(each) if tested else Cell.words("none was tested alone", tone="muted"),
+        Cell.words(effects_text) if tested else Cell.words("none was tested alone", tone="muted"),
     )
     label = f"Set {int(row['set']) + 1}: {' + '.join(map(str, members))}"
     return Row(label, cells, sub="; ".join(names[member] for member in members if member in names), group=arm)

@@ -29,7 +29,7 @@ def design_table(comparison: Comparison, _context: ReportContext) -> TableView:
     rows = []
     for row in table.to_dict("records"):
         status = Cell.words(row["status"], tone="warn" if row["status"] in ("flaw", "unknown") else "")
-        facts = [Cell.words(_fact(row["field"], row[arm])) for arm in arms]
+        facts = [Cell.words(_fact_text(row["field"], row[arm])) for arm in arms]
         cells = (status, *facts, Cell.words(row["matters"], tone="muted"))
         rows.append(Row(field_label(row["field"]), cells, strong=row["status"] == "flaw"))
     return TableView(
@@ -50,15 +50,15 @@ def same_in_every_arm(comparison: Comparison) -> tuple[tuple[str, str], ...]:
     """Properties that are equal in every arm, as label-value pairs."""
     table = comparison.design
     same, arm = table[table["status"] == "same"], comparison.table1["arm"].iloc[0]
-    pairs = ((field_label(row["field"]), _fact(row["field"], row[arm])) for row in same.to_dict("records"))
+    pairs = ((field_label(row["field"]), _fact_text(row["field"], row[arm])) for row in same.to_dict("records"))
     return tuple(pair for pair in pairs if pair[1] != "unknown")
 
 
-def _fact(field: str, value: object) -> str:
+def _fact_text(field: str, value: object) -> str:
     """A fact with sensible precision.
 
     Example:
-        >>> _fact("dead_share", "0.000217"), _fact("explained_variance", "0.78231"), _fact("seed", "0")
+        >>> _fact_text("dead_share", "0.000217"), _fact_text("explained_variance", "0.78231"), _fact_text("seed", "0")
         ('0.02\u202f%', '0.782', '0')
     """
     text = short_fact(value)

@@ -27,7 +27,7 @@ class Cell(NamedTuple):
 
     @classmethod
     def dash(cls) -> Cell:
-        """A cell without a number, by design."""
+        """A cell that has no number by design."""
         return cls("–", tone="muted")
 
     @classmethod
@@ -44,9 +44,9 @@ class Cell(NamedTuple):
     def estimate(
         cls, value: Any, low: Any, high: Any, unit: str = "", *, reason: object = "", sign: bool = True
     ) -> Cell:
-        """A number with its 95 % interval below it; the reason replaces whichever is missing."""
-        both = is_defined(low) and is_defined(high)
-        ends = amount_interval(low, high, unit) if both else f"interval {undefined(str(reason))}"
+        """A number with its 95 % interval below; the reason replaces a missing one."""
+        defined = is_defined(low) and is_defined(high)
+        ends = amount_interval(low, high, unit) if defined else f"interval {undefined(str(reason))}"
         return cls.value(value, unit, reason=reason, sub=ends, sign=sign)
 
 

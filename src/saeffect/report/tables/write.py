@@ -42,7 +42,7 @@ def write_tables(
             atomic_path(folder / f"{name}.csv") as temporary,
             temporary.open("w", encoding="utf-8", newline="") as file,
         ):
-            csv.writer(file, lineterminator="\n").writerows([columns, *([*map(_field, row)] for row in rows)])
+            csv.writer(file, lineterminator="\n").writerows([columns, *([*map(_csv_field, row)] for row in rows)])
         write_json(folder / f"{name}.json", [dict(zip(columns, row, strict=True)) for row in rows])
         written += [folder / f"{name}.csv", folder / f"{name}.json"]
     write_json(folder / "answer.json", dict(comparison.answer))
@@ -51,27 +51,27 @@ def write_tables(
 
 def _study_tables(context: ReportContext, order: list[str]) -> dict[str, pd.DataFrame]:
     results = context.steering
-    found = {"domain_features": _every_arm({name: domain_features(arm) for name, arm in context.arms.items()}, order)}
-    found |= review_tables(context)
-    found |= {name: table for name, table in (("gate", context.gate), ("doses", context.doses)) if table is not None}
+    domain = {name: domain_features(arm) for name, arm in context.arms.items()}
+    tables = {"domain_features": _concat_arms(domain, order)} | review_tables(context)
+    tables |= {name: table for name, table in (("gate", context.gate), ("doses", context.doses)) if table is not None}
     if results is not None:
-        found |= {
+        tables |= {
             "steering_outcomes": outcome_summary(results, order, alpha=context.alpha),
-            "outcome_effects": _every_arm(results.outcome_effects, order),
+            "outcome_effects": _concat_arms(results.outcome_effects, order),
             "steering_baselines": baseline_summary(results, order),
-            "baseline_effects": _every_arm(results.baseline_effects, order),
-            "together_effects": _every_arm(results.together_effects, order),
+            "baseline_effects": _concat_arms(results.baseline_effects, order),
+            "together_effects": _concat_arms(results.together_effects, order),
             "dose_response": pd.DataFrame() if results.dose_response is None else results.dose_response,
             "dose_response_by_arm": dose_summary(results.dose_response, order),
         }
-    return {name: table for name, table in found.items() if len(table)}
+    return {name: table for name, table in tables.items() if len(table)}
 
 
-def _every_arm(tables: Mapping[str, pd.DataFrame], order: list[str]) -> pd.DataFrame:
-    shown = {arm: tables[arm] for arm in order if len(tables.get(arm, ()))}
-    if not shown:
+def _concat_arms(tables: Mapping[str, pd.DataFrame], order: list[str]) -> pd.DataFrame:
+    present = {arm: tables[arm] for arm in order if len(tables.get(arm, ()))}
+    if not present:
         return pd.DataFrame()
-    return pd.concat(shown, names=["arm"]).reset_index("arm").reset_index(drop=True)
+    return pd.concat(present, names=["arm"]).reset_index("arm").reset_index(drop=True)
 
 
 def domain_features(arm: ArmTables) -> pd.DataFrame:
@@ -79,9 +79,9 @@ def domain_features(arm: ArmTables) -> pd.DataFrame:
     rows = arm.of_domain(arm.features)
     for source, table in (("coherence", arm.coherence), ("selection", arm.selection), ("effect", arm.effects)):
         if table is not None and not table.empty:
-            fresh = [column for column in table.columns if column == "feature" or column not in rows.columns]
-            extra = table[fresh].rename(columns={"reason": f"{source}_reason"})
-            rows = rows.merge(extra, on="feature", how="left")
+            new_columns = [column for column in table.columns if column == "feature" or column not in rows.columns]
+            columns = table[new_columns].rename(columns={"reason": f"{source}_reason"})
+            rows = rows.merge(columns, on="feature", how="left")
     return rows
 
 
@@ -91,20 +91,20 @@ def _values(column: pd.Series[Any]) -> list[Any]:
     kind = column.dtype.kind if isinstance(column.dtype, np.dtype) else "O"  # pandas' own types have a missing value
     if kind == "f":
         return [value if math.isfinite(value) else None for value in values]
-    return values if kind in "ib" else [_plain(value) for value in values]
+    return values if kind in "ib" else [_to_json(value) for value in values]
 
 
-def _plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_to_json(item) for item in value]
     if value is None or value is pd.NA or (isinstance(value, float) and not math.isfinite(value)):
         return None
     return value
 
 
-def _field(value: Any) -> str:
+def _csv_field(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""What causes the change: what model and SAE do, crossed, and what share of fine-tuning some features carry."""
+"""Causes of the change: effects of model and SAE, crossed, and the share of fine-tuning that features carry."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ __all__ = [
     "what_it_causes",
 ]
 
-# What is said of the fine-tuned model where it has more, and less: {x} is the size of the change.
-_MORE_AND_LESS = {
+# By quantity, the phrase for a rise and for a fall in the fine-tuned model; {x} is the size of the change.
+_PHRASES = {
     "direct_effect": ("features push their tokens {x} more", "features push their tokens {x} less"),
     "steering_effect": (
         "steering raises texts' similarity to the features' tokens by {x} more",
@@ -36,8 +36,8 @@ _MORE_AND_LESS = {
     "explained_variance": ("{x} more of the variance is explained", "{x} less of the variance is explained"),
     "ce_loss_score": ("{x} more of the loss is recovered", "{x} less of the loss is recovered"),
 }
-_UNNAMED = ("{q} is {x} higher", "{q} is {x} lower")
-_UNITS = {
+_GENERIC = ("{q} is {x} higher", "{q} is {x} lower")
+_UNIT_NAMES = {
     **dict.fromkeys(("share", "share of tokens"), "percentage points"),
     **dict.fromkeys(("activation", "coherence", "cosine similarity"), ""),
 }
@@ -49,92 +49,93 @@ def factorial_sentences(table: pd.DataFrame) -> dict[str, str]:
 
 
 def factorial_sentence(rows: pd.DataFrame) -> str:
-    """What the model does and what the SAE does, for the four rows of one quantity."""
+    """The effects of model and SAE, from the four rows of one quantity."""
     by_effect = {str(row["effect"]): row for row in rows.to_dict("records")}
     model, dictionary = by_effect["model"], by_effect["dictionary"]
     name = str(model["label"])
     if not is_defined(model["estimate"]):
         return f"{name}: model and SAE cannot be told apart ({model['reason'] or 'no reason was recorded'})."
-    said = _of_model(model)
+    clause = _model_clause(model)
     if is_defined(model["null_p"]):
         nulls = plural(int(model["n_nulls"]), "null fine-tune")
-        said += f"; with the control's SAE, p = {p_value(model['null_p'])} among {nulls}"
-    return f"With one and the same SAE, {said}; which SAE is used makes a difference of {_size(dictionary)}."
+        clause += f"; with the control's SAE, p = {p_value(model['null_p'])} among {nulls}"
+    return f"With one and the same SAE, {clause}; which SAE is used makes a difference of {_effect_size(dictionary)}."
 
 
 def factorial_estimate(row: Mapping[Any, Any]) -> Estimate:
-    """A row as an `Estimate`, shares of tokens as shares are written."""
+    """A row as an `Estimate`."""
     value, low, high, p = (float(row[name]) for name in ("estimate", "low", "high", "p"))
     return Estimate(value, low, high, p=p)
 
 
-def _of_model(row: Mapping[Any, Any]) -> str:
-    found, name = factorial_estimate(row), str(row["label"])
-    if not found.value and not found.defined:
+def _model_clause(row: Mapping[Any, Any]) -> str:
+    estimate, name = factorial_estimate(row), str(row["label"])
+    if not estimate.value and not estimate.defined:
         return f"{name.lower() if name[1:2].islower() else name} is the same in both models"
-    more, less = _MORE_AND_LESS.get(str(row["quantity"]), _UNNAMED)
-    size = _amount(abs(found.value), str(row["unit"]))
-    said = (more if found.value > 0 else less).format(x=size, q=name.lower())
-    said += f" in the fine-tuned model{_ends(row)}"
-    return said if found.sign or not found.defined else f"{said}, which may be chance"
+    more, less = _PHRASES.get(str(row["quantity"]), _GENERIC)
+    size = _amount(abs(estimate.value), str(row["unit"]))
+    clause = (more if estimate.value > 0 else less).format(x=size, q=name.lower())
+    clause += f" in the fine-tuned model{_interval_suffix(row)}"
+    return clause if estimate.sign or not estimate.defined else f"{clause}, which may be chance"
 
 
-def _size(row: Mapping[Any, Any]) -> str:
-    found, unit = factorial_estimate(row), _written(row)
-    if not is_defined(found.value):
+def _effect_size(row: Mapping[Any, Any]) -> str:
+    estimate, unit = factorial_estimate(row), _number_unit(row)
+    if not is_defined(estimate.value):
         return f"an unknown size ({row['reason']})"
-    value = bracketed(found, unit).partition(" [")[0].removesuffix(", without an interval")
-    return value + _unit_after(str(row["unit"])) + _ends(row)
+    value = bracketed(estimate, unit).partition(" [")[0].removesuffix(", without an interval")
+    return value + _unit_suffix(str(row["unit"])) + _interval_suffix(row)
 
 
-def _ends(row: Mapping[Any, Any]) -> str:
-    """The interval in brackets, in the unit of the number before it."""
-    found = factorial_estimate(row)
-    if not found.defined:
+def _interval_suffix(row: Mapping[Any, Any]) -> str:
+    """The interval in brackets, in the unit of the preceding number."""
+    estimate = factorial_estimate(row)
+    if not estimate.defined:
         return " (without an interval)"
-    return " [" + bracketed(found, _written(row)).partition(" [")[2]
+    return " [" + bracketed(estimate, _number_unit(row)).partition(" [")[2]
 
 
-def _written(row: Mapping[Any, Any]) -> str:
+def _number_unit(row: Mapping[Any, Any]) -> str:
     return "share" if str(row["unit"]).startswith("share") else str(row["unit"])
 
 
-def _unit_after(unit: str) -> str:
-    named = _UNITS.get(unit, unit)
-    return f" {named}" if named else ""
+def _unit_suffix(unit: str) -> str:
+    unit_name = _UNIT_NAMES.get(unit, unit)
+    return f" {unit_name}" if unit_name else ""
 
 
 def _amount(size: float, unit: str) -> str:
     if unit.startswith("share"):
         return percent(size, 1 if size >= 0.01 else 3).rstrip("%").rstrip() + " percentage points"
     digits = 2 if size >= 0.1 else 3
-    return fixed(size, digits) + _unit_after(unit)
+    return fixed(size, digits) + _unit_suffix(unit)
 
 
-_LOSS = {
+_N_FEATURES = 20  # of the most changed features, in sentences
+_LOSS_PHRASES = {
     "tuned": "what fine-tuning does at this layer to the loss on {text}",
     "base": "what the fine-tuned model's activations at this layer do to the base model's loss on {text}",
 }
-_PREDICTIONS = {
+_PREDICTION_PHRASES = {
     "tuned": "what fine-tuning does at this layer to the predictions there",
     "base": "what they do to its predictions there",
 }
 
 
-def what_it_causes(table: pd.DataFrame, subject: str, n_features: int = 20, source: str = "domain") -> str:
-    """`put_back_sentence` of a text; where the loss has no share there, first of what the fine-tuned model writes."""
-    loss, predictions = (put_back_row(table, measure, n_features, source=source) for measure in ("loss", "kl"))
-    own = put_back_sentence(table, n_features, subject=subject, source=OWN_WRITING)
-    if not own or loss is None or is_defined(loss["low"]):
-        return put_back_sentence(table, n_features, subject=subject, source=source)
+def what_it_causes(table: pd.DataFrame, subject: str, source: str = "domain") -> str:
+    """`put_back_sentence` of a text; if the loss has no share there, first that of the model's own writing."""
+    loss, predictions = (put_back_row(table, measure, _N_FEATURES, source=source) for measure in ("loss", "kl"))
+    written = put_back_sentence(table, subject=subject, source=OWN_WRITING)
+    if not written or loss is None or is_defined(loss["low"]):
+        return put_back_sentence(table, subject=subject, source=source)
     if predictions is None or not is_defined(predictions["low"]):
-        return own
-    beside = _beside(table, predictions, {"source": source})
-    return f"{own} Of what it does to the predictions on {subject} text they carry {_share(predictions)}{beside}."
+        return written
+    matched = _matched_clause(table, predictions, {"source": source})
+    return f"{written} Of what it does to the predictions on {subject} text they carry {_share(predictions)}{matched}."
 
 
 def text_name(source: str, subject: str) -> str:
-    """What to call the text of a row's source."""
+    """The name of a row's source in a sentence."""
     return "what the fine-tuned model itself writes" if source == OWN_WRITING else f"{subject} text"
 
 
@@ -155,57 +156,57 @@ def put_back_row(
 
 def put_back_sentence(
     table: pd.DataFrame,
-    n_features: int | None = 20,
+    n_features: int | None = _N_FEATURES,
     *,
     subject: str = "medical",
     called: str = "",
     **where: str,
 ) -> str:
-    """How much of what fine-tuning does at the hook these features carry, beside matched features and with intervals.
+    """The share of fine-tuning's effect at the hook that features carry, with intervals, beside matched features.
 
-    `n_features` of the most changed (None for a named group) of a `put_back_table`; `subject` is what to call the text,
-    `called` the features; `where` see `put_back_row`. "" if nothing was measured for these features. A share that is
-    undefined, not clear of zero or not clearly more than matched features carry is said to be so.
+    `n_features` of the most changed (None for a named group) of a `put_back_table`; `subject` names the text, `called`
+    the features; `where` as in `put_back_row`. "" if nothing was measured for these features. The sentence says if the
+    share is undefined, not clear of zero, or not clearly more than that of matched features.
     """
-    own = {measure: put_back_row(table, measure, n_features, **where) for measure in ("loss", "kl")}
-    loss, predictions = own["loss"], own["kl"]
+    rows = {measure: put_back_row(table, measure, n_features, **where) for measure in ("loss", "kl")}
+    loss, predictions = rows["loss"], rows["kl"]
     if loss is None or predictions is None:
         return ""
     edited = str(loss["edited"])
-    who = called or f"the {plural(int(loss['n_features']), 'feature')} that changed most"
-    what = _LOSS[edited].format(text=text_name(loss["source"], subject))
+    features = called or f"the {plural(int(loss['n_features']), 'feature')} that changed most"
+    effect = _LOSS_PHRASES[edited].format(text=text_name(loss["source"], subject))
     verb = "carries" if loss["n_features"] == 1 and not called else "carry"
-    who = who.replace("the 1 feature", "the feature")
+    features = features.replace("the 1 feature", "the feature")
     if is_defined(loss["low"]):
-        text = f"{capital(who)} {verb} {_share(loss)} of {what} ({fixed(abs(loss['whole']))} nats a token)"
+        text = f"{capital(features)} {verb} {_share(loss)} of {effect} ({fixed(abs(loss['whole']))} nats a token)"
     else:
-        text = f"What share {who} {verb} of {what} cannot be said: {loss['reason']}"
-    text += f"{_beside(table, loss, where)}."
+        text = f"What share {features} {verb} of {effect} cannot be said: {loss['reason']}"
+    text += f"{_matched_clause(table, loss, where)}."
     if is_defined(predictions["low"]):
-        text += f" Of {_PREDICTIONS[edited]} (KL) they carry {_share(predictions)}"
-        text += f"{_beside(table, predictions, where)}."
+        text += f" Of {_PREDICTION_PHRASES[edited]} (KL) they carry {_share(predictions)}"
+        text += f"{_matched_clause(table, predictions, where)}."
     return text
 
 
-def _beside(table: pd.DataFrame, own: dict[str, Any], where: dict[str, str]) -> str:
-    """Matched features, and what of the comparison is not shown; "" if the share itself is undefined."""
-    if not is_defined(own["low"]):
+def _matched_clause(table: pd.DataFrame, row: dict[str, Any], where: dict[str, str]) -> str:
+    """The share of matched features, and the limits of the comparison; "" if the share itself is undefined."""
+    if not is_defined(row["low"]):
         return ""
-    n = int(own["n_features"])
+    n = int(row["n_features"])
     matched, difference = (
-        put_back_row(table, str(own["measure"]), n, kind, **where) for kind in ("matched", "difference")
+        put_back_row(table, str(row["measure"]), n, kind, **where) for kind in ("matched", "difference")
     )
-    doubt = "" if own["low"] > 0 else ", so it is not shown that they carry any of it"
-    if own["high"] < 0:
+    doubt = "" if row["low"] > 0 else ", so it is not shown that they carry any of it"
+    if row["high"] < 0:
         doubt = ": put back, they move it the other way"
     if matched is None or not is_defined(matched["low"]):
-        why = "" if matched is None else f" ({matched['reason']})"
-        return doubt + (f"; nothing matched stands beside them{why}" if matched is not None else "")
-    beside = f"; {plural(n, 'matched feature')} {'carries' if n == 1 else 'carry'} {_share(matched)}"
+        reason = "" if matched is None else f" ({matched['reason']})"
+        return doubt + (f"; nothing matched stands beside them{reason}" if matched is not None else "")
+    clause = f"; {plural(n, 'matched feature')} {'carries' if n == 1 else 'carry'} {_share(matched)}"
     if not doubt and not (difference is not None and difference["low"] > 0):
         doubt = ", which is not clearly less"
-        return beside + doubt
-    return doubt + beside
+        return clause + doubt
+    return doubt + clause
 
 
 def _share(row: dict[str, Any]) -> str:

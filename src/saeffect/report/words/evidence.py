@@ -41,28 +41,28 @@ __all__ = [
 
 
 def calibration_verdict(table: pd.DataFrame) -> str:
-    """In a few plain sentences: may the findings be believed?"""
+    """Whether the false-alarm rates allow the findings to be believed, in a few sentences."""
     if table.empty:
         return (
             "How often these tests raise false alarms was not measured, so nothing here can be checked against chance."
         )
-    known = table[(table["tests"] > 0) & table["rate"].notna()]
-    if known.empty:
+    tested = table[(table["tests"] > 0) & table["rate"].notna()]
+    if tested.empty:
         stand_in = "no SAE of the control's model can stand in for the treatment"
-        why = next((reason for reason in table["reason"] if reason), stand_in)
-        return f"It cannot be said how often these tests raise false alarms: {why}."
+        reason = next((reason for reason in table["reason"] if reason), stand_in)
+        return f"It cannot be said how often these tests raise false alarms: {reason}."
     declared = table[table["declared"].astype(bool)]
     if len(declared) and not (declared["tests"] > 0).any():
-        why = next((reason for reason in declared["reason"] if reason), "no reason was recorded")
-        return f"It cannot be said how often the declared tests raise false alarms: {why}."
-    bad = known[known["verdict"] != WITHIN]
-    if len(bad):
-        tests = zip(bad["test"], bad["rule"], strict=True)
+        reason = next((reason for reason in declared["reason"] if reason), "no reason was recorded")
+        return f"It cannot be said how often the declared tests raise false alarms: {reason}."
+    excessive = tested[tested["verdict"] != WITHIN]
+    if len(excessive):
+        tests = zip(excessive["test"], excessive["rule"], strict=True)
         names = "; ".join(dict.fromkeys(f"{short_name(test)} ({rule})" for test, rule in tests))
         text = f"Not to be believed, since they raise more false alarms than they promise: {names}."
     else:
         text = "No test raised more false alarms than it promises."
-        between_saes = known.loc[known["unit"] != "features", "tests"]
+        between_saes = tested.loc[tested["unit"] != "features", "tests"]
         if len(between_saes) and between_saes.max() < 60:
             text += (
                 f" Between whole SAEs there were at most {plural(int(between_saes.max()), 'trial')} a test, so this "
@@ -75,27 +75,27 @@ def calibration_verdict(table: pd.DataFrame) -> str:
 
 
 def too_many_alarms(calibration: pd.DataFrame, quantities: Iterable[str]) -> list[str]:
-    """The quantities whose test raised more alarms than its nominal rate where there was nothing to find."""
+    """The quantities whose test raised more false alarms than its nominal rate."""
     if calibration.empty:
         return []
-    bad = set(calibration.loc[(calibration["tests"] > 0) & (calibration["verdict"] != WITHIN), "test"])
-    return [name for name in quantities if name in bad]
+    excessive = set(calibration.loc[(calibration["tests"] > 0) & (calibration["verdict"] != WITHIN), "test"])
+    return [name for name in quantities if name in excessive]
 
 
 def power_sentence(power: pd.DataFrame, roles: Roles, outcome: str) -> str:
-    """The smallest differences that would probably have been found; `outcome` is the outcome of steering."""
+    """The smallest differences detected with 80 % power; `outcome` is the outcome of steering."""
     if power.empty:
         return ""
-    known = power[power["detectable"].notna() & ~power["test"].str.startswith(("feature in", "only feature"))]
-    if known.empty:
+    defined = power[power["detectable"].notna() & ~power["test"].str.startswith(("feature in", "only feature"))]
+    if defined.empty:
         return "What difference this study could have found cannot be said: no test has units and spread in both arms."
-    parts = [f"{size(row)} in the {short_name(row['test'])}" for row in known.to_dict("records")]
+    parts = [f"{size(row)} in the {short_name(row['test'])}" for row in defined.to_dict("records")]
     text = f"With four chances in five this study would have found a difference of {joined(parts)}."
-    single = power[power["test"] == f"feature in {roles.treatment}"]
-    if len(single) and math.isfinite(single["detectable"].iloc[0]):
-        least = fixed(single["detectable"].iloc[0])
+    alone = power[power["test"] == f"feature in {roles.treatment}"]
+    if len(alone) and math.isfinite(alone["detectable"].iloc[0]):
+        limit = fixed(alone["detectable"].iloc[0])
         text += (
-            f" A single steered feature had to move the {OUTCOMES[outcome].measures} by {least} to be found on its own."
+            f" A single steered feature had to move the {OUTCOMES[outcome].measures} by {limit} to be found on its own."
         )
     only = power[power["test"].str.startswith("only feature") & power["test"].str.endswith(f" in {roles.treatment}")]
     if len(only) and str(only["reason"].iloc[0]).startswith("with "):
@@ -113,8 +113,8 @@ def coherence_sentence(table: pd.DataFrame) -> str:
     """The paper's open question: do coherent features have stronger effects? `table` is the regression."""
     row = next((row for row in table.to_dict("records") if row["term"] == "coherence"), None)
     if row is None or not is_defined(row["estimate"]):
-        why = row["reason"] if row and row["reason"] else "no feature was steered"
-        return f"Whether coherent features have stronger effects cannot be said: {why}."
+        reason = row["reason"] if row and row["reason"] else "no feature was steered"
+        return f"Whether coherent features have stronger effects cannot be said: {reason}."
     step = 0.1 * float(row["estimate"])
     if not has_interval(row):
         return (
@@ -140,7 +140,7 @@ def coherence_sentence(table: pd.DataFrame) -> str:
 
 
 CALLED = ("moved", "gone", "absorbed", "new")
-"""Fates that single features can be called, since seeds of one model do not show them."""
+"""Fates that are called for single features: those that go beyond differences between seeds."""
 MEASURES = {
     "decoder cosine": "Matched by what they write (decoder cosine)",
     "activation correlation": "Matched by when they fire (activation correlation)",
@@ -149,7 +149,7 @@ MEASURES = {
 
 
 def fate_summary(counts: pd.DataFrame, alpha: float) -> str:
-    """How many more features than between seeds have no counterpart, and how many single ones differ beyond noise."""
+    """The excess of features without a counterpart over another seed, and the number of called features."""
     if counts.empty:
         return ""
     if not counts["n_placebo"].notna().any():
@@ -166,38 +166,38 @@ def fate_summary(counts: pd.DataFrame, alpha: float) -> str:
     if (rows["reason"] == ONE_PLACEBO).any():
         parts.append("With one other seed these intervals do not hold the noise of SAE training.")
     called = called_features(counts)
-    single = (
+    single_features = (
         f"Single features that stand out by either measure (q ≤ {alpha:g}): {called}."
         if called
         else f"No single feature stands out as moved, gone or new (q ≤ {alpha:g})."
     )
-    return " ".join([*parts, single])
+    return " ".join([*parts, single_features])
 
 
 def called_features(counts: pd.DataFrame) -> str:
-    """How many features are called moved, gone, absorbed and new, from the fate counts; "" for none."""
+    """Numbers of features called moved, gone, absorbed and new, from the fate counts; "" for none."""
     sums = counts[counts["fate"].isin(CALLED)].groupby("fate", sort=False)["called"].sum()
     return ", ".join(f"{count(n)} {fate}" for fate, n in sums.items() if n)
 
 
 def cross_summary(cross: pd.DataFrame, alpha: float, domain: str = "domain") -> str:
-    """How many domain features fire more, beside all others, in two sentences; or why that cannot be said."""
+    """Shares of domain features and of all others that fire more, in two sentences; or why they are unknown."""
     if cross.empty:
         return "The control's SAE was not applied to the fine-tuned model, so which features fire more cannot be said."
     if not cross["q"].notna().any():
         reason = next((reason for reason in cross["reason"] if reason), "no feature could be tested")
         return f"Which features fire more cannot be said: {reason}."
     changes = activity_changes(cross, alpha=alpha)
-    more, less, chosen = changes.more, changes.less, changes.domain
+    more, less, in_domain = changes.more, changes.less, changes.domain
     parts = [
         f"Of {count(len(more))} features that fire, {count(more.sum())} fire more strongly in the fine-tuned model "
         f"and {count(less.sum())} more weakly (q ≤ {alpha:g})."
     ]
-    if chosen.any() and not chosen.all():
+    if in_domain.any() and not in_domain.all():
         parts.append(
-            f"Of the {count(chosen.sum())} {domain} features {percent(more[chosen].mean())} fire more and "
-            f"{percent(less[chosen].mean())} less; of all others {percent(more[~chosen].mean())} and "
-            f"{percent(less[~chosen].mean())}."
+            f"Of the {count(in_domain.sum())} {domain} features {percent(more[in_domain].mean())} fire more and "
+            f"{percent(less[in_domain].mean())} less; of all others {percent(more[~in_domain].mean())} and "
+            f"{percent(less[~in_domain].mean())}."
         )
     parts.append("Any further training moves the activations of many features a little, so read the sizes.")
     return " ".join(parts)

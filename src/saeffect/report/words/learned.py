@@ -25,15 +25,16 @@ _BASES = {
     "expected": "words that they expect",
     "difference": "the mean activation difference",
 }
-_NAMED = 3  # groups in the headline
-_LISTED = 6  # groups in the sentence below
+_MAX_IN_HEADLINE = 3  # groups in the headline
+_MAX_IN_SENTENCE = 6  # groups in the sentence below
 
 
 @dataclass(frozen=True)
 class Learned:
-    """The answer to "what did fine-tuning change?": one sentence, "" without null fine-tunes; what changed, how sure,
-    where, what it causes, what did not change, as far as known, a label and sentences each; and what the study lacks to
-    say more.
+    """The answer to "what did fine-tuning change?".
+
+    `headline`: one sentence, "" without null fine-tunes. `parts`: label and sentences of what changed, how sure, where,
+    what it causes, and what did not change, as far as known. `missing`: what the study lacks to say more.
     """
 
     headline: str
@@ -42,56 +43,56 @@ class Learned:
 
 
 def claimed_groups(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """The groups of `change_groups` that changed more than in null fine-tunes, first the clearest."""
+    """The groups of `change_groups` that changed more than in null fine-tunes, the clearest first."""
     groups = tables.get("change_groups", pd.DataFrame())
     return groups[groups["claimed"].astype(bool)] if len(groups) else groups
 
 
 def learned(tables: Mapping[str, pd.DataFrame], domain: str, *, alpha: float) -> Learned:
-    """What may be said, from the tables of `diffing.naming.name_changes`, and `null_recipe` of the stage `changes`; any
-    may be missing. `domain` is a name in `declared_changes`, `alpha` the highest p of a claim.
+    """The answer, from the tables of `diffing.naming.name_changes` and `null_recipe` of the stage `changes`; any may be
+    missing. `domain` is a name in `declared_changes`, `alpha` the highest p of a claim.
     """
     nulls = tables.get("null_groups", pd.DataFrame())
     if nulls.empty:
-        return Learned("", (), _missing(tables))
+        return Learned("", (), _missing_sentence(tables))
     claimed = claimed_groups(tables)
-    declared = _declared(tables, domain)
+    declared = _domain_change(tables, domain)
     k = len(nulls)
-    of_domain = declared is not None and is_defined(declared["p"]) and declared["p"] <= alpha
-    of_domain = of_domain and not _all_p(tables, domain) > alpha
+    domain_changed = declared is not None and is_defined(declared["p"]) and declared["p"] <= alpha
+    domain_changed = domain_changed and not _p_of_all_bases(tables, domain) > alpha
     parts = {
         "What changed": " ".join(
-            [_named(claimed, tables["change_groups"], k), *_perplexities(tables, alpha, beyond=True)]
+            [_group_words(claimed, tables["change_groups"], k), *_perplexities(tables, alpha, beyond=True)]
         ),
         "How sure": " ".join(
-            ([_domain(declared, domain, k), *_bases(tables, domain)] if declared is not None else [])
-            + [_could_have(k, alpha), *_unlike_nulls(tables)]
+            ([_domain_words(declared, domain, k), *_basis_words(tables, domain)] if declared is not None else [])
+            + [_resolution(k, alpha), *_unlike_nulls(tables)]
         ),
         "Where": _where(tables, alpha),
         "What it causes": what_it_causes(tables["put_back"], domain) if "put_back" in tables else "",
         "What did not change": _unchanged(tables, nulls, alpha),
     }
-    known = tuple((label, text) for label, text in parts.items() if text)
+    present = tuple((label, text) for label, text in parts.items() if text)
     against = (
         f"than in {count(k)} fine-tunes {'' if _unlike_nulls(tables) else 'of the same recipe '}that teach nothing new"
     )
-    return Learned(_headline(claimed, declared if of_domain else None, domain, against), known, "")
+    return Learned(_headline(claimed, declared if domain_changed else None, domain, against), present, "")
 
 
-def _declared(tables: Mapping[str, pd.DataFrame], domain: str) -> Mapping[Any, Any] | None:
+def _domain_change(tables: Mapping[str, pd.DataFrame], domain: str) -> Mapping[Any, Any] | None:
     table = tables.get("declared_changes", pd.DataFrame())
     rows = table[(table["name"] == domain) & (table["basis"] == "combined")] if len(table) else table
     return rows.iloc[0].to_dict() if len(rows) else None
 
 
-def _headline(claimed: pd.DataFrame, declared: Mapping[Any, Any] | None, domain: str, against: str) -> str:
-    names = joined([_quoted(row) for row in claimed.head(_NAMED).to_dict("records")]) if len(claimed) else ""
-    if declared is not None:
-        verb = "taught the model" if declared["z"] > 0 else "took from the model"
-        led = f", first of all those about {names}" if names else ""
+def _headline(claimed: pd.DataFrame, change: Mapping[Any, Any] | None, domain: str, against: str) -> str:
+    names = joined([_quoted(row) for row in claimed.head(_MAX_IN_HEADLINE).to_dict("records")]) if len(claimed) else ""
+    if change is not None:
+        verb = "taught the model" if change["z"] > 0 else "took from the model"
+        examples = f", first of all those about {names}" if names else ""
         return (
-            f"Fine-tuning {verb} the domain {domain}: its {plural(int(declared['n_features']), 'feature')} changed more"
-            f" {against}{led}."
+            f"Fine-tuning {verb} the domain {domain}: its {plural(int(change['n_features']), 'feature')} changed more"
+            f" {against}{examples}."
         )
     if names:
         return f"Fine-tuning changed features about {names}: they moved more {against}."
@@ -103,158 +104,158 @@ def _quoted(row: Mapping[Any, Any]) -> str:
     return f"“{row['name']}”{less}"
 
 
-def _named(claimed: pd.DataFrame, groups: pd.DataFrame, k: int) -> str:
+def _group_words(claimed: pd.DataFrame, groups: pd.DataFrame, n_nulls: int) -> str:
     if claimed.empty:
-        best = groups.iloc[0]
+        top = groups.iloc[0]
         return (
-            f"The group that moved most, {_quoted(best.to_dict())}, is not clearly beyond what null fine-tunes reach"
-            f" (p = {p_value(best['p'])}, over {plural(k, 'null')})."
+            f"The group that moved most, {_quoted(top.to_dict())}, is not clearly beyond what null fine-tunes reach"
+            f" (p = {p_value(top['p'])}, over {plural(n_nulls, 'null')})."
         )
-    listed = [
-        f"{_quoted(row)}, {plural(int(row['n_features']), 'feature')}, p {_p(row['p'])}"
-        for row in claimed.head(_LISTED).to_dict("records")
+    items = [
+        f"{_quoted(row)}, {plural(int(row['n_features']), 'feature')}, p {_p_text(row['p'])}"
+        for row in claimed.head(_MAX_IN_SENTENCE).to_dict("records")
     ]
-    more = f" and {count(len(claimed) - _LISTED)} more" if len(claimed) > _LISTED else ""
+    more = f" and {count(len(claimed) - _MAX_IN_SENTENCE)} more" if len(claimed) > _MAX_IN_SENTENCE else ""
     share = float(claimed["share"].sum())
-    holds = f" Together they hold {percent(share)} of all change of mean activation." if is_defined(share) else ""
-    return f"Groups of features that changed beyond all nulls: {'; '.join(listed)}{more}.{holds}"
+    total = f" Together they hold {percent(share)} of all change of mean activation." if is_defined(share) else ""
+    return f"Groups of features that changed beyond all nulls: {'; '.join(items)}{more}.{total}"
 
 
-def _p(p: float) -> str:
+def _p_text(p: float) -> str:
     text = p_value(p)
     return text if text.startswith("<") else f"= {text}"
 
 
-def _domain(row: Mapping[Any, Any], domain: str, k: int) -> str:
+def _domain_words(row: Mapping[Any, Any], domain: str, n_nulls: int) -> str:
     if not is_defined(row["p"]):
         return f"The domain {domain} as a whole cannot be judged: {row['reason']}."
     size, low, high = (f"{row[name]:+.2f}".replace("-", "−") for name in ("z", "null_low", "null_high"))
     return (
         f"The {plural(int(row['n_features']), 'feature')} of the domain {domain}, chosen by the vocabulary beforehand,"
         f" changed by {size} on average, in units of what a null does to a feature (nulls: {low} to {high};"
-        f" p {_p(row['p'])}, {plural(k, 'null')})."
+        f" p {_p_text(row['p'])}, {plural(n_nulls, 'null')})."
     )
 
 
-def _vocabulary(tables: Mapping[str, pd.DataFrame], domain: str) -> pd.DataFrame:
-    """What each basis says of the domain, by basis."""
+def _domain_evidence(tables: Mapping[str, pd.DataFrame], domain: str) -> pd.DataFrame:
+    """The evidence on the domain, by basis."""
     table = tables.get("evidence", pd.DataFrame(columns=["kind", "name", "basis", "p", "agrees", "reason"]))
     return table[(table["kind"] == "vocabulary") & (table["name"] == domain)].set_index("basis")
 
 
-def _all_p(tables: Mapping[str, pd.DataFrame], domain: str) -> float:
-    rows = _vocabulary(tables, domain)
+def _p_of_all_bases(tables: Mapping[str, pd.DataFrame], domain: str) -> float:
+    rows = _domain_evidence(tables, domain)
     return float(rows.loc[ALL, "p"]) if ALL in rows.index else math.nan
 
 
-def _bases(tables: Mapping[str, pd.DataFrame], domain: str) -> list[str]:
-    """Which bases show by themselves that the domain changed, and what other SAEs say."""
-    rows = _vocabulary(tables, domain)
+def _basis_words(tables: Mapping[str, pd.DataFrame], domain: str) -> list[str]:
+    """The bases that show a change of the domain alone, and the evidence of other SAEs."""
+    rows = _domain_evidence(tables, domain)
     own = rows[rows.index.isin(_BASES) & rows["p"].notna()]
     if own.empty:
         return []
-    agree, others = ([_BASES[name] for name in own.index[own["agrees"] == which]] for which in (True, False))
+    agree, disagree = ([_BASES[name] for name in own.index[own["agrees"] == flag]] for flag in (True, False))
     shown = f": {joined(agree)}" if agree else ""
-    not_shown = f"; not {joined(others)}" if agree and others else ""
+    others = f"; not {joined(disagree)}" if agree and disagree else ""
     verb = "shows" if len(agree) == 1 else "show"
-    said = [f"Of {count(len(own))} bases {count(len(agree))} {verb} this alone{shown}{not_shown}."]
+    sentences = [f"Of {count(len(own))} bases {count(len(agree))} {verb} this alone{shown}{others}."]
     further = rows[rows.index.str.startswith("difference in ")]
     tested = further[further["p"].notna()]
     if len(tested):
         n = int(tested["agrees"].sum())
-        said.append(
+        sentences.append(
             f"The mean activation difference shows it in {count(n)} of {plural(len(tested), 'further SAE')} of the base"
-            f" model; with {'it' if len(tested) == 1 else 'them'}, p {_p(_all_p(tables, domain))}."
+            f" model; with {'it' if len(tested) == 1 else 'them'}, p {_p_text(_p_of_all_bases(tables, domain))}."
         )
-    seen = [name.removeprefix("difference in ") for name in further.index[further["reason"] == SEEN]]
-    if seen:
-        said.append(
-            f"Seen, not tested, since nulls have no such SAE: {joined(seen)}, trained with the fine-tuned model."
+    untested = [name.removeprefix("difference in ") for name in further.index[further["reason"] == SEEN]]
+    if untested:
+        sentences.append(
+            f"Seen, not tested, since nulls have no such SAE: {joined(untested)}, trained with the fine-tuned model."
         )
-    return said
+    return sentences
 
 
-def _could_have(k: int, alpha: float) -> str:
+def _resolution(n_nulls: int, alpha: float) -> str:
     return (
         f"Each p counts the search over all groups; at {alpha:g}, about one null fine-tune in {round(1 / alpha)} would"
-        f" be claimed to have taught something. With {count(k)} nulls no count of nulls gives less than"
-        f" {1 / (k + 1):.3f}; what is smaller rests on the nulls' scores being log-normal."
+        f" be claimed to have taught something. With {count(n_nulls)} nulls no count of nulls gives less than"
+        f" {1 / (n_nulls + 1):.3f}; what is smaller rests on the nulls' scores being log-normal."
     )
 
 
 def _unlike_nulls(tables: Mapping[str, pd.DataFrame]) -> list[str]:
-    """How the nulls' recipe differs from the fine-tune's, in a sentence or two; nothing where it is the same."""
+    """Differences between the recipes of nulls and fine-tune, in up to two sentences; [] if they are the same."""
     recipe = tables.get("null_recipe", pd.DataFrame(columns=["setting", "tuned", "nulls", "differs"]))
-    unlike = recipe[recipe["differs"].fillna(False).astype(bool)]
+    different = recipe[recipe["differs"].fillna(False).astype(bool)]
     unknown = recipe.loc[recipe["differs"].isna(), "setting"]
-    said = []
-    if len(unlike):
-        listed = joined([f"{row.setting} is {row.nulls} instead of {row.tuned}" for row in unlike.itertuples()])
-        said.append(
+    sentences = []
+    if len(different):
+        listed = joined([f"{row.setting} is {row.nulls} instead of {row.tuned}" for row in different.itertuples()])
+        sentences.append(
             f"The nulls were not trained quite as the fine-tune was: {listed}. Changes are divided by how far their"
             " fine-tune moved features as a whole, which makes up for a weaker training but not for one of another"
             " kind; nulls of the fine-tune's own recipe would decide it."
         )
     if len(unknown):
         names = "the recipe" if len(unknown) == len(recipe) else joined(list(unknown))
-        said.append(f"Whether the nulls share {names} with the fine-tune is not recorded.")
-    return said
+        sentences.append(f"Whether the nulls share {names} with the fine-tune is not recorded.")
+    return sentences
 
 
 def _where(tables: Mapping[str, pd.DataFrame], alpha: float) -> str:
     layers, words = (tables.get(name, pd.DataFrame()) for name in ("change_by_layer", "change_by_word"))
     if layers.empty or not layers["change"].notna().any():
         return ""
-    by = "ratio" if layers["ratio"].notna().any() else "change"
-    most = layers.loc[layers[by].idxmax()].to_dict()
-    beside = ""
+    column = "ratio" if layers["ratio"].notna().any() else "change"
+    most = layers.loc[layers[column].idxmax()].to_dict()
+    nulls = ""
     if is_defined(most["null_low"]):
-        beside = f" (nulls: {percent(most['null_low'])} to {percent(most['null_high'])})"
-    said = [
+        nulls = f" (nulls: {percent(most['null_low'])} to {percent(most['null_high'])})"
+    sentences = [
         f"Farthest beyond the nulls at layer {count(most['layer'])}, where the residual stream moved by"
-        f" {percent(most['change'])} of its length{beside}."
+        f" {percent(most['change'])} of its length{nulls}."
     ]
-    rises = words[(words["role"] == "expected") & (words["change"] > 0)] if len(words) else words
-    rises = rises[rises["p_search"] <= alpha] if len(rises) else rises
-    if len(rises):
-        said.append(f"Words expected more, beyond all nulls: {_list(rises['token'])}.")
+    expected = words[(words["role"] == "expected") & (words["change"] > 0)] if len(words) else words
+    expected = expected[expected["p_search"] <= alpha] if len(expected) else expected
+    if len(expected):
+        sentences.append(f"Words expected more, beyond all nulls: {_quoted_words(expected['token'])}.")
     written = tables.get("written_words", pd.DataFrame())
-    more = written[(written["change"] > 0) & (written["p_search"] <= alpha)] if len(written) else written
-    if len(more):
-        said.append(f"Words that come up after openings that name nothing: {_list(more['word'])}.")
-    return " ".join(said)
+    more_written = written[(written["change"] > 0) & (written["p_search"] <= alpha)] if len(written) else written
+    if len(more_written):
+        sentences.append(f"Words that come up after openings that name nothing: {_quoted_words(more_written['word'])}.")
+    return " ".join(sentences)
 
 
-def _list(words: pd.Series[Any]) -> str:
-    shown = [printable_token(str(word)).strip() for word in words.head(8)]
-    return ", ".join(f"“{word}”" for word in shown)
+def _quoted_words(words: pd.Series[Any]) -> str:
+    visible = [printable_token(str(word)).strip() for word in words.head(8)]
+    return ", ".join(f"“{word}”" for word in visible)
 
 
 def _unchanged(tables: Mapping[str, pd.DataFrame], nulls: pd.DataFrame, alpha: float) -> str:
     limit = prediction_limit(nulls["highest"].to_numpy(dtype=np.float64), alpha)
-    said = [
+    sentence = (
         f"A group would have been named had it changed {limit:.1f} times as much as nulls change such groups; of what"
         " changed less, nothing can be said."
-    ]
-    return " ".join([*said, *_perplexities(tables, alpha, beyond=False)])
+    )
+    return " ".join([sentence, *_perplexities(tables, alpha, beyond=False)])
 
 
 def _perplexities(tables: Mapping[str, pd.DataFrame], alpha: float, *, beyond: bool) -> list[str]:
-    """A sentence for each perplexity that moved beyond the nulls, or for each that did not."""
-    said = []
+    """A sentence for each perplexity that moved beyond the nulls, or (not `beyond`) that did not."""
+    sentences = []
     for row in tables.get("change_numbers", pd.DataFrame()).to_dict("records"):
         if row["name"] == "kl" or not is_defined(row["p"]):
             continue
-        inside = row["null_low"] <= row["change"] <= row["null_high"]
-        if beyond == (not inside and row["p"] <= alpha):
-            verdict = "beyond what nulls do" if beyond else "within what nulls do" if inside else "like nulls"
-            said.append(
+        within = row["null_low"] <= row["change"] <= row["null_high"]
+        if beyond == (not within and row["p"] <= alpha):
+            verdict = "beyond what nulls do" if beyond else "within what nulls do" if within else "like nulls"
+            sentences.append(
                 f"{capital(row['name'])}: {fixed(row['base'], 1)} before, {fixed(row['tuned'], 1)} after, {verdict}."
             )
-    return said
+    return sentences
 
 
-def _missing(tables: Mapping[str, pd.DataFrame]) -> str:
+def _missing_sentence(tables: Mapping[str, pd.DataFrame]) -> str:
     changes = tables.get("changes", pd.DataFrame())
     reasons: Sequence[str] = [str(r) for r in changes["reason"].unique() if r] if "reason" in changes else []
     if not len(changes):

@@ -40,21 +40,20 @@ def capital(text: str) -> str:
 
 
 def first_tokens(tokens: Sequence[str], limit: int = 2, longest: int | None = 16) -> str:
-    """A feature's first top tokens, visible and cut to `longest` characters (None: whole), differing in more than
-    capitals.
+    """A feature's first distinct top tokens (case aside), visible and cut to `longest` characters (None: whole).
 
     Example:
         >>> first_tokens([" insulin", " Insulin", " dose", " drug"]), first_tokens(["\\n", " "])
         ('insulin, dose', '\\\\n, ␣')
     """
-    shown: dict[str, str] = {}
+    distinct: dict[str, str] = {}
     for token in tokens:
         text = printable_token(str(token)).strip() or "␣"
-        shown.setdefault(text.lower(), text)
-        if len(shown) == limit:
+        distinct.setdefault(text.lower(), text)
+        if len(distinct) == limit:
             break
     return ", ".join(
-        text if longest is None or len(text) <= longest else text[: longest - 1] + "…" for text in shown.values()
+        text if longest is None or len(text) <= longest else text[: longest - 1] + "…" for text in distinct.values()
     )
 
 
@@ -116,20 +115,20 @@ def level_text(value: object, outcome: str) -> str:
 @dataclass(frozen=True)
 class _DoseWords:
     axis: str
-    done: str
+    method: str
     meaning: str
 
 
-_ADDED = "by adding their direction to the residual stream, as long as {dose}"
+_ADDING = "by adding their direction to the residual stream, as long as {dose}"
 _DOSES = {
     "residual_norm": _DoseWords(
         "dose (multiples of the hook's mean residual norm)",
-        _ADDED + "the hook's mean residual norm",
+        _ADDING + "the hook's mean residual norm",
         "length of the added vector, in multiples of the mean residual norm at the hook.",
     ),
     "coefficient": _DoseWords(
         "dose (multiples of the decoder row)",
-        _ADDED + "the decoder row",
+        _ADDING + "the decoder row",
         "what the decoder row is multiplied by before it is added, the paper's coefficient.",
     ),
     "clamp": _DoseWords(
@@ -162,11 +161,12 @@ def dose_words(results: SteeringResults) -> str:
         >>> dose_words(SteeringResults(operator="clamp", dose=5.0))
         'by setting their activation to 5 × its maximum on the text, wherever the model is steered'
     """
-    return _dose(results).done.format(dose="some multiple of " if results.dose is None else f"{results.dose:g} × ")
+    return _dose(results).method.format(dose="some multiple of " if results.dose is None else f"{results.dose:g} × ")
 
 
-_PUSHED = "and pushed along it, at each token, as far as the operator pushes along the feature's own"
-_OPERATORS: Mapping[str, Mapping[str, str]] = {  # what each does to placebos and to several features, for the terms
+_AT_LENGTH = "and pushed along it, at each token, as far as the operator pushes along the feature's own"
+# By operator: words of the glossary on placebos and on several features.
+_OPERATOR_WORDS: Mapping[str, Mapping[str, str]] = {
     "add": {
         "placebo_texts": "texts steered as hard along a placebo",
         "random_push": "and pushed along as hard",
@@ -176,14 +176,14 @@ _OPERATORS: Mapping[str, Mapping[str, str]] = {  # what each does to placebos an
     },
     "clamp": {
         "placebo_texts": "texts with a placebo clamped instead",
-        "random_push": _PUSHED,
+        "random_push": _AT_LENGTH,
         "raises": "raises",
         "above": "above",
         "together": "each clamped to the dose's multiple of its own maximum",
     },
     "ablate": {
         "placebo_texts": "texts with a placebo switched off instead",
-        "random_push": _PUSHED,
+        "random_push": _AT_LENGTH,
         "raises": "lowers",
         "above": "below",
         "together": "all switched off",
@@ -223,20 +223,20 @@ def terms(context: ReportContext) -> Mapping[str, Term]:
         "percent": percent(context.alpha, 0),
         "outcome": OUTCOMES[steering.deciding].label,
         "dose": _dose(steering).meaning,
-        **_OPERATORS[steering.operator],
+        **_OPERATOR_WORDS[steering.operator],
     }
     return {key: replace(term, meaning=term.meaning.format(**settings)) for key, term in _registry().items()}
 
 
 @dataclass
 class Explainer:
-    """Gives each term's meaning once, at its first use."""
+    """Explains each term once, at its first use."""
 
     known: Mapping[str, Term]
     explained: set[str] = field(default_factory=set)
 
     def first(self, keys: Iterable[str]) -> tuple[Term, ...]:
         """The known terms among `keys` that have not been explained yet."""
-        fresh = [key for key in keys if key in self.known and key not in self.explained]
-        self.explained.update(fresh)
-        return tuple(self.known[key] for key in fresh)
+        new = [key for key in keys if key in self.known and key not in self.explained]
+        self.explained.update(new)
+        return tuple(self.known[key] for key in new)

@@ -47,7 +47,7 @@ def is_defined(value: object) -> TypeGuard[float]:
 
 
 def has_interval(row: Mapping[Any, Any] | pd.Series[Any]) -> bool:
-    """Whether both ends of a row, low and high, are numbers."""
+    """Whether low and high of a row are numbers."""
     return is_defined(row["low"]) and is_defined(row["high"])
 
 
@@ -141,14 +141,14 @@ def amount(value: SupportsFloat, unit: str = "", *, sign: bool = False) -> str:
         >>> amount(0.25, "share", sign=True).split(), amount(12, "features"), amount(1.5, "ratio")
         (['+25.0', '%'], '12', '1.50×')
     """
-    write = signed if sign and unit != "ratio" else fixed
+    format_number = signed if sign and unit != "ratio" else fixed
     number = float(value)
     if unit in _SCALES:
-        scale, digits, behind = _SCALES[unit]
-        return write(scale * number, digits) + behind
+        scale, digits, suffix = _SCALES[unit]
+        return format_number(scale * number, digits) + suffix
     if unit in {"features", "count", "pairs"} or abs(number) >= 100:
-        return write(number, 0 if number.is_integer() else 1)
-    return write(number, 2 if abs(number) >= 10 else 3)
+        return format_number(number, 0 if number.is_integer() else 1)
+    return format_number(number, 2 if abs(number) >= 10 else 3)
 
 
 def amount_interval(low: SupportsFloat, high: SupportsFloat, unit: str = "") -> str:
@@ -171,8 +171,8 @@ def difference(estimate: Estimate, unit: str, *, short: bool = False) -> str:
         >>> difference(Estimate(-0.02, -0.05, 0.01), "coherence", short=True)
         '−0.020, −0.050 to 0.010'
     """
-    middle, ends = _difference(estimate, unit, short=short)
-    return f"{middle}, {'' if short else LEVEL + ' '}{' to '.join(ends)}" if ends else f"{middle}, without an interval"
+    value, ends = _difference(estimate, unit, short=short)
+    return f"{value}, {'' if short else LEVEL + ' '}{' to '.join(ends)}" if ends else f"{value}, without an interval"
 
 
 def bracketed(estimate: Estimate, unit: str, *, full: bool = False) -> str:
@@ -182,8 +182,8 @@ def bracketed(estimate: Estimate, unit: str, *, full: bool = False) -> str:
         >>> bracketed(Estimate(0.031, 0.012, 0.05), "share")
         '+3.1 [1.2, 5.0]'
     """
-    middle, ends = _difference(estimate, unit, short=not full)
-    return f"{middle}{', ' + LEVEL if full else ''} [{', '.join(ends)}]" if ends else f"{middle}, without an interval"
+    value, ends = _difference(estimate, unit, short=not full)
+    return f"{value}{', ' + LEVEL if full else ''} [{', '.join(ends)}]" if ends else f"{value}, without an interval"
 
 
 def _difference(estimate: Estimate, unit: str, *, short: bool) -> tuple[str, tuple[str, ...]]:

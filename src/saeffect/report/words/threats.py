@@ -1,4 +1,4 @@
-"""Threats to the answer, each read off a table: how serious they are, and what to do about them."""
+"""Threats to the answer, found by rule in the tables, with severity and remedy."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ Severity = Literal["serious", "moderate", "minor"]
 SEVERITIES: tuple[Severity, ...] = ("serious", "moderate", "minor")
 """Serious: the answer may be wrong. Moderate: it is less certain than its interval. Minor: it is less general."""
 
-# Limits of serious and moderate threats: below them the features may not be the model's.
-_POOR = {"explained_variance": (0.5, 0.7), "ce_loss_score": (0.8, 0.9)}
+# Below these values a poor fit is a serious, or a moderate, threat.
+_POOR_FIT = {"explained_variance": (0.5, 0.7), "ce_loss_score": (0.8, 0.9)}
 _MANY_DEAD = 0.2
-# Share of top tokens that the word vectors know; below it, coherence covers less than half of them.
-_LITTLE_KNOWN = 0.5
-# With this many SAEs in all, a change of about two standard deviations can be told from noise.
-_ENOUGH_SAES = 5
-_FEW_TESTED = 20
+# Share of top tokens that the word vectors have; below it, coherence covers less than half of them.
+_LOW_COVERAGE = 0.5
+# From this many SAEs on, a change of about two standard deviations exceeds noise.
+_MIN_SAES = 5
+_MIN_TESTED = 20
 # Shares of texts without a similarity: limits of moderate and serious threats.
 _SOME_UNDEFINED, _MANY_UNDEFINED = 0.05, 0.2
-_COUNTED = {1: "one quantity", 2: "two quantities", 3: "three quantities"}
+_NUMBER_WORDS = {1: "one quantity", 2: "two quantities", 3: "three quantities"}
 
 
 @dataclass(frozen=True)
@@ -46,40 +46,40 @@ class Threat:
     source: str
 
 
-def threat_table(found: Sequence[Threat]) -> pd.DataFrame:
+def threat_table(threats: Sequence[Threat]) -> pd.DataFrame:
     """Threats as a table, in the same order: `severity`, `threat`, `remedy`, `source`."""
-    return pd.DataFrame([asdict(threat) for threat in found], columns=["severity", "threat", "remedy", "source"])
+    return pd.DataFrame([asdict(threat) for threat in threats], columns=["severity", "threat", "remedy", "source"])
 
 
-def threats(arms: Mapping[str, ArmTables], roles: Roles, found: Comparison, tests: Sequence[str]) -> list[Threat]:
-    """Limits of this comparison, then those of every comparison of its kind, the gravest first."""
-    judged = found.judged
+def threats(arms: Mapping[str, ArmTables], roles: Roles, comparison: Comparison, tests: Sequence[str]) -> list[Threat]:
+    """Limits of this comparison, then those of every such comparison, sorted by severity."""
+    judged = comparison.judged
     declared = [judged[name] for name in tests if name in judged]
-    listed = (
-        *_of_alarms(found.calibration),
-        *_of_design(found.design),
-        *_of_text(arms),
-        *_of_gate(arms),
-        *_of_noise(declared),
-        *_of_seeds(arms, roles),
-        *_of_testing(arms, found.table1.set_index("arm")),
-        *_of_undefined(arms),
-        *_of_trials(arms),
-        *_of_coverage(arms),
-        *_of_coherence(found.table2.set_index("arm"), roles),
-        *_of_selection(arms),
-        *_of_scope(found, tests),
+    unsorted = (
+        *_alarm_threats(comparison.calibration),
+        *_design_threats(comparison.design),
+        *_text_threats(arms),
+        *_gate_threats(arms),
+        *_noise_threats(declared),
+        *_seed_threats(arms, roles),
+        *_testing_threats(arms, comparison.table1.set_index("arm")),
+        *_undefined_similarity_threats(arms),
+        *_trial_threats(arms),
+        *_coverage_threats(arms),
+        *_coherence_threats(comparison.table2.set_index("arm"), roles),
+        *_selection_threats(arms),
+        *_scope_threats(comparison, tests),
     )
-    return sorted(listed, key=lambda threat: SEVERITIES.index(threat.severity))
+    return sorted(unsorted, key=lambda threat: SEVERITIES.index(threat.severity))
 
 
-def _of_alarms(calibration: pd.DataFrame) -> Iterator[Threat]:
+def _alarm_threats(calibration: pd.DataFrame) -> Iterator[Threat]:
     source = "comparison/calibration.parquet: verdict"
-    bad = [] if calibration.empty else too_many_alarms(calibration, dict.fromkeys(calibration["test"]))
-    if bad:
+    names = [] if calibration.empty else too_many_alarms(calibration, dict.fromkeys(calibration["test"]))
+    if names:
         yield Threat(
             "Where there is nothing to find, these tests found something more often than they promise: "
-            f"{', '.join(short_name(name) for name in bad)}. Their findings in the treatment are not to be believed.",
+            f"{', '.join(short_name(test) for test in names)}. Their findings in the treatment are not to be believed.",
             "serious",
             "Disregard what these tests find, or train more SAEs of the control's model until they keep their promise.",
             source,
@@ -95,7 +95,7 @@ def _of_alarms(calibration: pd.DataFrame) -> Iterator[Threat]:
         )
 
 
-def _of_design(design: pd.DataFrame) -> Iterator[Threat]:
+def _design_threats(design: pd.DataFrame) -> Iterator[Threat]:
     for field, matters in design.loc[design["status"] == "flaw", ["field", "matters"]].itertuples(index=False):
         yield Threat(
             f"Design flaw ({field}). {matters}",
@@ -113,7 +113,7 @@ def _of_design(design: pd.DataFrame) -> Iterator[Threat]:
         )
 
 
-def _of_text(arms: Mapping[str, ArmTables]) -> Iterator[Threat]:
+def _text_threats(arms: Mapping[str, ArmTables]) -> Iterator[Threat]:
     short = next((arm.text_shortage for arm in arms.values() if arm.text_shortage), "")
     if short:
         yield Threat(
@@ -125,12 +125,12 @@ def _of_text(arms: Mapping[str, ArmTables]) -> Iterator[Threat]:
         )
 
 
-def _of_gate(arms: Mapping[str, ArmTables]) -> Iterator[Threat]:
+def _gate_threats(arms: Mapping[str, ArmTables]) -> Iterator[Threat]:
     words = {
         "explained_variance": "reproduces {share} of the variance of its model's activations",
         "ce_loss_score": "keeps {share} of its model's predictive power",
     }
-    for field, (worst, poor) in _POOR.items():
+    for field, (worst, poor) in _POOR_FIT.items():
         values = {name: getattr(arm.facts, field) for name, arm in arms.items()}
         # An undefined value counts as the worst.
         low = {name: float(value) for name, value in values.items() if value is not None and not float(value) >= poor}
@@ -157,7 +157,7 @@ def _of_gate(arms: Mapping[str, ArmTables]) -> Iterator[Threat]:
         )
 
 
-def _of_noise(declared: Sequence[Judgement]) -> Iterator[Threat]:
+def _noise_threats(declared: Sequence[Judgement]) -> Iterator[Threat]:
     if declared and all(not judgement.retraining and judgement.seeds is None for judgement in declared):
         yield Threat(
             "There is no placebo arm (the control's model with an SAE of another seed), "
@@ -168,7 +168,7 @@ def _of_noise(declared: Sequence[Judgement]) -> Iterator[Threat]:
         )
     few: dict[tuple[int, int], list[str]] = {}
     for judgement in declared:
-        if judgement.seeds is not None and sum(judgement.n_saes) < _ENOUGH_SAES:
+        if judgement.seeds is not None and sum(judgement.n_saes) < _MIN_SAES:
             few.setdefault(judgement.n_saes, []).append(short_name(judgement.quantity))
     for (n_a, n_b), names in sorted(few.items()):
         reach = float(stdtrit(n_a + n_b - 2, 1 - ALPHA / 2)) * math.sqrt(1 / n_a + 1 / n_b)
@@ -185,7 +185,7 @@ def _of_noise(declared: Sequence[Judgement]) -> Iterator[Threat]:
         )
 
 
-def _of_seeds(arms: Mapping[str, ArmTables], roles: Roles) -> Iterator[Threat]:
+def _seed_threats(arms: Mapping[str, ArmTables], roles: Roles) -> Iterator[Threat]:
     single = [name for name in (roles.control, roles.treatment) if arms[name].seeds is None]
     if single:
         yield Threat(
@@ -197,7 +197,7 @@ def _of_seeds(arms: Mapping[str, ArmTables], roles: Roles) -> Iterator[Threat]:
         )
 
 
-def _of_testing(arms: Mapping[str, ArmTables], table1: pd.DataFrame) -> Iterator[Threat]:
+def _testing_threats(arms: Mapping[str, ArmTables], table1: pd.DataFrame) -> Iterator[Threat]:
     tested = {name: int(table1.loc[name, "tested"]) for name in arms}
     domain = {name: int(table1.loc[name, "domain_features"]) for name in arms}
     source = "comparison/table1.parquet: tested, domain_features"
@@ -210,7 +210,7 @@ def _of_testing(arms: Mapping[str, ArmTables], table1: pd.DataFrame) -> Iterator
             "Steer features of every arm, or make no claim about what features cause.",
             source,
         )
-    few = [f"{count(n)} in {name}" for name, n in tested.items() if 0 < n < _FEW_TESTED]
+    few = [f"{count(n)} in {name}" for name, n in tested.items() if 0 < n < _MIN_TESTED]
     if few:
         yield Threat(
             f"Few features were tested ({joined(few)}), so pass rates and effects are rough.",
@@ -229,16 +229,16 @@ def _of_testing(arms: Mapping[str, ArmTables], table1: pd.DataFrame) -> Iterator
         )
 
 
-def _of_undefined(arms: Mapping[str, ArmTables]) -> Iterator[Threat]:
+def _undefined_similarity_threats(arms: Mapping[str, ArmTables]) -> Iterator[Threat]:
     """Texts without a similarity: the test leaves them out, though steering may have broken them."""
     texts = {name: arm.interventions for name, arm in arms.items()}
     shares = {name: trials["similarity"].isna().mean() for name, trials in texts.items() if trials is not None}
     shares = {name: float(share) for name, share in shares.items() if not math.isnan(share)}
     worst = max(shares.values(), default=0.0)
     if worst:
-        listed = joined([f"{percent(share)} of texts in {name}" for name, share in shares.items()])
+        parts = joined([f"{percent(share)} of texts in {name}" for name, share in shares.items()])
         yield Threat(
-            f"Similarity was undefined in {listed}: no word of the text, or of the feature's top tokens, has a vector. "
+            f"Similarity was undefined in {parts}: no word of the text, or of the feature's top tokens, has a vector. "
             "Such pairs are left out, so effects are those of the others.",
             "serious" if worst > _MANY_UNDEFINED else "moderate" if worst > _SOME_UNDEFINED else "minor",
             "Read the texts. Where steering breaks them, use a smaller dose; where they are of another language, use "
@@ -247,7 +247,7 @@ def _of_undefined(arms: Mapping[str, ArmTables]) -> Iterator[Threat]:
         )
 
 
-def _of_trials(arms: Mapping[str, ArmTables]) -> Iterator[Threat]:
+def _trial_threats(arms: Mapping[str, ArmTables]) -> Iterator[Threat]:
     if any(not untested_reason(arm) for arm in arms.values()):
         yield Threat(
             "The paper's rule passes about half of all features whose steering does nothing at all.",
@@ -265,29 +265,29 @@ def _of_trials(arms: Mapping[str, ArmTables]) -> Iterator[Threat]:
             "arms/*/effects.parquet: n_pairs, p",
         )
     source = "arms/*/interventions.parquet: dose"
-    doses = {name: _doses(arm) for name, arm in arms.items()}
-    if any(len(used) > 1 for used in doses.values()):
+    doses = {name: _steered_doses(arm) for name, arm in arms.items()}
+    if any(len(arm_doses) > 1 for arm_doses in doses.values()):
         yield Threat(
             "The paper's Table 1 pools the trials of several doses.", "moderate", "Read effects dose by dose.", source
         )
     elif len(set().union(*doses.values())) > 1:
-        listed = joined([f"{dose:g} in {name}" for name, used in doses.items() for dose in used])
+        parts = joined([f"{dose:g} in {name}" for name, arm_doses in doses.items() for dose in arm_doses])
         yield Threat(
-            f"The arms were steered at different doses ({listed}), so their effects are not alike.",
+            f"The arms were steered at different doses ({parts}), so their effects are not alike.",
             "serious",
             "Steer every arm at one dose.",
             source,
         )
 
 
-def _doses(arm: ArmTables) -> list[float]:
+def _steered_doses(arm: ArmTables) -> list[float]:
     trials = arm.interventions
     return [] if trials is None else sorted(set(trials.loc[trials["condition"] == "steered", "dose"].astype(float)))
 
 
-def _of_coverage(arms: Mapping[str, ArmTables]) -> Iterator[Threat]:
+def _coverage_threats(arms: Mapping[str, ArmTables]) -> Iterator[Threat]:
     shares = {name: top_token_coverage(arm) for name, arm in arms.items()}
-    low = [f"{percent(share)} in {name}" for name, share in shares.items() if share < _LITTLE_KNOWN]
+    low = [f"{percent(share)} in {name}" for name, share in shares.items() if share < _LOW_COVERAGE]
     if low:
         yield Threat(
             f"The word vectors know few of the features' top tokens ({joined(low)}): they and the vocabulary judge "
@@ -301,12 +301,12 @@ def _of_coverage(arms: Mapping[str, ArmTables]) -> Iterator[Threat]:
         )
 
 
-def _of_coherence(table2: pd.DataFrame, roles: Roles) -> Iterator[Threat]:
-    missing = {name: int(table2.loc[name, "n_undefined"]) for name in roles.ordered}
-    if any(missing.values()):
-        listed = joined([f"{count(n)} in {name}" for name, n in missing.items()])
+def _coherence_threats(table2: pd.DataFrame, roles: Roles) -> Iterator[Threat]:
+    n_undefined = {name: int(table2.loc[name, "n_undefined"]) for name in roles.ordered}
+    if any(n_undefined.values()):
+        parts = joined([f"{count(n)} in {name}" for name, n in n_undefined.items()])
         yield Threat(
-            f"Coherence is undefined for some domain features ({listed}); they are left out of its mean, not counted "
+            f"Coherence is undefined for some domain features ({parts}); they are left out of its mean, not counted "
             "as 0.",
             "minor",
             "Use word vectors that know more of the top tokens.",
@@ -314,7 +314,7 @@ def _of_coherence(table2: pd.DataFrame, roles: Roles) -> Iterator[Threat]:
         )
 
 
-def _of_selection(arms: Mapping[str, ArmTables]) -> Iterator[Threat]:
+def _selection_threats(arms: Mapping[str, ArmTables]) -> Iterator[Threat]:
     verdicts = [arm.selection.filter(items=["n_yes", "n_no", "n_unsure"]).to_numpy() for arm in arms.values()]
     if not any(counts.any() for counts in verdicts):
         yield Threat(
@@ -325,11 +325,11 @@ def _of_selection(arms: Mapping[str, ArmTables]) -> Iterator[Threat]:
         )
 
 
-def _of_scope(found: Comparison, tests: Sequence[str]) -> Iterator[Threat]:
-    n = int(((found.contrasts["comparison"] == "fine-tuning") & found.contrasts["low"].notna()).sum())
+def _scope_threats(comparison: Comparison, tests: Sequence[str]) -> Iterator[Threat]:
+    n = int(((comparison.contrasts["comparison"] == "fine-tuning") & comparison.contrasts["low"].notna()).sum())
     yield Threat(
         f"The table holds {n} contrasts of control with treatment: of such intervals, about one in twenty "
-        f"misses zero by chance. The headline looks at {_COUNTED.get(len(tests), f'{len(tests)} quantities')} "
+        f"misses zero by chance. The headline looks at {_NUMBER_WORDS.get(len(tests), f'{len(tests)} quantities')} "
         f"fixed in advance ({', '.join(short_name(name) for name in tests)}) and corrects for their number.",
         "minor",
         "Take contrasts that were not declared as questions for another study.",
@@ -342,7 +342,7 @@ def _of_scope(found: Comparison, tests: Sequence[str]) -> Iterator[Threat]:
         "Repeat the study with another text, other prompts and another vocabulary.",
         "comparison/contrasts.parquet: remark",
     )
-    if not found.matches.fate_counts.empty:
+    if not comparison.matches.fate_counts.empty:
         yield Threat(
             "Features are matched on the study's text and only where they fire there. A feature that is called "
             "gone may live on in several others, which is looked for among those that fire with it.",
@@ -350,7 +350,7 @@ def _of_scope(found: Comparison, tests: Sequence[str]) -> Iterator[Threat]:
             "Match on more text.",
             "comparison/fates_control.parquet: fate",
         )
-    if not found.matches.cross_activity.empty:
+    if not comparison.matches.cross_activity.empty:
         yield Threat(
             "That a feature of the control's SAE fires more in the fine-tuned model has no placebo here: any "
             "further training, on any text, moves the activations of many features a little.",
@@ -359,15 +359,15 @@ def _of_scope(found: Comparison, tests: Sequence[str]) -> Iterator[Threat]:
             "compare with that.",
             "comparison/cross_activity.parquet: difference, is_domain",
         )
-    power = found.power  # declared tests that could hardly have found what they saw
-    weak = [
+    power = comparison.power  # declared tests whose observed difference is below what they detect
+    underpowered = [
         f"{short_name(row['test'])} {size(row)}"
         for row in power.to_dict("records")
         if "feature " not in row["test"] and abs(row["observed"]) < row["detectable"]
     ]
-    if weak:
+    if underpowered:
         yield Threat(
-            f"Smaller differences than these would mostly have been missed: {joined(weak)}. "
+            f"Smaller differences than these would mostly have been missed: {joined(underpowered)}. "
             "That such a test found nothing does not mean that there is nothing.",
             "minor",
             "More SAEs of either model, and more features tested, make smaller differences visible.",

@@ -98,7 +98,10 @@ class _WeightsAndBiases:
         id_path = run.folder / "wandb" / _ID_FILE
         stored_id = _run_id(id_path) if run.first_step else None
         identity = stored_id or uuid.uuid4().hex[:8]
+        # Its messages and its capture of the terminal would interfere with ours; some come before `init` reads its own.
+        settings = wandb.Settings(silent=True, console="off")
         try:
+            wandb.setup(settings)
             self._run = wandb.init(
                 project=None if os.environ.get("WANDB_PROJECT") else "saeffect",
                 id=identity,
@@ -106,8 +109,7 @@ class _WeightsAndBiases:
                 dir=str(run.folder),
                 config=run.plain_config(),
                 resume="allow" if stored_id else None,
-                # Its messages and its capture of the terminal would interfere with ours.
-                settings=wandb.Settings(silent=True, console="off"),
+                settings=settings,
             )
         except wandb.errors.Error as error:
             raise ConfigError(

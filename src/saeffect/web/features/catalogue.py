@@ -1,5 +1,5 @@
-"""What the feature pages read from, kept on the site: the study, its tables, the index over all features, and what was
-said about them: by people in the app, in place of what a run was given, and by a language model.
+"""The data behind the feature pages, cached by the site: the study, its tables, the index over all features, verdicts
+given in the app (which replace those of the run), and labels by a language model.
 """
 
 from __future__ import annotations
@@ -29,47 +29,47 @@ if TYPE_CHECKING:
 
 __all__ = ["Catalogue", "catalogue"]
 
-_OF_ARMS = ("features", "coherence", "selection", "effects")
-_OF_BOTH = ("changes", "fates_control", "fates_treatment", "absorption")
-Given = Mapping[int, list[dict[str, Any]]]
-"""By place in the index, the verdicts that stand: rater, role, verdict, label, note, given."""
+_ARM_TABLES = ("features", "coherence", "selection", "effects")
+_COMPARISON_TABLES = ("changes", "fates_control", "fates_treatment", "absorption")
+VerdictRows = Mapping[int, list[dict[str, Any]]]
+"""By position in the index, the verdicts in force: rater, role, verdict, label, note, given."""
 ModelLabels = Mapping[int, Mapping[str, Any]]
-"""By place in the index, the row of a language model's label, see `saeffect.study.label.label`."""
-_SHOWN = ["rater", "role", "verdict", "label", "note", "given"]
+"""By position in the index, the row of a language model's label, see `saeffect.study.label.label`."""
+_VERDICT_COLUMNS = ["rater", "role", "verdict", "label", "note", "given"]
 
 
 @dataclass(frozen=True, eq=False)
 class Catalogue:
-    """A study, its tables, and the index over the features that are there now."""
+    """A study, its tables, and the index over the features that the run has so far."""
 
     study: Study
     arms: ArmRoles
     tables: RunTables
     index: FeatureIndex
-    given: Given = field(default_factory=dict)
+    verdicts: VerdictRows = field(default_factory=dict)
     model_labels: ModelLabels = field(default_factory=dict)
 
     def record(self, arm: str, number: int) -> Record:
-        """All about a feature, see `feature_record`; with what people and a language model said."""
+        """The `feature_record` of a feature, with its verdicts and model label."""
         try:
             record = feature_record(self.index, self.tables, self.arms, self.study, arm, number)
         except SaeffectError:
             raise
         except (KeyError, TypeError, ValueError) as error:
-            what = f"the tables of this feature are not as this version writes them ({first_line(error)})."
-            raise BadFile(what, at=str(self.tables.folder), fix="run the study again.") from error
-        record["verdicts"]["given"] = self.given.get(self.index.place(arm, number), [])
-        record["model_label"] = self.model_labels.get(self.index.place(arm, number))
+            message = f"the tables of this feature are not as this version writes them ({first_line(error)})."
+            raise BadFile(message, at=str(self.tables.folder), fix="run the study again.") from error
+        record["verdicts"]["given"] = self.verdicts.get(self.index.position(arm, number), [])
+        record["model_label"] = self.model_labels.get(self.index.position(arm, number))
         return record
 
 
 def catalogue(site: Site, *, blind: bool = False) -> Catalogue:
-    """The catalogue of a run directory, made again when a table changes; errors as `Site.study`.
+    """The catalogue of a run directory, rebuilt when a table changes; errors as `Site.study`.
 
-    `blind`: without what people and a language model said, so that nothing sways a rater.
+    `blind`: without verdicts and model labels, which could bias a rater.
     """
     study = site.study
-    known = _files(site.folder, site.arms)
+    files = _index_files(site.folder, site.arms)
 
     def make() -> Catalogue:
         roles = {name: arm.role for name, arm in study.config.arms.items()}
@@ -86,81 +86,82 @@ def catalogue(site: Site, *, blind: bool = False) -> Catalogue:
             index = replace(index, missing=dict.fromkeys(roles, "this study has no SAEs"))
         return Catalogue(study, arms, tables, index)
 
-    found = site.cached("feature catalogue", known, make)
+    base = site.cached("feature catalogue", files, make)
     if blind:
         return site.cached(
-            "feature catalogue, blind", known, lambda: replace(found, index=_without_verdicts(found.index))
+            "feature catalogue, blind", files, lambda: replace(base, index=_without_verdicts(base.index))
         )
     store = site.folder / STORE
 
-    def judged() -> Catalogue:
-        given, labels = _read_given(store, found.index), _read_model_labels(site.folder, found.index)
-        index = _with_given(found.index, given).with_model_labels(labels)
-        return replace(found, index=index, given=given, model_labels=labels)
+    def add_verdicts() -> Catalogue:
+        verdicts, labels = _read_verdicts(store, base.index), _read_model_labels(site.folder, base.index)
+        index = _with_verdicts(base.index, verdicts).with_model_labels(labels)
+        return replace(base, index=index, verdicts=verdicts, model_labels=labels)
 
-    # SQLite writes beside its file first.
-    said = [store, store.with_name(f"{STORE}-wal"), *(label_file(site.folder, arm) for arm in study.config.arms)]
-    return site.cached("feature catalogue, judged", [*known, *said], judged)
+    # SQLite writes to the -wal file first.
+    stores = [store, store.with_name(f"{STORE}-wal"), *(label_file(site.folder, arm) for arm in study.config.arms)]
+    return site.cached("feature catalogue, judged", [*files, *stores], add_verdicts)
 
 
 @functools.lru_cache(maxsize=4)
-def _files(folder: Path, arms: tuple[str, ...]) -> tuple[Path, ...]:
-    """What the index is made from."""
-    of_arms = (folder / "arms" / arm / f"{name}.parquet" for arm in arms for name in _OF_ARMS)
-    return (folder / "study.yaml", *of_arms, *(folder / "comparison" / f"{name}.parquet" for name in _OF_BOTH))
+def _index_files(folder: Path, arms: tuple[str, ...]) -> tuple[Path, ...]:
+    """The files behind the index."""
+    of_arms = (folder / "arms" / arm / f"{name}.parquet" for arm in arms for name in _ARM_TABLES)
+    of_comparison = (folder / "comparison" / f"{name}.parquet" for name in _COMPARISON_TABLES)
+    return (folder / "study.yaml", *of_arms, *of_comparison)
 
 
-def _read_given(store: Path, index: FeatureIndex) -> Given:
-    """The verdicts of a store on features of the index whose tokens are still those that were judged."""
+def _read_verdicts(store: Path, index: FeatureIndex) -> VerdictRows:
+    """The stored verdicts on features of the index whose tokens have not changed since."""
     if not store.is_file():
         return {}
     try:
-        with VerdictStore(store) as opened:
-            table = opened.current()
-    except SaeffectError:  # the review says what is wrong with it
+        with VerdictStore(store) as verdict_store:
+            table = verdict_store.current()
+    except SaeffectError:  # the review pages report it
         return {}
-    found: dict[int, list[dict[str, Any]]] = {}
+    verdicts: dict[int, list[dict[str, Any]]] = {}
     for row in table[table["kind"] == "feature"].to_dict("records"):
         try:
-            place = index.place(str(row["arm"]), int(row["feature"]))
-        except SaeffectError:  # a feature that is gone
+            position = index.position(str(row["arm"]), int(row["feature"]))
+        except SaeffectError:  # no longer a feature
             continue
-        if row["seen"] == fingerprint_tokens(index.top_tokens(place)):
-            found.setdefault(place, []).append({str(name): row[name] for name in _SHOWN})
-    return found
+        if row["seen"] == fingerprint_tokens(index.top_tokens(position)):
+            verdicts.setdefault(position, []).append({str(name): row[name] for name in _VERDICT_COLUMNS})
+    return verdicts
 
 
-def _with_given(index: FeatureIndex, given: Given) -> FeatureIndex:
-    """The index with these verdicts; an adjudication counts alone. Features without any keep the run's."""
-    if not given:
+def _with_verdicts(index: FeatureIndex, verdicts: VerdictRows) -> FeatureIndex:
+    """The index with these verdicts, of which an adjudication overrides all others; other features keep the run's."""
+    if not verdicts:
         return index
-    old = index.verdicts
-    counts = {name: np.array(getattr(old, name)) for name in ("n_yes", "n_no", "n_unsure")}
-    labels = list(old.labels)
-    for place, rows in given.items():
-        deciding = [row for row in rows if row["role"] == "adjudicator"][-1:] or rows
-        summary = summarise_verdicts(pd.DataFrame(deciding).assign(feature=place, arm=""), "").iloc[0]
+    from_run = index.verdicts
+    counts = {name: np.array(getattr(from_run, name)) for name in ("n_yes", "n_no", "n_unsure")}
+    labels = list(from_run.labels)
+    for position, rows in verdicts.items():
+        decisive = [row for row in rows if row["role"] == "adjudicator"][-1:] or rows
+        summary = summarise_verdicts(pd.DataFrame(decisive).assign(feature=position, arm=""), "").iloc[0]
         for name, column in counts.items():
-            column[place] = summary[name]
-        # A name is worth showing, too, where the feature is of another domain.
-        others = [row["label"] for row in deciding if row["label"]]
-        labels[place] = str(summary["label"]) or next(reversed(others), labels[place])
+            column[position] = summary[name]
+        # A label is shown even if the feature is not of the domain.
+        labels_of_others = [row["label"] for row in decisive if row["label"]]
+        labels[position] = str(summary["label"]) or next(reversed(labels_of_others), labels[position])
     return index.with_verdicts(Verdicts(**counts, labels=labels))
 
 
 def _without_verdicts(index: FeatureIndex) -> FeatureIndex:
-    """The index without anything that people said, in the app or before the run."""
-    none = np.zeros(len(index), dtype=np.int64)
-    return index.with_verdicts(Verdicts(none, none, none, [""] * len(index)))
+    """The index without verdicts, neither those of the app nor the run's."""
+    zeros = np.zeros(len(index), dtype=np.int64)
+    return index.with_verdicts(Verdicts(zeros, zeros, zeros, [""] * len(index)))
 
 
 def _read_model_labels(folder: Path, index: FeatureIndex) -> ModelLabels:
-    """The labels of a language model on features of the index as they are."""
-    found: dict[int, Mapping[str, Any]] = {}
+    """A language model's labels of features of the index whose tokens have not changed since."""
+    labels: dict[int, Mapping[str, Any]] = {}
     for arm in index.arms:
         for row in read_labels(folder, arm).to_dict("records"):
-            with contextlib.suppress(SaeffectError):  # a feature that is gone
-                place = index.place(arm, row["feature"])
-                if row["seen"] == fingerprint_tokens(index.top_tokens(place)):
-                    found[place] = row
-    return found
+            with contextlib.suppress(SaeffectError):  # no longer a feature
+                position = index.position(arm, row["feature"])
+                if row["seen"] == fingerprint_tokens(index.top_tokens(position)):
+                    labels[position] = row
+    return labels

@@ -1,6 +1,6 @@
-"""Reading the text with both models, in a process of its own: pages stay fast, and its memory is given back.
+"""Reading the text with both models in a separate process: pages stay fast, and its memory is freed at the end.
 
-As a program (`python -m saeffect.web.features.job RUN`) it reads, and writes what happens as lines of JSON.
+As a program (`python -m saeffect.web.features.job RUN`) it writes its state as lines of JSON.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from saeffect.errors import InUse, SaeffectError, first_line
 from saeffect.progress import Log, Progress
 from saeffect.web.site import Site
 
-__all__ = ["Reading", "main", "reading"]
+__all__ = ["ReadingJob", "main", "reading_job"]
 
 
-class Reading:
-    """At most one reading of a run at a time; `state` may be asked at any moment, from any thread."""
+class ReadingJob:
+    """At most one reading of a run at a time; thread-safe."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -37,7 +37,7 @@ class Reading:
         return dict(self._state)
 
     def start(self) -> None:
-        """Begin to read; InUse while a reading is running."""
+        """Start reading; InUse while it runs already."""
         with self._lock:
             if self._process is not None and self._process.poll() is None:
                 raise InUse("both models are being read already.", fix="wait until they have been.")
@@ -49,7 +49,7 @@ class Reading:
         threading.Thread(target=self._follow, args=(self._process,), daemon=True).start()
 
     def stop(self) -> None:
-        """End a running reading; arms that it has finished stay."""
+        """Stop reading; finished arms are kept."""
         with self._lock:
             process = self._process
         if process is not None and process.poll() is None:
@@ -61,48 +61,48 @@ class Reading:
         assert process.stdout is not None
         for line in process.stdout:
             with contextlib.suppress(ValueError):  # a line that a library printed
-                found = json.loads(line)
-                if isinstance(found, dict) and "state" in found:
-                    self._state = found
+                state = json.loads(line)
+                if isinstance(state, dict) and "state" in state:
+                    self._state = state
         code = process.wait()
         if self._state["state"] == "running":
-            why = "it was stopped" if code < 0 else f"it ended with status {code}"
-            self._state = {"state": "failed", "error": f"the models were not read to the end: {why}.", "fix": None}
+            reason = "it was stopped" if code < 0 else f"it ended with status {code}"
+            self._state = {"state": "failed", "error": f"the models were not read to the end: {reason}.", "fix": None}
 
 
-def reading(site: Site) -> Reading:
-    """The reading of a site; it ends with the server."""
+def reading_job(site: Site) -> ReadingJob:
+    """The reading job of a site; it stops with the server."""
 
-    def make() -> Reading:
-        made = Reading(site.folder)
-        site.on_close(made.stop)
-        return made
+    def make() -> ReadingJob:
+        job = ReadingJob(site.folder)
+        site.on_close(job.stop)
+        return job
 
     return site.cached("reading of both models", [], make)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Read, and say so on standard output."""
+    """Read, and write the state to standard output."""
     from saeffect.study.both_models import read_both_models
 
-    def say(**found: Any) -> None:
-        sys.stdout.write(json.dumps(found) + "\n")
+    def send(**message: Any) -> None:
+        sys.stdout.write(json.dumps(message) + "\n")
         sys.stdout.flush()
 
-    def show(progress: Progress) -> None:
-        say(state="running", what=progress.what, done=progress.done, total=progress.total)
+    def report(progress: Progress) -> None:
+        send(state="running", what=progress.what, done=progress.done, total=progress.total)
 
     with contextlib.suppress(OSError, AttributeError):
         os.nice(10)  # pages come first
     try:
-        read_both_models(arguments[0], Log(show=show))
+        read_both_models(arguments[0], Log(show=report))
     except SaeffectError as error:
-        say(state="failed", error=error.message, fix=error.fix)
+        send(state="failed", error=error.message, fix=error.fix)
         return 1
-    except Exception as error:  # libraries raise many kinds, and pages must say what
-        say(state="failed", error=f"the models could not be read: {first_line(error)}.", fix=None)
+    except Exception as error:  # libraries raise many kinds, and the page shows the message
+        send(state="failed", error=f"the models could not be read: {first_line(error)}.", fix=None)
         return 1
-    say(state="done")
+    send(state="done")
     return 0
 
 

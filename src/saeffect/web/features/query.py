@@ -1,4 +1,4 @@
-"""What a reader asks of the feature list, as it stands in the address, and how its words are found in short strings."""
+"""A query of the feature list, as the address holds it, and the search for its words in short strings."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ __all__ = [
     "SORTS",
     "StringSearch",
     "TokenSearch",
+    "format_value",
     "search_form",
-    "written",
 ]
 
 MEASURES = {"writes": "decoder cosine", "fires": "activation correlation"}
-"""By what features of two SAEs are matched: the name in the address, and in the fate tables."""
+"""Measures by which features of two SAEs are matched: name in the address, name in the fate tables."""
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "domain": ("yes", "no"),
     "fate": ("kept", "moved", "gone", "absorbed", "new", "unclear", "unknown"),
@@ -54,21 +54,21 @@ SORTS = {
     "similarity": "Similarity to its match",
     "feature": "Number",
 }
-"""What the list can be ordered by, and how that is called; `-` before a name in the address turns the order round."""
-_LONGEST, _LAST_PAGE = 200, 100_000
+"""Sort orders and their titles; `-` before a name in the address reverses the order."""
+_MAX_CHARACTERS, _MAX_PAGE = 200, 100_000
 
 
 @dataclass(frozen=True)
 class Query:
-    """A question to the feature list; every field is a parameter of the address, defaults are left out of it.
+    """A query of the feature list; every field is a parameter of the address, which leaves out defaults.
 
     Attributes:
         q: Words that must all occur in top tokens, label or number; in quotes: whole tokens only.
         arm: Name of an arm; "" for all.
-        by: Which match the fate is judged by, see `MEASURES`.
-        basis: Of the change between the models; "" for the best there is.
-        sort: One of `SORTS`, with "-" in front for the other direction; "" for best match, else the largest change.
-        coherence_min: And so on: bounds that are included; None for none. Densities are shares of tokens.
+        by: Measure of the match that decides the fate, see `MEASURES`.
+        basis: Of the change between the models; "" for the first that the run has.
+        sort: One of `SORTS`, with "-" in front to reverse; "" for best match, without words the largest change.
+        coherence_min, ...: Inclusive bounds; None for none. Densities are shares of tokens.
     """
 
     q: str = ""
@@ -97,7 +97,7 @@ class Query:
             UnknownName: A filter or order that does not exist; the message lists those that do.
             ConfigError: A bound that is no finite number, a page that is none, words longer than 200 characters.
         """
-        found: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for field in fields(cls):
             text = params.get(field.name, "").strip()
             if not text:
@@ -106,34 +106,34 @@ class Query:
                 raise unknown_name(field.name, text[:60], CHOICES[field.name], at=field.name)
             if field.name == "sort" and text.removeprefix("-") not in SORTS:
                 raise unknown_name("order", text[:60], SORTS, at="sort")
-            if field.name in {"q", "arm"} and len(text) > _LONGEST:
+            if field.name in {"q", "arm"} and len(text) > _MAX_CHARACTERS:
                 raise ConfigError(
-                    f"{field.name} has {len(text)} characters; at most {_LONGEST} are read.", at=field.name
+                    f"{field.name} has {len(text)} characters; at most {_MAX_CHARACTERS} are read.", at=field.name
                 )
             if field.name.endswith(("_min", "_max")):
-                found[field.name] = _number(text, field.name)
+                values[field.name] = _number(text, field.name)
             elif field.name == "page":
-                found["page"] = _page(text)
+                values["page"] = _page(text)
             else:
-                found[field.name] = text
-        return cls(**found)
+                values[field.name] = text
+        return cls(**values)
 
     def address(self, **changes: Any) -> str:
-        """This query, changed, as the part of an address behind "?"; "" if nothing differs from the defaults.
+        """This query with `changes`, as the part of an address after "?"; "" if nothing differs from the defaults.
 
-        A change of anything but the page begins at the first page again.
+        Any change but that of the page returns to the first page.
 
         Example:
             >>> Query(q="heart", page=3).address(arm="control")
             'q=heart&arm=control'
         """
         page = changes.pop("page", 1 if changes else self.page)
-        wanted = {name: changes.get(name, getattr(self, name)) for name in _DEFAULTS} | {"page": page}
-        return urlencode({name: written(value) for name, value in wanted.items() if value != _DEFAULTS[name]})
+        values = {name: changes.get(name, getattr(self, name)) for name in _DEFAULTS} | {"page": page}
+        return urlencode({name: format_value(value) for name, value in values.items() if value != _DEFAULTS[name]})
 
     @property
     def filters(self) -> dict[str, Any]:
-        """The filters that are set, without words, arm, order, page, and how fates and changes are read."""
+        """The filters that are set; words, arm, order, page, measure and basis are none."""
         unfiltering = {"q", "arm", "by", "basis", "sort", "page"}
         values = {name: getattr(self, name) for name in _DEFAULTS if name not in unfiltering}
         return {name: value for name, value in values.items() if value != _DEFAULTS[name]}
@@ -153,13 +153,13 @@ def _number(text: str, name: str) -> float:
 
 
 def _page(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= _LAST_PAGE):
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= _MAX_PAGE):
         raise ConfigError(f"page must be a whole number from 1. Got {text[:60]!r} instead.", at="page")
     return int(text)
 
 
-def written(value: Any) -> str:
-    """A value of a filter as the address has it."""
+def format_value(value: Any) -> str:
+    """A value of a filter as in the address."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -167,7 +167,7 @@ FloatArray = npt.NDArray[np.float64]
 
 INSIDE, PREFIX, EXACT = 1.0, 2.0, 3.0
 """Grades of a hit; 0 is none."""
-_END = 10  # the line feed, which no searched string holds
+_END = 10  # line feed: in no searched string
 
 
 def search_form(text: str) -> str:
@@ -177,8 +177,8 @@ def search_form(text: str) -> str:
         >>> search_form("ĠHeart"), search_form("\\n"), search_form("  ")
         ('heart', '\\\\n', '␣␣')
     """
-    shown = printable_token(text)
-    return shown.strip().lower() or "␣" * len(shown)
+    visible = printable_token(text)
+    return visible.strip().lower() or "␣" * len(visible)
 
 
 class StringSearch:
@@ -194,28 +194,28 @@ class StringSearch:
         self._n = len(encoded)
         self._bytes = np.frombuffer(b"\n" + b"".join(part + b"\n" for part in encoded), dtype=np.uint8)
         lengths = np.fromiter((len(part) + 1 for part in encoded), dtype=np.int64, count=self._n)
-        # The string to which each byte belongs; the line feed in front to none.
+        # The string of each byte; -1 for the first line feed.
         self._owner = np.concatenate([[-1], np.repeat(np.arange(self._n), lengths)]).astype(np.int32)
 
     def grades(self, word: str) -> FloatArray:
         """Float64 [n]: `EXACT`, `PREFIX`, `INSIDE`, or 0 where a string does not contain the word."""
-        found = np.zeros(self._n)
-        wanted = np.frombuffer(word.encode("utf-8", "replace"), dtype=np.uint8)
-        if not len(wanted) or _END in wanted or len(wanted) >= len(self._bytes):
-            return found
-        at = np.flatnonzero(self._bytes[: len(self._bytes) - len(wanted)] == wanted[0])
-        for offset in range(1, len(wanted)):
-            at = at[self._bytes[at + offset] == wanted[offset]]
-        starts = self._bytes[at - 1] == _END
-        ends = self._bytes[at + len(wanted)] == _END
-        # In this order the better grade is written last.
-        for grade, here in ((INSIDE, at), (PREFIX, at[starts]), (EXACT, at[starts & ends])):
-            found[self._owner[here]] = grade
-        return found
+        grades = np.zeros(self._n)
+        pattern = np.frombuffer(word.encode("utf-8", "replace"), dtype=np.uint8)
+        if not len(pattern) or _END in pattern or len(pattern) >= len(self._bytes):
+            return grades
+        hits = np.flatnonzero(self._bytes[: len(self._bytes) - len(pattern)] == pattern[0])
+        for offset in range(1, len(pattern)):
+            hits = hits[self._bytes[hits + offset] == pattern[offset]]
+        starts = self._bytes[hits - 1] == _END
+        ends = self._bytes[hits + len(pattern)] == _END
+        # The better grade is written last.
+        for grade, graded in ((INSIDE, hits), (PREFIX, hits[starts]), (EXACT, hits[starts & ends])):
+            grades[self._owner[graded]] = grade
+        return grades
 
 
 class TokenSearch:
-    """Finds features by their top tokens; of equal grades the feature that promotes the token more comes first.
+    """Finds features by their top tokens; at equal grades the higher rank of the token wins.
 
     `tokens` are distinct strings, `table` [n_features, k] holds their numbers, best first, and -1 for none.
     """
@@ -230,9 +230,9 @@ class TokenSearch:
 
         `whole`: only tokens that are the word.
         """
-        grades = np.append(self._text.grades(word), 0.0)  # the last one is that of no token
+        grades = np.append(self._text.grades(word), 0.0)  # of "no token"
         hit = grades >= (EXACT if whole else INSIDE)
-        # In hundredths and 16 bits: many features hold a word of one letter, and each key must be answered at once.
+        # int16 hundredths for speed: a one-letter word hits many features, and each key press searches.
         hundredths, k = (100 * grades * hit).astype(np.int16), len(self._by_rank)
         best = np.zeros(self._by_rank.shape[1], dtype=np.int16)
         for rank, tokens in enumerate(self._by_rank if hit.any() else ()):

@@ -1,4 +1,4 @@
-"""Everything that a run knows about one feature, as plain values: what its page shows and its JSON file holds."""
+"""Everything that a run holds about one feature, as plain values, for its page and its JSON file."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ Record = dict[str, Any]
 def feature_record(
     index: FeatureIndex, tables: RunTables, arms: ArmRoles, study: Study, arm: str, number: int
 ) -> Record:
-    """All about a feature; NaN where undefined. Parts that the run lacks are None or empty, `lacks` says why.
+    """All data of a feature; NaN where undefined. Missing parts are None or empty, with the reason in `lacks`.
 
     Raises NotFound (no such feature, or its arm has none yet) or UnknownName (no such arm).
     """
-    place = index.place(arm, number)
+    position = index.position(arm, number)
     row = _first(tables.rows(f"arms/{arm}/features.parquet", number))
     selection = _first(tables.rows(f"arms/{arm}/selection.parquet", number))
     lacks: dict[str, str] = {}
@@ -38,13 +38,13 @@ def feature_record(
         "arm": arm,
         "role": arms.roles[arm],
         "feature": number,
-        "label": index.verdicts.labels[place],
-        "domain": {"name": study.config.selection.subject, "is_domain": index.code("domain", place) == "yes"},
+        "label": index.verdicts.labels[position],
+        "domain": {"name": study.config.selection.subject, "is_domain": index.code("domain", position) == "yes"},
         "projection": study.config.features.projection,
-        "top_tokens": _weighted(row.get("top_tokens"), row.get("top_weights")),
+        "top_tokens": _token_weights(row.get("top_tokens"), row.get("top_weights")),
         "matched": list(selection.get("matched") or ()),
         "numbers": {name: value for name, value in row.items() if isinstance(value, int | float) and name != "feature"},
-        "verdicts": {name: int(getattr(index.verdicts, name)[place]) for name in ("n_yes", "n_no", "n_unsure")},
+        "verdicts": {name: int(getattr(index.verdicts, name)[position]) for name in ("n_yes", "n_no", "n_unsure")},
     }
     record |= _both_models(tables, study, arm, number, lacks)
     record["coherence"] = _coherence(tables, study, record, lacks)
@@ -58,38 +58,38 @@ def _first(rows: Sequence[Record]) -> Record:
     return rows[0] if rows else {}
 
 
-def _weighted(tokens: Sequence[str] | None, weights: Sequence[float] | None) -> list[Record]:
+def _token_weights(tokens: Sequence[str] | None, weights: Sequence[float] | None) -> list[Record]:
     pairs = zip(tokens or (), weights or (), strict=True)
     return [{"token": token, "weight": weight} for token, weight in pairs]
 
 
 def _both_models(tables: RunTables, study: Study, arm: str, number: int, lacks: dict[str, str]) -> Record:
-    """Bottom tokens, histogram and contexts: of both models where these were read, else the run's own contexts."""
+    """Bottom tokens, histogram and contexts of both models if both were read, else the run's own contexts."""
     other = other_arm(study, arm)
-    own = [{**row, "chosen_in": arm} for row in tables.rows(f"arms/{arm}/examples.parquet", number)]
-    found: Record = {
+    own_contexts = [{**row, "chosen_in": arm} for row in tables.rows(f"arms/{arm}/examples.parquet", number)]
+    parts: Record = {
         "models": {"own": arm, "beside": other},
         "bottom_tokens": None,
         "histogram": None,
-        "contexts": own,
+        "contexts": own_contexts,
     }
     try:
         features, contexts = both_models_files(tables.folder, arm, other)
     except (NotFound, SaeffectError) as error:
         lacks["both_models"] = error.message
-        return found
+        return parts
     row = _first(tables.rows(str(features), number))
     if not row:
         lacks["both_models"] = "the text has not been read with both models yet"
-        return found
+        return parts
     if row["reason"]:
         lacks["beside"] = row["reason"]
-    found["bottom_tokens"] = _weighted(row["bottom_tokens"], row["bottom_weights"])
-    found["histogram"] = {
+    parts["bottom_tokens"] = _token_weights(row["bottom_tokens"], row["bottom_weights"])
+    parts["histogram"] = {
         name: row.get(name) for name in ("top", *(f"{part}{side}" for side in ("", "_beside") for part in _HISTOGRAM))
     }
-    found["contexts"] = tables.rows(str(contexts), number) or own
-    return found
+    parts["contexts"] = tables.rows(str(contexts), number) or own_contexts
+    return parts
 
 
 _HISTOGRAM = ("counts", "n_tokens", "density", "mean_activation", "max_activation")
@@ -107,10 +107,10 @@ def token_pairs(tokens: Sequence[str], weights: Sequence[float], vectors: WordVe
         (0, 2, 0.6, 1.0)
     """
     rows = [vectors.row(normalise_token(token)) for token in tokens]
-    known = [i for i, row in enumerate(rows) if row >= 0]
-    directions = {i: vectors.vectors[rows[i]].astype(np.float64) for i in known}
+    with_vector = [i for i, row in enumerate(rows) if row >= 0]
+    directions = {i: vectors.vectors[rows[i]].astype(np.float64) for i in with_vector}
     directions = {i: vector / np.linalg.norm(vector) for i, vector in directions.items()}
-    pairs = [(i, j, weights[i] * weights[j]) for n, i in enumerate(known) for j in known[n + 1 :]]
+    pairs = [(i, j, weights[i] * weights[j]) for n, i in enumerate(with_vector) for j in with_vector[n + 1 :]]
     total = sum(weight for _, _, weight in pairs)
     return [
         {"a": i, "b": j, "cosine": float(directions[i] @ directions[j]), "share": weight / total if total else math.nan}
@@ -122,7 +122,7 @@ def _coherence(tables: RunTables, study: Study, record: Record, lacks: dict[str,
     row = _first(tables.rows(f"arms/{record['arm']}/coherence.parquet", record["feature"]))
     if not row:
         lacks["coherence"] = tables.trouble(f"arms/{record['arm']}/coherence.parquet")
-    found = {name: row.get(name) for name in ("coherence", "n_known", "reason")}
+    parts = {name: row.get(name) for name in ("coherence", "n_known", "reason")}
     top = record["top_tokens"]
     try:
         vectors = load_embeddings(study.config.coherence.embeddings)
@@ -130,13 +130,13 @@ def _coherence(tables: RunTables, study: Study, record: Record, lacks: dict[str,
     except (SaeffectError, OSError) as error:
         lacks["pairs"] = error.message if isinstance(error, SaeffectError) else str(error)
         pairs = []
-    return found | {"embeddings": str(study.config.coherence.embeddings), "pairs": pairs}
+    return parts | {"embeddings": str(study.config.coherence.embeddings), "pairs": pairs}
 
 
 def _changes(tables: RunTables, arms: ArmRoles, arm: str, number: int, lacks: dict[str, str]) -> Record:
-    """How the models differ on this feature: by basis against null fine-tunes, and which named groups hold it."""
-    own_sae = arm == arms.control or (arms.one_sae and arm == arms.treatment)
-    if not own_sae:
+    """Changes of this feature between the models: by basis against null fine-tunes, and the groups that contain it."""
+    is_measured = arm == arms.control or (arms.one_sae and arm == arms.treatment)
+    if not is_measured:
         lacks["changes"] = f"changes are measured on the SAE of {arms.control}; look at the match there"
         return {"bases": [], "groups": []}
     rows = tables.rows("comparison/changes.parquet", number)
@@ -145,18 +145,18 @@ def _changes(tables: RunTables, arms: ArmRoles, arm: str, number: int, lacks: di
     order = {basis: i for i, basis in enumerate(CHOICES["basis"])}
     bases = sorted(({**row} for row in rows), key=lambda row: order.get(row["basis"], len(order)))
     groups = tables.get("comparison/change_groups.parquet")
-    inside = [
+    groups_of_feature = [
         {name: row[name] for name in ("name", "direction", "score", "p", "q", "claimed", "reason")}
         for row in (groups.table.to_pylist() if groups is not None else ())
         if number in (row["features"] or ())
     ]
-    return {"bases": bases, "groups": inside}
+    return {"bases": bases, "groups": groups_of_feature}
 
 
 def _matches(
     index: FeatureIndex, tables: RunTables, arms: ArmRoles, arm: str, number: int, lacks: dict[str, str]
 ) -> list[Record]:
-    """Its nearest feature of the other arm by each measure, and what became of it."""
+    """By measure, the nearest feature of the other arm, and the fate."""
     side = {arms.control: "control", arms.treatment: "treatment"}.get(arm)
     if side is None:
         lacks["matches"] = f"only features of {arms.control} and {arms.treatment} are matched with each other"
@@ -172,8 +172,8 @@ def _matches(
         tokens: list[str] = []
         if known:
             try:
-                tokens = index.top_tokens(index.place(other, match))
-            except NotFound:  # of a table that was replaced
+                tokens = index.top_tokens(index.position(other, match))
+            except NotFound:  # the other arm's table was replaced
                 known = False
         by = next((name for name, measure in MEASURES.items() if measure == row["measure"]), row["measure"])
         found.append({**row, "by": by, "match": match if known else None, "match_arm": other, "match_tokens": tokens})
@@ -184,25 +184,24 @@ def _steering(tables: RunTables, study: Study, arm: str, number: int, lacks: dic
     """Effects, dose response and texts; empty for a feature that was not steered."""
     effects = tables.rows(f"arms/{arm}/effects.parquet", number)
     doses = [row for row in tables.rows("steering/dose_response.parquet", number) if row["arm"] == arm]
+    steering = study.config.steering
     if not effects:
         trouble = tables.trouble(f"arms/{arm}/effects.parquet")
-        steered = study.config.steering is not None
         lacks["steering"] = trouble or "the study steered other features"
-        if not steered:
+        if steering is None:
             lacks["steering"] = "this study does not steer"
-    prompts = list(study.config.steering.prompts) if study.config.steering is not None else []
     return {
         "effects": effects,
         "outcomes": tables.rows(f"arms/{arm}/outcome_effects.parquet", number),
         "doses": sorted(doses, key=lambda row: (row["condition"], row["dose"])),
         "texts": tables.rows(f"arms/{arm}/interventions.parquet", number),
-        "prompts": prompts,
+        "prompts": list(steering.prompts) if steering is not None else [],
         "placebos": tables.rows(f"arms/{arm}/matched_placebos.parquet", number)[:1],
     }
 
 
 def plain(value: Any) -> Any:
-    """A record as JSON can hold it: numbers that are not finite become null.
+    """A record as JSON values: numbers that are not finite become None.
 
     Example:
         >>> plain({"p": float("nan"), "tokens": (" a",)})

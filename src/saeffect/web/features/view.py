@@ -1,4 +1,4 @@
-"""A feature's record made ready for its page: formatted numbers, marked texts and pictures, in the page's order."""
+"""A feature's record formatted for its page: numbers, marked texts and charts, in the page's order."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ BASES = {
     "expected": "Top tokens expected next",
     "difference": "Mean activation difference along it",
 }
-"""What each basis of a change is called."""
+"""Titles of the bases of a change."""
 _CONDITIONS = {
     "steered": ("steered", "Steered"),
     "matched": ("placebo", "Placebo: a feature of another subject"),
     "random": ("random", "Placebo: a random direction"),
 }
-_AGAINST = {
+_PLACEBO_NAMES = {
     "matched": "a feature of another subject",
     "random": "a random direction",
     "shuffled": "other features' words",
@@ -52,7 +52,7 @@ _MEASURES = {"writes": "By what it writes (decoder cosine)", "fires": "By when i
 
 @dataclass(frozen=True)
 class Fact:
-    """A number with its label, and what qualifies it."""
+    """A number with its label and a note."""
 
     label: str
     value: str
@@ -61,7 +61,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two models: its title, the class of its colour, and the suffix of its columns in the record."""
+    """One of the two models: title, CSS class, suffix of its columns in the record, and arm."""
 
     title: str
     kind: str
@@ -79,7 +79,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class ShownContext:
-    """A context: where it is from, and for each side the activation at its strongest token and the marked text."""
+    """A context: its source, and for each side the activation at its strongest token and the marked text."""
 
     source: str
     peaks: tuple[str, ...]
@@ -98,12 +98,12 @@ class Pair:
 
 
 def feature_view(record: Record, study: Study) -> dict[str, Any]:
-    """What the template of a feature's page shows, from its record."""
+    """The values of a feature page's template."""
     sides = _sides(record, study)
     label = record["label"]
     return {
         "title": f"{record['arm']} {record['feature']}" + (f": {label}" if label else ""),
-        "facts": _facts(record),
+        "facts": _key_facts(record),
         "model_label": _model_label(record.get("model_label") or {}),
         "top": _bars(record["top_tokens"], record["matched"]),
         "bottom": _bars(record["bottom_tokens"] or [], record["matched"]),
@@ -126,22 +126,22 @@ def share(value: object) -> str:
 
 
 def _sides(record: Record, study: Study) -> tuple[Side, ...]:
-    """The models, the fine-tuned one last; only the feature's own where no other was read."""
+    """The models, the fine-tuned one last; only the arm's own if the other was not read."""
     models = record["models"]
-    known = [(models["own"], "")]
+    models_read = [(models["own"], "")]
     if record["histogram"] is not None and record["histogram"]["counts_beside"] is not None:
-        known.append((models["beside"], "_beside"))
+        models_read.append((models["beside"], "_beside"))
     control = study.control
-    found = []
-    for arm, suffix in known:
+    sides = []
+    for arm, suffix in models_read:
         role = study.config.arms[arm].role
-        same = study.config.arms[arm].model == study.config.arms[control].model
-        title = "Fine-tuned model" if role == "treatment" else "Base model" if same else f"Model of {arm}"
-        found.append(Side(title, "treatment" if role == "treatment" else "control", suffix, arm))
-    return tuple(sorted(found, key=lambda side: side.kind == "treatment"))
+        is_base = study.config.arms[arm].model == study.config.arms[control].model
+        title = "Fine-tuned model" if role == "treatment" else "Base model" if is_base else f"Model of {arm}"
+        sides.append(Side(title, "treatment" if role == "treatment" else "control", suffix, arm))
+    return tuple(sorted(sides, key=lambda side: side.kind == "treatment"))
 
 
-def _facts(record: Record) -> tuple[Fact, ...]:
+def _key_facts(record: Record) -> tuple[Fact, ...]:
     numbers, coherence = record["numbers"], record["coherence"]
     effect: Record = next((row for row in record["steering"]["effects"] if row.get("declared", True)), {})
     change: Record = next((row for row in record["changes"]["bases"] if is_defined(row.get("z"))), {})
@@ -155,17 +155,17 @@ def _facts(record: Record) -> tuple[Fact, ...]:
         ),
     ]
     if change:
-        beside = f"p {p_value(change['p'])} among null fine-tunes" if is_defined(change.get("p")) else ""
-        facts.append(Fact("Change between the models", f"{signed(change['z'], 1)} z", beside))
+        p_note = f"p {p_value(change['p'])} among null fine-tunes" if is_defined(change.get("p")) else ""
+        facts.append(Fact("Change between the models", f"{signed(change['z'], 1)} z", p_note))
     if effect:
-        ends = interval(effect["effect_low"], effect["effect_high"]) if is_defined(effect.get("effect_low")) else ""
+        bounds = interval(effect["effect_low"], effect["effect_high"]) if is_defined(effect.get("effect_low")) else ""
         text = signed(effect["effect"]) if is_defined(effect["effect"]) else undefined(effect.get("reason") or "")
-        facts.append(Fact("Effect of steering", text, ends))
+        facts.append(Fact("Effect of steering", text, bounds))
     return tuple(facts)
 
 
 def _model_label(row: Mapping[str, Any]) -> tuple[Fact, ...]:
-    """How well a language model's label detects the feature."""
+    """Detection of the feature by a language model's label."""
     if not row or row["reason"]:
         return (Fact("Detection", "undefined", row["reason"]),) if row else ()
     return (
@@ -178,31 +178,31 @@ def _model_label(row: Mapping[str, Any]) -> tuple[Fact, ...]:
 def _bars(tokens: Sequence[Mapping[str, Any]], matched: Sequence[str]) -> tuple[Bar, ...]:
     names, weights = _columns(tokens)
     largest = max((abs(weight) for weight in weights if math.isfinite(weight)), default=0.0) or 1.0
-    shown = chips(names, weights, matched)
+    top_chips = chips(names, weights, matched)
     return tuple(
         Bar(chip, round(100 * abs(weight) / largest, 1) if math.isfinite(weight) else 0.0)
-        for chip, weight in zip(shown, weights, strict=True)
+        for chip, weight in zip(top_chips, weights, strict=True)
     )
 
 
 def _contexts(record: Record, sides: Sequence[Side]) -> tuple[tuple[str, tuple[ShownContext, ...]], ...]:
-    """Contexts under who chose them, those that both models chose once; both texts of one share a scale."""
-    chosen: dict[Any, set[str]] = {}
-    first: dict[Any, Mapping[str, Any]] = {}
+    """Contexts grouped by the models that chose them; the texts of one context share a scale."""
+    chosen_by: dict[Any, set[str]] = {}
+    rows_by_key: dict[Any, Mapping[str, Any]] = {}
     for row in record["contexts"]:
         key = (row["source"], row["position"], tuple(row["tokens"]))
-        chosen.setdefault(key, set()).add(row["chosen_in"])
-        first.setdefault(key, row)
-    found: dict[str, list[ShownContext]] = {}
+        chosen_by.setdefault(key, set()).add(row["chosen_in"])
+        rows_by_key.setdefault(key, row)
+    contexts: dict[str, list[ShownContext]] = {}
     groups = [({sides[0].arm}, sides[0].title)]
     if len(sides) > 1:
         groups = [({side.arm for side in sides}, "Among the strongest of both models")]
         groups += [({side.arm}, f"Among the strongest of the {side.title.lower()} only") for side in sides]
     for arms, title in groups:
-        rows = [first[key] for key in first if chosen[key] == arms]
+        rows = [rows_by_key[key] for key in rows_by_key if chosen_by[key] == arms]
         if rows:
-            found[title] = [_context(row, sides) for row in rows]
-    return tuple((title, tuple(rows)) for title, rows in found.items())
+            contexts[title] = [_context(row, sides) for row in rows]
+    return tuple((title, tuple(rows)) for title, rows in contexts.items())
 
 
 def _context(row: Mapping[str, Any], sides: Sequence[Side]) -> ShownContext:
@@ -224,7 +224,7 @@ def _histogram(record: Record, sides: Sequence[Side]) -> Chart | None:
 
 
 def _activity(record: Record, sides: Sequence[Side]) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Rows of label and a number for each side."""
+    """Rows of a label and one number per side."""
     numbers = record["histogram"] or {
         **{name: record["numbers"].get(name) for name in ("density", "mean_activation", "max_activation")}
     }
@@ -239,16 +239,16 @@ def _activity(record: Record, sides: Sequence[Side]) -> tuple[tuple[str, tuple[s
             value = numbers.get(f"{name}{side.suffix}")
             cells.append(share(value) if name == "density" else amount(value) if is_defined(value) else "–")
         rows.append((label, tuple(cells)))
-    own = record["numbers"]
-    for name in sorted(own):
+    own_numbers = record["numbers"]
+    for name in sorted(own_numbers):
         if name.startswith("density_"):
-            shares = tuple(share(own[name]) if not side.suffix else "" for side in sides)
+            shares = tuple(share(own_numbers[name]) if not side.suffix else "" for side in sides)
             rows.append((f"Active on text “{name.removeprefix('density_')}”", shares))
     return tuple(rows)
 
 
 def _pairs(record: Record) -> tuple[Pair, ...]:
-    """The pairs behind the coherence, those that weigh and agree most first."""
+    """The pairs behind the coherence, the largest contribution first."""
     names = [chip.text for chip in chips(*_columns(record["top_tokens"]), ())]
     pairs = sorted(record["coherence"]["pairs"], key=lambda pair: -pair["cosine"] * abs(pair["share"]))
     return tuple(
@@ -268,12 +268,12 @@ def _columns(tokens: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[float
 
 
 def _change(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """A row of the table of changes: basis, base, tuned, z, p, q, and what must be added."""
-    shown = share if row["basis"] == "expected" else amount  # probabilities, of a token among tens of thousands
-    cells = [shown(row[name]) if is_defined(row.get(name)) else "" for name in ("base", "tuned")]
+    """A row of the table of changes: basis, base, tuned, z, p, q, reason."""
+    format_value = share if row["basis"] == "expected" else amount  # small probabilities
+    cells = [format_value(row[name]) if is_defined(row.get(name)) else "" for name in ("base", "tuned")]
     z = signed(row["z"], 1) if is_defined(row.get("z")) else "–"
-    chances = [p_value(row[name]) if is_defined(row.get(name)) else "–" for name in ("p", "q")]
-    return (BASES.get(row["basis"], row["basis"]), *cells, z, *chances, str(row.get("reason") or ""))
+    p_and_q = [p_value(row[name]) if is_defined(row.get(name)) else "–" for name in ("p", "q")]
+    return (BASES.get(row["basis"], row["basis"]), *cells, z, *p_and_q, str(row.get("reason") or ""))
 
 
 def _match(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -302,16 +302,16 @@ def _match(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _effects(steering: Record) -> tuple[tuple[str, ...], ...]:
     """Rows of the table of effects: outcome and placebo, effect, interval, p, q; the declared ones first."""
-    found = []
+    rows = []
     for row in sorted(steering["outcomes"], key=lambda row: not row.get("declared")):
         outcome = OUTCOMES.get(row["outcome"])
         name = capital(outcome.label if outcome is not None else row["outcome"].replace("_", " "))
         text = signed(row["effect"]) if is_defined(row.get("effect")) else undefined(row.get("reason") or "")
-        ends = interval(row["low"], row["high"]) if is_defined(row.get("low")) else ""
-        chances = [p_value(row[key]) if is_defined(row.get(key)) else "–" for key in ("p", "q")]
-        against = _AGAINST.get(row["placebo"], row["placebo"].replace("_", " "))
-        found.append((name, against, text, ends, *chances, "declared" if row.get("declared") else ""))
-    return tuple(found)
+        bounds = interval(row["low"], row["high"]) if is_defined(row.get("low")) else ""
+        p_and_q = [p_value(row[key]) if is_defined(row.get(key)) else "–" for key in ("p", "q")]
+        placebo = _PLACEBO_NAMES.get(row["placebo"], row["placebo"].replace("_", " "))
+        rows.append((name, placebo, text, bounds, *p_and_q, "declared" if row.get("declared") else ""))
+    return tuple(rows)
 
 
 def _doses(steering: Record) -> tuple[Chart, ...]:

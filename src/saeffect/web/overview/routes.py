@@ -1,7 +1,6 @@
-"""Routes of the overview, the report of a run directory put together from its tables, and the files of the report.
+"""Routes of the overview: the report of a run directory, built from its tables, and the files of the report.
 
-Words, tables and figures are the report's own. What a run recorded of models and SAEs stands in for them, so a report
-can be read where they no longer are.
+Models and SAEs are not needed: what the run recorded of them replaces them.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as NotYet
+from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,20 +32,20 @@ from saeffect.web.site import Site
 
 __all__ = ["router", "warm"]
 
-_SHOWN = 60  # features per arm among which the report picks those whose texts it shows
+_MAX_FEATURES = 60  # features per arm among which the report picks its examples
 
 
 @dataclass(frozen=True)
 class _Content:
-    """What a page shows of a report: facts below the title, the sections, and why there are none."""
+    """A page's part of the report: facts below the title, the sections, or the problem with them."""
 
     facts: tuple[tuple[str, str], ...] = ()
     body: Markup = field(default_factory=Markup)
     problem: SaeffectError | None = None
 
 
-class _ContentMaker:
-    """Puts reports together in a thread, one at a time, anew when a stage has finished."""
+class _ContentBuilder:
+    """Builds reports in a thread, one at a time, again when a stage has finished."""
 
     def __init__(self, site: Site) -> None:
         self._site, self._lock = site, threading.Lock()
@@ -63,19 +62,19 @@ class _ContentMaker:
             latest = self._latest
         try:
             return latest.result(timeout=wait)
-        except NotYet:
+        except FutureTimeout:
             return None
 
 
 def _content_of(site: Site) -> _Content:
-    """The report as far as the run has come; a problem of its files is part of the content."""
+    """The report of the stages so far; a problem with files is part of the content."""
     if not site.stages:
         return _Content()
     try:
         run = RunFolder(site.folder, recorded_study(site))
         if not run.study.has_saes:
             return _Content()
-        return _whole(run) if "compare" in site.stages else _early(run)
+        return _full_content(run) if "compare" in site.stages else _early_content(run)
     except SaeffectError as error:
         return _Content(problem=error)
     except Exception as error:  # tables of another version: missing columns, other types
@@ -88,24 +87,24 @@ def _content_of(site: Site) -> _Content:
 
 
 def _facts(study: Study, name: str, measured: dict[str, Any]) -> ArmFacts:
-    """An arm's facts; those that the report shows, if its model or SAE is gone."""
+    """An arm's facts; if its model or SAE is gone, those that the report needs."""
     try:
         return arm_facts(study, name, measured)
     except SaeffectError:
         arm = study.config.arms[name]
-        known = dict.fromkeys(ArmFacts.__dataclass_fields__)
+        facts = dict.fromkeys(ArmFacts.__dataclass_fields__)
         return ArmFacts(
-            **{**known, "role": arm.role, "model": arm.model.full_name, "dead_share": measured["dead_share"]}
+            **{**facts, "role": arm.role, "model": arm.model.full_name, "dead_share": measured["dead_share"]}
         )
 
 
-def _whole(run: RunFolder) -> _Content:
+def _full_content(run: RunFolder) -> _Content:
     comparison = read_comparison(run)
-    context = replace(report_context(run, arm_tables(run, _facts)), max_features=_SHOWN)
+    context = replace(report_context(run, arm_tables(run, _facts)), max_features=_MAX_FEATURES)
     return _Content(tuple(context.facts), render_body(comparison, context=context, features_at="/features"))
 
 
-def _early(run: RunFolder) -> _Content:
+def _early_content(run: RunFolder) -> _Content:
     config, names = run.study.config, run.study.ordered_arms()
     dead: dict[str, float | None] = {}
     for name in names:
@@ -120,24 +119,24 @@ def _early(run: RunFolder) -> _Content:
         alpha=config.comparison.alpha,
     )
     arms = pd.DataFrame({"arm": names, "role": [config.arms[name].role for name in names]})
-    nothing = {name: pd.DataFrame() for name in Comparison.table_names()}
-    comparison = Comparison(**{**nothing, "table1": arms}, matches=read_matches(run))
+    empty = {name: pd.DataFrame() for name in Comparison.table_names()}
+    comparison = Comparison(**{**empty, "table1": arms}, matches=read_matches(run))
     return _Content(body=render_early(comparison, context=context))
 
 
 router = APIRouter()
 
-_PATIENCE = 0.25  # seconds that a page waits for its report; then it comes later
-# A file of the run is nobody's page: it may run nothing of its own, and sees nothing of the app.
-_ALONE = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+_WAIT_SECONDS = 0.25  # a page waits this long for its report, else loads it later
+# Files of the run are sandboxed: no scripts, no access to the app.
+_FILE_POLICY = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _KINDS = {".csv": "text/csv", ".json": "application/json", ".svg": "image/svg+xml", ".png": "image/png"}
 
 
 @router.get("/")
-def _overview(request: Request) -> Response:
+def _overview_page(request: Request) -> Response:
     site: Site = request.app.state.site
     state = run_state(site)
-    content = _Content() if state.condition == "empty" else _maker(site).get(state.version, _PATIENCE)
+    content = _Content() if state.condition == "empty" else _builder(site).get(state.version, _WAIT_SECONDS)
     return page(
         request,
         "overview/page.html.j2",
@@ -156,49 +155,49 @@ def _progress(request: Request) -> dict[str, Any]:
     """The `RunState`, and whether the report of its version is ready."""
     site: Site = request.app.state.site
     state = run_state(site)
-    ready = state.condition == "empty" or _maker(site).get(state.version, 0.0) is not None
+    ready = state.condition == "empty" or _builder(site).get(state.version, 0.0) is not None
     return state.as_json(ready)
 
 
 @router.get("/report")
 def _report(request: Request) -> Response:
-    """The report as the run wrote it, cut off from the app."""
+    """The report as the run wrote it, sandboxed."""
     file = request.app.state.site.path("report.html")
     if not file.is_file():
         fix = "let the study run to its end; the overview shows what there is so far."
         raise NotFound("this run has written no report yet.", fix=fix)
-    policy = _ALONE.replace("sandbox;", "sandbox allow-scripts allow-popups;") + f"; script-src '{script_hash()}'"
+    policy = _FILE_POLICY.replace("sandbox;", "sandbox allow-scripts allow-popups;") + f"; script-src '{script_hash()}'"
     return FileResponse(file, media_type="text/html", headers={"Content-Security-Policy": policy})
 
 
 @router.get("/files/{folder}/{name}")
 def _file(request: Request, folder: str, name: str) -> Response:
-    """A table or figure of the report, to keep."""
+    """A table or figure of the report, as a download."""
     site: Site = request.app.state.site
     if f"{folder}/{name}" not in {path for names in _files(site).values() for path in names}:
         raise NotFound("there is no such file of the report.", fix="the overview lists them.")
     file = site.path(folder, name)
-    headers = {"Content-Security-Policy": _ALONE}
+    headers = {"Content-Security-Policy": _FILE_POLICY}
     return FileResponse(file, media_type=_KINDS[file.suffix], filename=name, headers=headers)
 
 
 def _files(site: Site) -> dict[str, list[str]]:
     """By folder, the paths of the report's tables and figures."""
-    found = {}
+    files = {}
     for folder, kinds in (("tables", {".csv", ".json"}), ("figures", {".svg", ".png"})):
-        place = site.path(folder)
-        names = [path.name for path in place.iterdir() if path.suffix in kinds] if place.is_dir() else []
-        found[folder] = [f"{folder}/{name}" for name in sorted(names) if site.has(folder, name)]
-    return found
+        directory = site.path(folder)
+        names = [path.name for path in directory.iterdir() if path.suffix in kinds] if directory.is_dir() else []
+        files[folder] = [f"{folder}/{name}" for name in sorted(names) if site.has(folder, name)]
+    return files
 
 
 def warm(site: Site) -> None:
-    """Begin to put the report together, so that it is there when a browser asks."""
+    """Start building the report before the first request."""
     with contextlib.suppress(SaeffectError):
         state = run_state(site)
         if state.condition != "empty":
-            _maker(site).get(state.version, 0.0)
+            _builder(site).get(state.version, 0.0)
 
 
-def _maker(site: Site) -> _ContentMaker:
-    return site.cached("overview", (), lambda: _ContentMaker(site))
+def _builder(site: Site) -> _ContentBuilder:
+    return site.cached("overview", (), lambda: _ContentBuilder(site))

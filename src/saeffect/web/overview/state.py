@@ -1,5 +1,5 @@
-"""How far a study is: each stage, what the running one is at, whether anybody is running it; and the study as its run
-recorded it, whose models and SAEs may be gone.
+"""Progress of a study: its stages, the running one, whether a process is running it; and the study as its run recorded
+it, whose models and SAEs may be gone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["RecordedStudy", "RunState", "StageState", "headline", "recorded_stud
 
 @dataclass(frozen=True)
 class StageState:
-    """A stage: `status` is "done", "running", "waiting", or "earlier" (done before, and to be looked at again)."""
+    """A stage: `status` is "done", "running", "waiting", or "earlier" (done before, to be checked again)."""
 
     key: str
     status: str
@@ -36,11 +36,11 @@ class RunState:
     """A run directory at this moment.
 
     Attributes:
-        condition: "empty" (no study yet), "running", "stopped" (half-finished, and nobody goes on) or "finished".
+        condition: "empty" (no study yet), "running", "stopped" (unfinished, and no process runs it) or "finished".
         title: Title of the study, else its name; "" if empty.
         stages: All stages in their order.
-        doing: What the running stage is at, in words; "" if it does not say.
-        share: Done share of that, from 0 to 1; None if it does not say.
+        doing: Progress of the running stage in words; "" if unknown.
+        share: Its done share, from 0 to 1; None if unknown.
         n_done: Finished stages.
         version: Changes when a stage has finished.
     """
@@ -54,11 +54,11 @@ class RunState:
     version: str
 
     def outline(self, ready: bool) -> str:
-        """Changes when the page has to: what else changes is only how far a stage is."""
+        """A hash of all but the progress within a stage: when it changes, the page reloads."""
         return fingerprint([self.version, self.condition, ready, [asdict(stage) for stage in self.stages]])[:16]
 
     def as_json(self, ready: bool) -> dict[str, Any]:
-        """All of it, for a page's script; `ready` says whether its report is."""
+        """The state for a page's script; `ready`: whether the report is."""
         return asdict(self) | {"ready": ready, "outline": self.outline(ready)}
 
 
@@ -67,9 +67,9 @@ def run_state(site: Site) -> RunState:
     progress = read_progress(site.folder)
     if progress is not None and not progress.is_alive():
         progress = None
-    notes = site.stages
-    made = {key: str(note.get("fingerprint")) for key, note in notes.items()}
-    version = fingerprint([made, str(site.manifest.get("study_sha256"))])[:16]
+    records = site.stages
+    fingerprints = {key: str(note.get("fingerprint")) for key, note in records.items()}
+    version = fingerprint([fingerprints, str(site.manifest.get("study_sha256"))])[:16]
     if progress is None and not site.has("study.yaml"):
         return RunState("empty", "", (), "", None, 0, version)
     if progress is not None:
@@ -77,49 +77,49 @@ def run_state(site: Site) -> RunState:
     else:
         study = recorded_study(site)
         title, keys = study.config.title or study.config.name, stage_keys(study)
-    stages = _stages(keys, notes, progress.stage if progress else "")
+    stages = _stages(keys, records, progress.stage if progress else "")
     n_done = sum(stage.status == "done" for stage in stages)
     condition = "running" if progress else "finished" if n_done == len(stages) else "stopped"
-    doing, share = _doing(progress) if progress else ("", None)
+    doing, share = _progress_text(progress) if progress else ("", None)
     return RunState(condition, title, stages, doing, share, n_done, version)
 
 
-def _stages(keys: tuple[str, ...], notes: Mapping[str, Mapping[str, Any]], running: str) -> tuple[StageState, ...]:
-    at = keys.index(running) if running in keys else len(keys)
-    found = []
+def _stages(keys: tuple[str, ...], records: Mapping[str, Mapping[str, Any]], running: str) -> tuple[StageState, ...]:
+    i_running = keys.index(running) if running in keys else len(keys)
+    states = []
     for i, key in enumerate(keys):
-        note = notes.get(key)
-        if i == at:
+        record = records.get(key)
+        if i == i_running:
             status = "running"
-        elif note is None:
+        elif record is None:
             status = "waiting"
         else:
-            status = "done" if i < at else "earlier"
-        seconds = note.get("seconds") if note is not None and i != at else None
-        found.append(
+            status = "done" if i < i_running else "earlier"
+        seconds = record.get("seconds") if record is not None and i != i_running else None
+        states.append(
             StageState(
                 key, status, duration(seconds) if isinstance(seconds, int | float) and math.isfinite(seconds) else ""
             )
         )
-    return tuple(found)
+    return tuple(states)
 
 
-def _doing(progress: RunProgress) -> tuple[str, float | None]:
+def _progress_text(progress: RunProgress) -> tuple[str, float | None]:
     if progress.total <= 0 or not progress.what:
         return "", None
     share = min(1.0, max(0.0, progress.done / progress.total))
     text = f"{progress.what}: {progress.done:,} of {progress.total:,} {progress.unit}"
-    took = progress.updated - progress.started
-    if 0.02 < share < 1 and took > 2:
-        text += f", about {duration(took * (1 - share) / share)} left"
-    silent = time.time() - progress.updated
-    if silent > 120:
-        text += f" (last heard of {duration(silent)} ago)"
+    elapsed = progress.updated - progress.started
+    if 0.02 < share < 1 and elapsed > 2:
+        text += f", about {duration(elapsed * (1 - share) / share)} left"
+    silence = time.time() - progress.updated
+    if silence > 120:
+        text += f" (last heard of {duration(silence)} ago)"
     return text, share
 
 
 def headline(site: Site) -> str:
-    """The answer in a sentence as the comparison left it; "" if there is none yet."""
+    """The comparison's answer in a sentence; "" if there is none yet."""
     try:
         answer = read_json(site.path("comparison", "answer.json"))
         return str(answer.get("learned") or answer["headline"])
@@ -128,7 +128,7 @@ def headline(site: Site) -> str:
 
 
 class RecordedStudy(Study):
-    """A study that takes hooks and hashes from the manifest, and asks for no SAE to name its folder."""
+    """A study with hooks and hashes from the manifest, whose SAEs need not exist."""
 
     def hook(self, name: str) -> str:
         """The recorded hook, else as in a study."""
@@ -144,7 +144,7 @@ class RecordedStudy(Study):
 
 
 def recorded_study(site: Site) -> RecordedStudy:
-    """The study of a run directory with what its manifest knows; errors as `Site.study`."""
+    """The study of a run directory with the data of its manifest; errors as `Site.study`."""
     study = RecordedStudy(site.study.config, site.study.source)
     arms, text = site.manifest.get("arms"), site.manifest.get("text_sha256")
     if isinstance(arms, dict) and all(isinstance(identity, dict) for identity in arms.values()):

@@ -1,5 +1,5 @@
-"""What a user of the playground asks for, one object for the form, the URL and a file; and results that users keep: a
-file each in the run directory's folder `play`, so that a link shows the same texts.
+"""A request to the playground, one object for form, URL and file; and kept results: a file each in the run directory's
+folder `play`, so that a link shows the same texts.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from saeffect.io import fingerprint, read_json, write_json
 from saeffect.steering.plan import SteeringPlan
 from saeffect.web.site import Site
 
-__all__ = ["Ask", "MOST_FEATURES", "MOST_TOKENS", "Result", "Side", "Text", "forget", "keep", "kept_list", "read_kept"]
+__all__ = ["Ask", "MAX_FEATURES", "MAX_TOKENS", "Result", "Side", "Text", "forget", "keep", "kept_list", "read_kept"]
 
-MOST_FEATURES, MOST_TOKENS, _LONGEST = 12, 200, 8_000
+MAX_FEATURES, MAX_TOKENS, _MAX_PROMPT = 12, 200, 8_000
 
 
 class Ask(StrictModel):
-    """A prompt, features of one arm's SAE (none: only unsteered texts), and how to push and to sample.
+    """A prompt, features of one arm's SAE (none: only unsteered texts), and the settings of steering and sampling.
 
     Equal asks give equal texts: those of `saeffect.steering.run_trials` with `plan` on a table with these features.
     """
 
-    prompt: str = Field(min_length=1, max_length=_LONGEST)
+    prompt: str = Field(min_length=1, max_length=_MAX_PROMPT)
     chat: bool = False
     arm: str = ""
-    features: tuple[int, ...] = Field((), max_length=MOST_FEATURES)
+    features: tuple[int, ...] = Field((), max_length=MAX_FEATURES)
     operator: Literal["add", "clamp", "ablate"] = "add"
     dose: float = Field(0.4, ge=-100, le=100)
     positions: Literal["all", "generated", "prompt"] = "all"
@@ -40,20 +40,20 @@ class Ask(StrictModel):
     temperature: float = Field(1.0, ge=0, le=10)
     top_p: float = Field(0.3, gt=0, le=1)
     frequency_penalty: float = Field(1.0, ge=-10, le=10)
-    max_new_tokens: int = Field(50, ge=1, le=MOST_TOKENS)
+    max_new_tokens: int = Field(50, ge=1, le=MAX_TOKENS)
     seed: int = Field(0, ge=0, lt=2**53)
     ends: bool = True
 
     @field_validator("features", mode="before")
     @classmethod
-    def _listed(cls, value: Any) -> Any:
+    def _split_features(cls, value: Any) -> Any:
         """Features of a URL are separated by commas."""
         if isinstance(value, str):
             value = [part for part in value.replace(" ", "").split(",") if part]
         return value
 
     @model_validator(mode="after")
-    def _possible(self) -> Self:
+    def _check_consistency(self) -> Self:
         if len(set(self.features)) < len(self.features):
             raise ValueError("a feature is there twice")
         if self.features and not self.arm:
@@ -66,28 +66,28 @@ class Ask(StrictModel):
 
     @classmethod
     def from_query(cls, query: Mapping[str, str] | Sequence[tuple[str, str]], defaults: Mapping[str, Any]) -> Self:
-        """The ask of a URL's query, which may leave out what has a default; `feature` may stand for `features`.
+        """The request of a URL's query, completed by defaults; `feature` is an alias of `features`.
 
         Errors as `StrictModel.read`; a missing prompt is taken from the defaults.
         """
         pairs = list(query.items()) if isinstance(query, Mapping) else list(query)
-        given: dict[str, Any] = {key: value for key, value in pairs if key not in ("feature", "features")}
+        values: dict[str, Any] = {key: value for key, value in pairs if key not in ("feature", "features")}
         features = [value for key, value in pairs if key in ("feature", "features")]
         if features:
-            given["features"] = ",".join(features)
-        elif "arm" not in given:
-            given["features"] = defaults.get("features", ())
-        return cls.read({**defaults, **given}, at="the address")
+            values["features"] = ",".join(features)
+        elif "arm" not in values:
+            values["features"] = defaults.get("features", ())
+        return cls.read({**defaults, **values}, at="the address")
 
     def query(self) -> str:
-        """The query of the URL that asks for this."""
+        """The URL query of this request."""
         values = self.model_dump()
         values["features"] = ",".join(map(str, self.features))
         values |= {key: int(values[key]) for key in ("chat", "ends")}
         return urlencode({key: value for key, value in values.items() if value != ""})
 
     def plan(self, text: str) -> SteeringPlan:
-        """The plan of this ask for the prompt as the model reads it (a chat turn has marks around it)."""
+        """The steering plan, for the prompt as the model reads it (a chat turn includes its markers)."""
         return SteeringPlan(
             prompts=(text,),
             doses=(1.0 if self.operator == "ablate" else self.dose,),
@@ -104,8 +104,8 @@ class Ask(StrictModel):
         )
 
 
-_FOLDER, _MOST = "play", 500
-_NAME = re.compile(r"[0-9a-f]{16}")
+_FOLDER, _MAX_KEPT = "play", 500
+_KEPT_NAME = re.compile(r"[0-9a-f]{16}")
 
 Token = tuple[str, tuple[float, ...]]
 
@@ -120,7 +120,7 @@ class Text(StrictModel):
 
 
 class Side(StrictModel):
-    """One model's texts, and the prompt as it read it."""
+    """One model's texts, and its tokens of the prompt."""
 
     name: str
     role: str
@@ -149,8 +149,8 @@ def keep(site: Site, result: Mapping[str, Any]) -> str:
     name = fingerprint(checked.model_dump(mode="json", exclude={"kept"}))[:16]
     file = site.path(_FOLDER, f"{name}.json")
     if not file.is_file():
-        if len(_names(site)) >= _MOST:
-            raise InUse(f"{_MOST} results are kept already.", at=str(file.parent), fix="delete some of them.")
+        if len(_names(site)) >= _MAX_KEPT:
+            raise InUse(f"{_MAX_KEPT} results are kept already.", at=str(file.parent), fix="delete some of them.")
         now = datetime.now(UTC).isoformat(timespec="seconds")
         write_json(file, checked.model_copy(update={"kept": now}).model_dump(mode="json"))
     return name
@@ -158,7 +158,7 @@ def keep(site: Site, result: Mapping[str, Any]) -> str:
 
 def read_kept(site: Site, name: str) -> Result:
     """A kept result; NotFound if there is none of that name, BadFile if its file is damaged."""
-    if not _NAME.fullmatch(name) or not site.has(_FOLDER, f"{name}.json"):
+    if not _KEPT_NAME.fullmatch(name) or not site.has(_FOLDER, f"{name}.json"):
         raise NotFound("there is no kept result of that name.", at=name[:40], fix="it may have been deleted.")
     file = site.path(_FOLDER, f"{name}.json")
     try:
@@ -169,13 +169,13 @@ def read_kept(site: Site, name: str) -> Result:
 
 def kept_list(site: Site) -> list[tuple[str, Result]]:
     """All kept results that can be read, the latest first."""
-    found = []
+    results = []
     for name in _names(site):
         try:
-            found.append((name, read_kept(site, name)))
+            results.append((name, read_kept(site, name)))
         except SaeffectError:
             continue
-    return sorted(found, key=lambda pair: pair[1].kept, reverse=True)
+    return sorted(results, key=lambda pair: pair[1].kept, reverse=True)
 
 
 def forget(site: Site, name: str) -> None:
@@ -186,4 +186,4 @@ def forget(site: Site, name: str) -> None:
 
 def _names(site: Site) -> list[str]:
     folder = site.path(_FOLDER)
-    return [file.stem for file in folder.glob("*.json") if _NAME.fullmatch(file.stem)] if folder.is_dir() else []
+    return [file.stem for file in folder.glob("*.json") if _KEPT_NAME.fullmatch(file.stem)] if folder.is_dir() else []

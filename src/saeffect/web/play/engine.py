@@ -1,4 +1,4 @@
-"""Both models of a run, steered with features of one arm: the texts of the study's own steering, token by token."""
+"""Both models of a run, steered with features of one arm as in the study's steering, token by token."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from saeffect.study.stages.dose_search import matched_lists_of, matched_placebos
 from saeffect.study.study import Arm
 from saeffect.web.play.ask import Ask
 from saeffect.web.play.side import Side
-from saeffect.web.play.worker import Event, described
+from saeffect.web.play.worker import Event, error_fields
 
 __all__ = ["Engine", "features_to_steer"]
 
 
 class Engine:
-    """Loads models and SAEs on first use and keeps them; used by the worker's thread alone, but for `state`.
+    """Loads models and SAEs on first use and keeps them in memory. Not thread-safe, but for `state`.
 
-    `run_of` gives the run directory, anew for each request, so that a run may be written meanwhile.
+    `run_of` returns the run directory at each request, since a run may be in progress.
     """
 
     def __init__(self, run_of: Callable[[], RunFolder]) -> None:
@@ -45,17 +45,17 @@ class Engine:
 
     @property
     def state(self) -> dict[str, Any]:
-        """`state`: cold, loading, ready or failed (then what, at, fix); `seconds` that loading took."""
+        """`state`: cold, loading, ready or failed (with what, at, fix); `seconds` of loading."""
         with self._lock:
             return dict(self._state)
 
     def warm(self) -> Iterator[Event]:
-        """Load everything that a first answer needs, and let each model read a few tokens."""
+        """Load all that the first request needs, and run each model on a few tokens."""
         started = time.monotonic()
         self._set(state="loading")
         try:
-            run = self._fresh()
-            for name in _sides_of(run):
+            run = self._current_run()
+            for name in _side_arms(run):
                 yield {"type": "working", "what": f"loading {run.study.arm(name).model.path}"}
                 lm = self._lm(run, name)
                 if run.study.has_saes:
@@ -65,7 +65,7 @@ class Engine:
                 plan = Ask(prompt="A", max_new_tokens=1).plan("A")
                 list(stream(lm, "", lm.encode_prompt("Once upon a"), [NoiseCell(0, "A", 0)], plan))
         except Exception as error:
-            self._set(state="failed", **described(error))
+            self._set(state="failed", **error_fields(error))
             raise
         seconds = round(time.monotonic() - started, 2)
         self._set(state="ready", seconds=seconds)
@@ -80,21 +80,21 @@ class Engine:
         started = time.monotonic()
         if self.state["state"] != "ready":
             yield from (event for event in self.warm() if event["type"] != "done")
-        run = self._fresh()
+        run = self._current_run()
         sides = self._sides(run, ask)
-        yield {"type": "start", "sides": [side.described() for side in sides], **_scale(run, ask)}
+        yield {"type": "start", "sides": [side.summary() for side in sides], **_scale(run, ask)}
         for side in sides:
             yield {"type": "tokens", "side": side.name, **(side.step() or {})}
         for side in sides:
             yield {"type": "prompt", "side": side.name, "tokens": side.read_prompt()}
-        going = list(sides)
-        while going:
-            for side in list(going):
-                found = side.step()
-                if found is None:
-                    going.remove(side)
+        active = list(sides)
+        while active:
+            for side in list(active):
+                step = side.step()
+                if step is None:
+                    active.remove(side)
                 else:
-                    yield {"type": "tokens", "side": side.name, **found}
+                    yield {"type": "tokens", "side": side.name, **step}
         yield {
             "type": "done",
             "seconds": round(time.monotonic() - started, 2),
@@ -105,10 +105,10 @@ class Engine:
             },
         }
 
-    def _fresh(self) -> RunFolder:
+    def _current_run(self) -> RunFolder:
         run = self._run_of()
         if self._run is None or run.study is not self._run.study:
-            self._lms, self._saes, self._run = {}, {}, _ReadOnce(run.folder, run.study)
+            self._lms, self._saes, self._run = {}, {}, _CachingRunFolder(run.folder, run.study)
         return self._run
 
     def _lm(self, run: RunFolder, arm: str) -> LanguageModel:
@@ -117,7 +117,7 @@ class Engine:
             model = run.study.arm(arm).model
             same = next((lm for name, lm in self._lms.items() if run.study.arm(name).model == model), None)
             if same is None:
-                _require_memory(list(self._lms.values()))
+                _check_memory(list(self._lms.values()))
             self._lms[arm] = same or run.study.open_model(arm, Log())
         return self._lms[arm]
 
@@ -129,18 +129,18 @@ class Engine:
     def _sides(self, run: RunFolder, ask: Ask) -> list[Side]:
         features = features_to_steer(run, ask)
         sides = []
-        for name in _sides_of(run):
+        for name in _side_arms(run):
             lm = self._lm(run, name)
             text = _chat_turn(lm, ask.prompt) if ask.chat else ask.prompt
             plan = ask.plan(text)
-            _require_room(lm, text, plan)
+            _check_length(lm, text, plan)
             site = self._site(run, ask.arm, lm) if ask.features else None
             actions = actions_of(site, features, plan, ["top_tokens"]) if site and features is not None else None
             sides.append(Side(name, run.study.arm(name).role, lm, site, text, plan, actions, ask.features))
         return sides
 
     def _site(self, run: RunFolder, arm: str, lm: LanguageModel) -> Site:
-        """The arm's own site on any model: the same push in both, in units of the mean norm of the arm's model."""
+        """The arm's site on any model: both get the same vector, in units of the mean norm of the arm's model."""
         config = run.study.arm(arm)
         return site_of(run, Arm(arm, config.role, lm, self._sae(run, arm), run.study.hook(arm)))
 
@@ -149,20 +149,20 @@ class Engine:
             self._state = state
 
 
-class _ReadOnce(RunFolder):
+class _CachingRunFolder(RunFolder):
     """A run directory whose tables are read again only when their files change."""
 
     def read_table(self, path: Path) -> pd.DataFrame:
         """As `RunFolder.read_table`; do not change what it returns."""
-        found = path.stat() if path.is_file() else None
-        stamp = None if found is None else (found.st_ino, found.st_size, found.st_mtime_ns)
-        kept: dict[Path, tuple[Any, pd.DataFrame]] = self.__dict__.setdefault("_tables", {})
-        if stamp is None or path not in kept or kept[path][0] != stamp:
-            kept[path] = (stamp, super().read_table(path))
-        return kept[path][1]
+        status = path.stat() if path.is_file() else None
+        stamp = None if status is None else (status.st_ino, status.st_size, status.st_mtime_ns)
+        cache: dict[Path, tuple[Any, pd.DataFrame]] = self.__dict__.setdefault("_tables", {})
+        if stamp is None or path not in cache or cache[path][0] != stamp:
+            cache[path] = (stamp, super().read_table(path))
+        return cache[path][1]
 
 
-def _sides_of(run: RunFolder) -> list[str]:
+def _side_arms(run: RunFolder) -> list[str]:
     """The arms whose models answer: control, then treatment."""
     return [run.study.control, run.study.treatment]
 
@@ -190,7 +190,7 @@ def features_to_steer(run: RunFolder, ask: Ask) -> pd.DataFrame | None:
 
 
 def _scale(run: RunFolder, ask: Ask) -> dict[str, Any]:
-    """The largest activation of each feature on the study's text: what a full tint means. 1 for silent ones."""
+    """The largest activation of each feature on the study's text, shown as full tint; 1 for silent ones."""
     if not ask.features:
         return {"scale": []}
     table = run.read_table(run.arm(ask.arm, "features.parquet")).set_index("feature")["max_activation"]
@@ -198,7 +198,7 @@ def _scale(run: RunFolder, ask: Ask) -> dict[str, Any]:
 
 
 def _chat_turn(lm: LanguageModel, prompt: str) -> str:
-    """The prompt as a user's turn, up to where the model answers."""
+    """The prompt as a user's turn, up to the start of the model's answer."""
     if not getattr(lm.tokenizer, "chat_template", None):
         raise ConfigError(
             f"the tokenizer of {lm.name} has no chat template.", at="chat", fix="give the prompt as plain text."
@@ -207,9 +207,9 @@ def _chat_turn(lm: LanguageModel, prompt: str) -> str:
     return str(lm.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
 
-def _require_memory(held: list[LanguageModel]) -> None:
+def _check_memory(loaded: list[LanguageModel]) -> None:
     """ConfigError if another model like those in memory will not fit beside them."""
-    sizes = [sum(p.nbytes for p in lm.model.parameters()) for lm in held if lm.device.type == "cpu"]
+    sizes = [sum(p.nbytes for p in lm.model.parameters()) for lm in loaded if lm.device.type == "cpu"]
     memory = machine_memory()
     if sizes and sum(sizes) + max(sizes) > memory:
         raise ConfigError(
@@ -219,9 +219,9 @@ def _require_memory(held: list[LanguageModel]) -> None:
         )
 
 
-def _require_room(lm: LanguageModel, text: str, plan: SteeringPlan) -> None:
-    n, most = len(lm.encode_prompt(text)) + plan.max_new_tokens, lm.n_positions
-    if most is not None and n > most:
+def _check_length(lm: LanguageModel, text: str, plan: SteeringPlan) -> None:
+    n, limit = len(lm.encode_prompt(text)) + plan.max_new_tokens, lm.n_positions
+    if limit is not None and n > limit:
         raise ConfigError(
-            f"prompt and answer would have {n:,} tokens; {lm.name} reads {most:,}.", at="prompt", fix="shorten it."
+            f"prompt and answer would have {n:,} tokens; {lm.name} reads {limit:,}.", at="prompt", fix="shorten it."
         )

@@ -19,7 +19,7 @@ from saeffect.steering.placebos import PLACEBOS, STEERED, UNSTEERED
 
 __all__ = ["Side"]
 
-_DRAW = (0, 0)  # of a plan with one prompt and one sample
+_DRAW = (0, 0)  # prompt and sample of a plan with one of each
 
 
 @dataclass
@@ -56,11 +56,11 @@ class Side:
         intervention, self._length = None, 0.0
         if actions is not None:
             feature = int(actions.table["feature"].iloc[0])
-            self._choose(actions, feature)
-            acted = [ActionRow(feature, row.condition, plan.doses[0], _DRAW) for row in self.rows]
-            intervention = Intervention(actions.operator(acted), plan.positions)
+            self._add_conditions(actions, feature)
+            action_rows = [ActionRow(feature, row.condition, plan.doses[0], _DRAW) for row in self.rows]
+            intervention = Intervention(actions.operator(action_rows), plan.positions)
             self._length = actions.length(feature, plan.doses[0])
-        # One step more than is shown: reading the last token gives its activation.
+        # One step more than shown, since reading the last token gives its activation.
         sampling = Sampling(
             **{key: getattr(plan, key) for key in Sampling.model_fields} | {"max_new_tokens": self._n + 1}
         )
@@ -68,8 +68,8 @@ class Side:
         hook = site.hook if site else ""  # without a site nothing is edited
         self._steps = stream(lm, hook, self._prompt_ids, cells, sampling, intervention=intervention)
 
-    def _choose(self, actions: Actions, feature: int) -> None:
-        """The conditions that can be run; Undefined if the features cannot be steered at all."""
+    def _add_conditions(self, actions: Actions, feature: int) -> None:
+        """Add a row per condition that can be run; Undefined if the features cannot be steered."""
         if reason := actions.obstacle(feature, STEERED):
             raise Undefined(f"{reason}.", at="features", fix="choose another feature, or another operator.")
         self.rows.append(_Row(STEERED, "steered"))
@@ -83,8 +83,8 @@ class Side:
                 label += f" {', '.join(map(str, pushed))}"
             self.rows.append(_Row(name, label))
 
-    def described(self) -> dict[str, Any]:
-        """For the page: whose model it is, and its texts."""
+    def summary(self) -> dict[str, Any]:
+        """Model and conditions, for the page."""
         return {
             **{"name": self.name, "role": self._role, "model": self._lm.name, "notes": self.notes},
             "length": None if self._length != self._length else round(self._length, 3),
@@ -93,52 +93,52 @@ class Side:
 
     @torch.inference_mode()
     def step(self) -> dict[str, Any] | None:
-        """A token more in each text: `pieces` (None after its end), `acts` of the tokens before, `rest`: what is left
-        of a character that the text ended in; None at the end.
+        """One more token of each text: `pieces` (None after its end), `acts` of the previous tokens, and `rest`, the
+        remainder of a character that the text was cut in; None at the end.
         """
-        seen: list[Tensor] = []
+        residual: list[Tensor] = []
 
-        def listen(x: Tensor) -> Tensor:
-            seen[:] = [x[:, -1]]
+        def record(x: Tensor) -> Tensor:
+            residual[:] = [x[:, -1]]
             return x
 
         if all(row.ended for row in self.rows):
             return None
-        # Before the edit of the stream, so what is seen is what the text itself brings about.
-        with edited(self._lm, self._site.hook, listen) if self._site else nullcontext():
+        # Recorded before the intervention: the activation due to the text alone.
+        with edited(self._lm, self._site.hook, record) if self._site else nullcontext():
             ids = next(self._steps, None)
-        begun = max((len(row.ids) for row in self.rows), default=0) > 0
-        acts = self._activations(seen[-1]) if begun and seen else [[] for _ in self.rows]
+        has_tokens = max((len(row.ids) for row in self.rows), default=0) > 0
+        acts = self._activations(residual[-1]) if has_tokens and residual else [[] for _ in self.rows]
         pieces: list[str | None] = []
-        fresh: list[list[float] | None] = []
-        before = [row.shown for row in self.rows]
+        new_acts: list[list[float] | None] = []
+        previous = [row.shown for row in self.rows]
         for i, row in enumerate(self.rows):
-            told = not row.ended and len(row.acts) < len(row.ids)
-            fresh.append(acts[i] if told else None)
-            if told:
+            is_read = not row.ended and len(row.acts) < len(row.ids)
+            new_acts.append(acts[i] if is_read else None)
+            if is_read:
                 row.acts.append(acts[i])
             pieces.append(self._extend(row, None if ids is None else ids[i]))
-        ends = zip(self.rows, before, pieces, strict=True)
-        rest = [row.shown[len(was) :] if piece is None else "" for row, was, piece in ends]
-        return {"pieces": pieces, "acts": fresh, "rest": rest}
+        ends = zip(self.rows, previous, pieces, strict=True)
+        rest = [row.shown[len(old) :] if piece is None else "" for row, old, piece in ends]
+        return {"pieces": pieces, "acts": new_acts, "rest": rest}
 
     def _extend(self, row: _Row, token: int | None) -> str | None:
         if row.ended or token is None or len(row.ids) == self._n:
-            last = row.ended or not row.ids
+            is_final = row.ended or not row.ids
             row.ended = True
-            if not last:
+            if not is_final:
                 self._finish(row)
             return None
         row.ids.append(token)
         text = self._lm.decode(row.ids)
-        # A character may take several tokens; it is shown with its last one.
+        # A character may span several tokens; it is shown with the last one.
         piece = "" if text.endswith("\ufffd") or not text.startswith(row.shown) else text[len(row.shown) :]
         row.shown += piece
         row.pieces.append(piece)
         return piece
 
     def _finish(self, row: _Row) -> None:
-        """Give what is left of a character that never came to its end to the last piece."""
+        """Append the rest of an incomplete character to the last piece."""
         text = self._lm.decode(row.ids)
         if text.startswith(row.shown):
             row.pieces[-1], row.shown = row.pieces[-1] + text[len(row.shown) :], text
@@ -154,7 +154,7 @@ class Side:
         return self._prompt
 
     def _activations(self, x: Tensor) -> list[list[float]]:
-        """Of the chosen features, `[rows, features]`; 0 at attention sinks, where the SAE's mean nothing."""
+        """Activations of the features, [rows, features]; 0 at attention sinks, where the SAE does not apply."""
         assert self._site is not None and self._site.sae is not None
         sae = self._site.sae
         acts = sae.encode(x.to(sae.W_dec.device))[:, self._features]
@@ -163,8 +163,8 @@ class Side:
 
     def result(self) -> dict[str, Any]:
         """The finished texts: tokens as (piece, activations)."""
-        found = self.described() | {"prompt": self._prompt}
-        for row, shown in zip(self.rows, found["rows"], strict=True):
+        result = self.summary() | {"prompt": self._prompt}
+        for row, fields in zip(self.rows, result["rows"], strict=True):
             acts = row.acts + [[0.0] * len(self._features)] * (len(row.ids) - len(row.acts))
-            shown |= {"text": row.shown, "tokens": list(zip(row.pieces, acts, strict=True))}
-        return found
+            fields |= {"text": row.shown, "tokens": list(zip(row.pieces, acts, strict=True))}
+        return result

@@ -1,4 +1,4 @@
-"""One thread that runs all requests of the playground, a step of each client's request in turn."""
+"""One thread that runs all requests of the playground, one step of each client at a time."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 
 from saeffect.errors import ConfigError, InUse, SaeffectError, first_line
 
-__all__ = ["Event", "Job", "Worker", "described"]
+__all__ = ["Event", "Job", "Worker", "error_fields"]
 
 Event = dict[str, Any]
 """A JSON-able message with a `type`: queued, working, start, prompt, tokens, done, stopped, error."""
 
-_LAST = ("done", "stopped", "error")
+_FINAL = ("done", "stopped", "error")
 _LOG = logging.getLogger(__name__)
 
 
-def described(error: BaseException) -> dict[str, str]:
-    """What a page shows of an error: what, at, fix."""
+def error_fields(error: BaseException) -> dict[str, str]:
+    """An error as a page shows it: what, at, fix."""
     if isinstance(error, SaeffectError):
         return {"what": error.message, "at": error.at or "", "fix": error.fix or ""}
     return {"what": f"{type(error).__name__}: {first_line(error)}", "at": "", "fix": "see the server's log."}
@@ -32,20 +32,20 @@ class Job:
 
     def __init__(self, client: str, work: Iterator[Event], put: Callable[[Event], object]) -> None:
         self.id, self.client = secrets.token_urlsafe(9), client
-        self.over = threading.Event()
+        self.finished = threading.Event()
         self._work, self._put = work, put
         self._stopped = threading.Event()
 
     def stop(self) -> None:
-        """Ask it to end; a "stopped" event follows after the step that is running."""
+        """Request a stop; a "stopped" event follows after the current step."""
         self._stopped.set()
 
     @property
     def is_stopped(self) -> bool:
         return self._stopped.is_set()
 
-    def tell(self, event: Event) -> None:
-        """Send an event; a listener that is gone stops the job."""
+    def send(self, event: Event) -> None:
+        """Send an event; if the listener fails, the job stops."""
         try:
             self._put(event | {"job": self.id})
         except Exception:
@@ -58,17 +58,17 @@ class Job:
         except Exception as error:
             if not isinstance(error, SaeffectError):
                 _LOG.exception("the playground failed")
-            event = {"type": "error", **described(error)}
+            event = {"type": "error", **error_fields(error)}
         event = event or {"type": "stopped"}
-        self.tell(event)
-        if event["type"] not in _LAST:
+        self.send(event)
+        if event["type"] not in _FINAL:
             return True
         self.close()
-        self.over.set()
+        self.finished.set()
         return False
 
     def close(self) -> None:
-        """Let go of models and caches."""
+        """Release models and caches."""
         close = getattr(self._work, "close", None)
         if close is not None:
             close()
@@ -77,12 +77,12 @@ class Job:
 class Worker:
     """Runs jobs in a thread of its own, which starts with the first one.
 
-    Up to `at_once` clients take turns, a step each; further ones wait in order of arrival, and each client has one job
-    running at a time. So a client with many or long requests does not hold up the others.
+    Up to `max_running` clients take turns, a step each; further ones wait in order of arrival. Each client has one
+    running job, so many or long requests of one do not block the others.
     """
 
-    def __init__(self, *, at_once: int = 4, most_waiting: int = 32, most_each: int = 3) -> None:
-        self._at_once, self._most_waiting, self._most_each = at_once, most_waiting, most_each
+    def __init__(self, *, max_running: int = 4, max_waiting: int = 32, max_per_client: int = 3) -> None:
+        self._max_running, self._max_waiting, self._max_per_client = max_running, max_waiting, max_per_client
         self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()
         self._running: deque[Job] = deque()
         self._wake = threading.Condition()
@@ -98,10 +98,12 @@ class Worker:
         with self._wake:
             if self._closed:
                 raise ConfigError("the server is stopping.", at="the playground")
-            own = self._waiting.get(client, ())
-            if len(own) >= self._most_each:
-                raise InUse(f"this page has {len(own)} requests waiting.", at="the playground", fix="stop one of them.")
-            if sum(map(len, self._waiting.values())) >= self._most_waiting:
+            waiting = self._waiting.get(client, ())
+            if len(waiting) >= self._max_per_client:
+                raise InUse(
+                    f"this page has {len(waiting)} requests waiting.", at="the playground", fix="stop one of them."
+                )
+            if sum(map(len, self._waiting.values())) >= self._max_waiting:
                 raise InUse("too many requests are waiting.", at="the playground", fix="try again in a minute.")
             ahead = self._ahead(client)
             self._waiting.setdefault(client, deque()).append(job)
@@ -110,15 +112,15 @@ class Worker:
                 self._thread.start()
             self._wake.notify_all()
         if ahead:
-            job.tell({"type": "queued", "ahead": ahead})
+            job.send({"type": "queued", "ahead": ahead})
         return job
 
     def _ahead(self, client: str) -> int:
-        """How many jobs end before one of this client begins, if all take equally long; 0 if it begins at once."""
-        own = sum(job.client == client for job in self._running) + len(self._waiting.get(client, ()))
+        """Jobs that end before a new one of this client starts, if all take equally long; 0 if it starts at once."""
+        n_own = sum(job.client == client for job in self._running) + len(self._waiting.get(client, ()))
         others = {job.client for job in self._running} | set(self._waiting)
-        free = self._at_once - len(others - {client})
-        return own if free > 0 else own + 1 - free
+        free = self._max_running - len(others - {client})
+        return n_own if free > 0 else n_own + 1 - free
 
     def find(self, job_id: str) -> Job | None:
         """A job that is waiting or running."""
@@ -146,21 +148,21 @@ class Worker:
                     self._wake.wait()
                     self._admit()
                 job = self._running[0]
-            goes_on = job.step()
+            unfinished = job.step()
             with self._wake:
                 self._running.popleft()
-                if goes_on:
+                if unfinished:
                     self._running.append(job)
 
     def _admit(self) -> None:
-        """Move jobs of waiting clients to the running ones; stopped ones end where they wait."""
+        """Start jobs of waiting clients, and end stopped ones in the queue."""
         busy = {job.client for job in self._running}
         for client in list(self._waiting):
             jobs = self._waiting[client]
             for job in [job for job in jobs if job.is_stopped]:
                 jobs.remove(job)
                 job.step()
-            if jobs and client not in busy and len(self._running) < self._at_once:
+            if jobs and client not in busy and len(self._running) < self._max_running:
                 self._running.append(jobs.popleft())
                 if jobs:
                     self._waiting.move_to_end(client)

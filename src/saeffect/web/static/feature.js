@@ -5,23 +5,23 @@ const keys = { j: "to-next", k: "to-previous", u: "to-list", s: "to-play", l: "t
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.shiftKey) return;
   if (event.target.closest("input, select, textarea")) return;
-  const wanted = document.getElementById(keys[event.key]);
-  if (wanted?.matches("input")) {
+  const target = document.getElementById(keys[event.key]);
+  if (target?.matches("input")) {
     event.preventDefault();
-    wanted.select();
-  } else wanted?.click();
+    target.select();
+  } else target?.click();
 });
 
 const panel = document.getElementById("reading");
 if (panel) {
   const button = document.getElementById("read-both");
   const state = document.getElementById("read-state");
-  const say = (found) => {
-    if (found.state === "running") {
-      const part = found.total ? ` ${Math.floor((100 * found.done) / found.total)} %` : "";
-      state.textContent = `${found.what}${part}`;
-    } else if (found.state === "failed") {
-      state.textContent = [found.error, found.fix].filter(Boolean).join(" ");
+  const say = (job) => {
+    if (job.state === "running") {
+      const part = job.total ? ` ${Math.floor((100 * job.done) / job.total)} %` : "";
+      state.textContent = `${job.what}${part}`;
+    } else if (job.state === "failed") {
+      state.textContent = [job.error, job.fix].filter(Boolean).join(" ");
     }
   };
   const follow = async () => {
@@ -31,10 +31,10 @@ if (panel) {
         state.textContent = "The server does not answer. Is it still running?";
         break;
       }
-      const found = await answer.json();
-      say(found);
-      if (found.state === "done") return location.reload();
-      if (found.state !== "running") break;
+      const job = await answer.json();
+      say(job);
+      if (job.state === "done") return location.reload();
+      if (job.state !== "running") break;
       await new Promise((later) => setTimeout(later, 700));
     }
     button.disabled = false;

@@ -4,11 +4,11 @@
 const form = document.getElementById("ask");
 const box = document.getElementById("q");
 const results = document.getElementById("results");
-const said = document.getElementById("said");
+const summary = document.getElementById("said");
 const trouble = document.getElementById("trouble");
 let running = null;
 
-const asked = () => {
+const formParams = () => {
   const params = new URLSearchParams();
   for (const [name, value] of new FormData(form)) {
     if (value.trim() && !(name === "by" && value === "writes")) params.set(name, value);
@@ -16,26 +16,26 @@ const asked = () => {
   return params;
 };
 
-const place = (params) => "/features" + (params.size ? `?${params}` : "");
+const address = (params) => "/features" + (params.size ? `?${params}` : "");
 
 function show(html) {
   results.innerHTML = html; // the server's own page, with every string escaped there
   const list = results.querySelector(".list");
-  said.textContent = list.dataset.total;
+  summary.textContent = list.dataset.total;
   const counts = JSON.parse(list.dataset.counts);
-  for (const [name, found] of Object.entries(counts)) {
+  for (const [name, valueCounts] of Object.entries(counts)) {
     const select = form.elements[name];
-    if (select instanceof HTMLSelectElement) fill(select, found);
+    if (select instanceof HTMLSelectElement) fill(select, valueCounts);
   }
 }
 
-function fill(select, found) {
-  const chosen = select.value;
+function fill(select, counts) {
+  const selected = select.value;
   const number = new Intl.NumberFormat("en-US");
-  const options = Object.entries(found).map(([value, n]) => new Option(`${value} (${number.format(n)})`, value));
-  if (chosen && !(chosen in found)) options.push(new Option(`${chosen} (0)`, chosen));
+  const options = Object.entries(counts).map(([value, n]) => new Option(`${value} (${number.format(n)})`, value));
+  if (selected && !(selected in counts)) options.push(new Option(`${selected} (0)`, selected));
   select.replaceChildren(new Option(select.dataset.none, ""), ...options);
-  select.value = chosen;
+  select.value = selected;
 }
 
 async function load(params, { push = false } = {}) {
@@ -52,7 +52,7 @@ async function load(params, { push = false } = {}) {
     if (signal.aborted) return;
     show(html);
     trouble.hidden = true;
-    history[push ? "pushState" : "replaceState"](null, "", place(params));
+    history[push ? "pushState" : "replaceState"](null, "", address(params));
   } catch (error) {
     if (error.name === "AbortError") return;
     trouble.textContent = error instanceof TypeError ? "The server does not answer. Is it still running?" : error.message;
@@ -60,7 +60,7 @@ async function load(params, { push = false } = {}) {
   }
 }
 
-function take(params) {
+function fillForm(params) {
   for (const field of form.elements) {
     if (field.name) field.value = params.get(field.name) ?? (field.name === "by" ? "writes" : "");
   }
@@ -68,21 +68,21 @@ function take(params) {
 
 for (const button of document.querySelectorAll(".without-script")) button.hidden = true;
 form.addEventListener("input", (event) => {
-  if (event.target === box || event.target.type === "number") load(asked());
+  if (event.target === box || event.target.type === "number") load(formParams());
 });
 form.addEventListener("change", (event) => {
-  if (event.target !== box) load(asked(), { push: true });
+  if (event.target !== box) load(formParams(), { push: true });
 });
 form.addEventListener("submit", (event) => {
   event.preventDefault();
-  load(asked(), { push: true });
+  load(formParams(), { push: true });
 });
 document.addEventListener("click", (event) => {
   const link = event.target.closest("a[data-load]");
   if (!link || event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
   event.preventDefault();
   const params = new URL(link.href).searchParams;
-  take(params);
+  fillForm(params);
   const again = link.rel || link.closest("th") ? link.getAttribute("rel") : null;
   load(params, { push: true }).then(() => {
     if (again) results.scrollIntoView({ block: "start" });
@@ -90,7 +90,7 @@ document.addEventListener("click", (event) => {
 });
 addEventListener("popstate", () => {
   const params = new URLSearchParams(location.search);
-  take(params);
+  fillForm(params);
   load(params);
 });
 

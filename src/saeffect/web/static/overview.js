@@ -5,18 +5,18 @@ const RUNNING = 1500;
 const RESTING = 10000;
 const PENDING = 400;
 
-const place = () => document.getElementById("live");
+const liveSection = () => document.getElementById("live");
 
-const fold = () => [...place().querySelectorAll("details")].map((details) => details.open);
+const openDetails = () => [...liveSection().querySelectorAll("details")].map((details) => details.open);
 
 async function renew() {
   const answer = await fetch("/", { headers: { Accept: "text/html" } });
   const next = new DOMParser().parseFromString(await answer.text(), "text/html").getElementById("live");
   if (!next) return location.reload();
-  const opened = fold();
-  place().replaceWith(next);
-  const found = [...next.querySelectorAll("details")];
-  if (found.length === opened.length) found.forEach((details, i) => (details.open = opened[i]));
+  const opened = openDetails();
+  liveSection().replaceWith(next);
+  const panels = [...next.querySelectorAll("details")];
+  if (panels.length === opened.length) panels.forEach((details, i) => (details.open = opened[i]));
 }
 
 function show(state) {
@@ -37,7 +37,7 @@ async function follow() {
       const answer = await fetch("/api/progress");
       if (answer.ok) {
         const state = await answer.json();
-        if (state.outline === place().dataset.outline) show(state);
+        if (state.outline === liveSection().dataset.outline) show(state);
         else await renew();
         wait = !state.ready ? PENDING : state.condition === "running" ? RUNNING : RESTING;
       }
@@ -49,7 +49,7 @@ async function follow() {
   timer = setTimeout(follow, wait);
 }
 
-timer = setTimeout(follow, place().dataset.ready === "no" ? PENDING : RUNNING);
+timer = setTimeout(follow, liveSection().dataset.ready === "no" ? PENDING : RUNNING);
 document.addEventListener("visibilitychange", () => {
   if (!document.hidden) follow();
 });

@@ -28,9 +28,9 @@ async function post(path, body) {
     headers: { "Content-Type": "application/json" },
     body: JSON.stringify(body),
   });
-  const said = await answer.json();
-  if (!answer.ok) throw new Error([said.error, said.fix].filter(Boolean).join(" "));
-  return said;
+  const content = await answer.json();
+  if (!answer.ok) throw new Error([content.error, content.fix].filter(Boolean).join(" "));
+  return content;
 }
 
 const say = (text) => {
@@ -45,21 +45,21 @@ function begin() {
   let scale = [];
   let texts = new Map(); // by side: one record a text
 
-  // ---- what is asked -------------------------------------------------------------------------------------------
-  const chosen = () => Array.from($("chosen").children, (item) => Number(item.dataset.feature));
+  // ---- the request --------------------------------------------------------------------------------------------
+  const chosenFeatures = () => Array.from($("chosen").children, (item) => Number(item.dataset.feature));
 
-  function asked() {
+  function formValues() {
     const data = new FormData(form);
     const number = (name) => Number(data.get(name));
     return {
       prompt: data.get("prompt"),
       chat: data.get("chat") === "1",
-      arm: chosen().length ? data.get("arm") : "",
-      features: chosen(),
+      arm: chosenFeatures().length ? data.get("arm") : "",
+      features: chosenFeatures(),
       operator: data.get("operator"),
       dose: number("dose"),
       positions: data.get("positions"),
-      placebo: chosen().length ? data.get("placebo") : "",
+      placebo: chosenFeatures().length ? data.get("placebo") : "",
       temperature: number("temperature"),
       top_p: number("top_p"),
       frequency_penalty: number("frequency_penalty"),
@@ -69,21 +69,21 @@ function begin() {
     };
   }
 
-  function featureItem(found) {
+  function featureItem(feature) {
     const arm = $("arm").value;
-    const words = found.label || found.tokens.map((token) => token.trim()).join(", ");
+    const words = feature.label || feature.tokens.map((token) => token.trim()).join(", ");
     return make(
       "li",
-      { "data-feature": found.feature },
-      make("a", { href: `/features/${encodeURIComponent(arm)}/${found.feature}` }, String(found.feature)),
+      { "data-feature": feature.feature },
+      make("a", { href: `/features/${encodeURIComponent(arm)}/${feature.feature}` }, String(feature.feature)),
       " ",
       make("span", {}, printable(words)),
-      make("button", { type: "button", class: "quiet", "aria-label": `Remove feature ${found.feature}` }, "×"),
+      make("button", { type: "button", class: "quiet", "aria-label": `Remove feature ${feature.feature}` }, "×"),
     );
   }
 
   function changed() {
-    const features = chosen();
+    const features = chosenFeatures();
     $("export").hidden = !features.length;
     for (const link of $("export").querySelectorAll("a")) {
       const query = new URLSearchParams({ format: link.dataset.format, arm: $("arm").value });
@@ -133,38 +133,38 @@ function begin() {
   const find = $("find");
   const list = $("found");
   let options = [];
-  let at = -1;
-  let turn = 0;
+  let active = -1;
+  let latestSearch = 0;
 
   function close() {
     list.hidden = true;
     find.setAttribute("aria-expanded", "false");
     find.removeAttribute("aria-activedescendant");
-    at = -1;
+    active = -1;
   }
 
   function mark(index) {
-    at = index;
-    Array.from(list.children).forEach((item, i) => item.setAttribute("aria-selected", String(i === at)));
-    if (at >= 0) {
-      find.setAttribute("aria-activedescendant", `found-${at}`);
-      list.children[at].scrollIntoView({ block: "nearest" });
+    active = index;
+    Array.from(list.children).forEach((item, i) => item.setAttribute("aria-selected", String(i === active)));
+    if (active >= 0) {
+      find.setAttribute("aria-activedescendant", `found-${active}`);
+      list.children[active].scrollIntoView({ block: "nearest" });
     }
   }
 
-  async function look() {
-    const mine = ++turn;
+  async function searchFeatures() {
+    const search = ++latestSearch;
     const query = new URLSearchParams({ arm: $("arm").value, q: find.value });
-    let found = [];
+    let matches = [];
     try {
       const answer = await fetch(`/api/play/features?${query}`);
-      if (answer.ok) found = await answer.json();
+      if (answer.ok) matches = await answer.json();
     } catch {
       return;
     }
-    if (mine !== turn) return; // a later keystroke has been answered
-    const known = new Set(chosen());
-    options = found.filter((option) => !known.has(option.feature));
+    if (search !== latestSearch) return; // superseded by a later key press
+    const selected = new Set(chosenFeatures());
+    options = matches.filter((option) => !selected.has(option.feature));
     list.replaceChildren(
       ...options.map((option, i) =>
         make(
@@ -178,12 +178,12 @@ function begin() {
     if (!options.length) list.append(make("li", { class: "none", role: "option", "aria-disabled": "true" }, "No feature fits."));
     list.hidden = false;
     find.setAttribute("aria-expanded", "true");
-    at = -1;
+    active = -1;
   }
 
-  function take(index) {
+  function addFeature(index) {
     if (!options[index]) return;
-    if (chosen().length >= Number(form.dataset.most)) {
+    if (chosenFeatures().length >= Number(form.dataset.most)) {
       say(`At most ${form.dataset.most} features at once.`);
       return;
     }
@@ -193,27 +193,27 @@ function begin() {
     changed();
   }
 
-  find.addEventListener("input", look);
-  find.addEventListener("focus", look);
+  find.addEventListener("input", searchFeatures);
+  find.addEventListener("focus", searchFeatures);
   find.addEventListener("blur", () => setTimeout(close, 150));
   list.addEventListener("pointerdown", (event) => {
     const item = event.target.closest("li");
     if (!item) return;
     event.preventDefault();
-    take(Array.from(list.children).indexOf(item));
+    addFeature(Array.from(list.children).indexOf(item));
   });
   find.addEventListener("keydown", (event) => {
     if (event.key === "ArrowDown" || event.key === "ArrowUp") {
       event.preventDefault();
-      if (list.hidden) look();
-      else if (options.length) mark((at + (event.key === "ArrowDown" ? 1 : -1) + options.length) % options.length);
+      if (list.hidden) searchFeatures();
+      else if (options.length) mark((active + (event.key === "ArrowDown" ? 1 : -1) + options.length) % options.length);
     } else if (event.key === "Enter") {
       event.preventDefault();
-      if (!list.hidden) take(Math.max(at, 0));
+      if (!list.hidden) addFeature(Math.max(active, 0));
     } else if (event.key === "Escape") close();
   });
 
-  // ---- what comes ------------------------------------------------------------------------------------------------
+  // ---- the events -------------------------------------------------------------------------------------------------
   function tint(span, acts) {
     const share = Math.max(0, ...acts.map((value, i) => value / (scale[i] || 1)));
     if (share <= 0 || span.className) return;
@@ -307,7 +307,7 @@ function begin() {
 
   async function run() {
     if (running) return;
-    const ask = asked();
+    const ask = formValues();
     running = { abort: new AbortController(), began: performance.now(), features: ask.features };
     last = null;
     $("keep").disabled = true;
@@ -322,16 +322,16 @@ function begin() {
         signal: running.abort.signal,
       });
       if (!answer.ok) {
-        const said = await answer.json();
-        throw new Error([said.error, said.fix].filter(Boolean).join(" "));
+        const content = await answer.json();
+        throw new Error([content.error, content.fix].filter(Boolean).join(" "));
       }
       const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-      let held = "";
+      let partial = "";
       for (;;) {
         const { value, done } = await reader.read();
         if (done) break;
-        const lines = (held + value).split("\n");
-        held = lines.pop();
+        const lines = (partial + value).split("\n");
+        partial = lines.pop();
         lines.filter(Boolean).forEach((line) => receive(JSON.parse(line)));
       }
     } catch (error) {
@@ -365,7 +365,7 @@ function begin() {
 
   // ---- placebo, keeping, sharing ---------------------------------------------------------------------------------
   $("placebo").addEventListener("click", () => {
-    if (!chosen().length) {
+    if (!chosenFeatures().length) {
       say("Choose a feature first: a placebo is a push of its size.");
       return;
     }
@@ -384,9 +384,9 @@ function begin() {
   });
   $("keep").addEventListener("click", async () => {
     try {
-      const found = await post("/api/play/keep", { job: last });
+      const saved = await post("/api/play/keep", { job: last });
       $("keep").disabled = true;
-      if (!$("kept-list").querySelector(`[data-id="${found.id}"]`)) $("kept-list").prepend(keptItem(found));
+      if (!$("kept-list").querySelector(`[data-id="${saved.id}"]`)) $("kept-list").prepend(keptItem(saved));
       $("kept").hidden = false;
       say("Kept.");
     } catch (error) {
@@ -394,13 +394,13 @@ function begin() {
     }
   });
 
-  function keptItem(found) {
+  function keptItem(result) {
     return make(
       "li",
-      { "data-id": found.id },
-      make("label", { class: "check" }, make("input", { type: "checkbox", name: "id", value: found.id }), make("span", { class: "sr" }, "Choose ")),
-      make("a", { href: found.url }, printable(found.title)),
-      make("button", { type: "button", class: "quiet", "aria-label": `Delete: ${found.title}` }, "×"),
+      { "data-id": result.id },
+      make("label", { class: "check" }, make("input", { type: "checkbox", name: "id", value: result.id }), make("span", { class: "sr" }, "Choose ")),
+      make("a", { href: result.url }, printable(result.title)),
+      make("button", { type: "button", class: "quiet", "aria-label": `Delete: ${result.title}` }, "×"),
     );
   }
 
@@ -422,25 +422,25 @@ function begin() {
     say("Choose the results to compare.");
   });
 
-  // ---- are the models there? -------------------------------------------------------------------------------------
+  // ---- state of the models --------------------------------------------------------------------------------------
   async function state() {
-    let found;
+    let engine;
     try {
-      found = await (await fetch("/api/play/state")).json();
+      engine = await (await fetch("/api/play/state")).json();
     } catch {
       return;
     }
-    const failed = found.state === "failed";
+    const failed = engine.state === "failed";
     $("model-trouble").hidden = !failed;
     if (failed) {
-      $("model-what").textContent = printable([found.what, found.at].filter(Boolean).join(" — "));
-      $("model-fix").textContent = printable(found.fix);
+      $("model-what").textContent = printable([engine.what, engine.at].filter(Boolean).join(" — "));
+      $("model-fix").textContent = printable(engine.fix);
     }
     if (!running) {
-      if (found.state === "loading" || found.state === "cold") say("Loading the models …");
-      else if (found.state === "ready" && /^(Loading|$)/.test($("status").textContent)) say("Ready.");
+      if (engine.state === "loading" || engine.state === "cold") say("Loading the models …");
+      else if (engine.state === "ready" && /^(Loading|$)/.test($("status").textContent)) say("Ready.");
     }
-    if (found.state === "loading" || found.state === "cold") setTimeout(state, 700);
+    if (engine.state === "loading" || engine.state === "cold") setTimeout(state, 700);
   }
   $("retry").addEventListener("click", async () => {
     $("model-trouble").hidden = true;

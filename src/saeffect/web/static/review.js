@@ -24,10 +24,10 @@ async function send(path, fields) {
         headers: { "Content-Type": "application/json" },
         body: JSON.stringify(fields),
       });
-      const found = await answer.json();
-      if (answer.ok) return found;
-      if (answer.status !== 429) throw new Refused(found);
-      say(found.error, true);
+      const result = await answer.json();
+      if (answer.ok) return result;
+      if (answer.status !== 429) throw new Refused(result);
+      say(result.error, true);
     } catch (error) {
       if (error instanceof Refused) throw error;
       say("Not saved yet: the server does not answer. Trying again; keep this page open.", true);
@@ -37,8 +37,8 @@ async function send(path, fields) {
 }
 
 class Refused extends Error {
-  constructor(found) {
-    super([found.error, found.fix].filter(Boolean).join(" "));
+  constructor(result) {
+    super([result.error, result.fix].filter(Boolean).join(" "));
   }
 }
 
@@ -48,12 +48,12 @@ async function act(path, fields) {
   busy = true;
   form.setAttribute("aria-busy", "true");
   try {
-    const found = await send(path, fields);
+    const result = await send(path, fields);
     // Escaped by the server's templates.
-    screen.innerHTML = found.html;
+    screen.innerHTML = result.html;
     scrollTo(0, 0);
     document.getElementById("item-h")?.focus({ preventScroll: true });
-    say(found.said);
+    say(result.said);
   } catch (error) {
     form.removeAttribute("aria-busy");
     say(error.message[0].toUpperCase() + error.message.slice(1), true);
