@@ -264,7 +264,7 @@ def _attach(model: Any, adapter: AdapterFile, where: str, **options: Any) -> Any
     loaded = _adapter_tensors(adapted)
     # Older PEFT draws VeRA's projections again and calls the file's unexpected; their values are compared below.
     _refuse_unloaded(adapter, set(result.unexpected_keys) - set(loaded), result.missing_keys, where)
-    _refuse_changed_values(_tensors(adapted) | loaded, adapter, where)
+    _refuse_changed_values(_named_tensors(adapted) | loaded, adapter, where)
     return adapted
 
 
