@@ -277,7 +277,7 @@ def test_buffer_of_one_keeps_the_order(text: StreamedText) -> None:
 
 
 def test_documents_are_mixed_within_the_buffer() -> None:
-    mixed = list(corpora._shuffled([str(i) for i in range(50)], 5, np.random.default_rng(0)))
+    mixed = list(corpora._shuffle([str(i) for i in range(50)], 5, np.random.default_rng(0)))
     assert sorted(map(int, mixed)) == list(range(50))
     assert mixed != sorted(mixed, key=int)
     assert all(int(t) <= place + 5 for place, t in enumerate(mixed)), "nothing comes before it was read"

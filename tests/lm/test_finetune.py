@@ -250,8 +250,8 @@ def test_recipe_and_card(config: FinetuneConfig, whole: FinetuneResult, texts: P
 @pytest.mark.parametrize(("steps", "warmup", "peak"), [(6, 10, 0.012), (10, 10, 0.02), (60, 10, 0.02), (5, 0, 0.02)])
 def test_the_rate_that_is_reached(config: FinetuneConfig, steps: int, warmup: int, peak: float) -> None:
     short = config.model_copy(update={"steps": steps, "warmup_steps": warmup, "learning_rate": 0.02})
-    assert finetuning._peak(short.model_dump()) == pytest.approx(peak)
-    assert max(finetuning._rate(step, short) for step in range(steps)) == pytest.approx(peak)
+    assert finetuning._peak_rate(short.model_dump()) == pytest.approx(peak)
+    assert max(finetuning._learning_rate(step, short) for step in range(steps)) == pytest.approx(peak)
 
 
 def test_another_configuration_does_not_go_on(
@@ -312,10 +312,10 @@ def test_rows_longer_than_the_model_are_refused(config: FinetuneConfig, tmp_path
 
 
 def test_a_random_sample_of_documents(config: FinetuneConfig, tiny_llama: LanguageModel) -> None:
-    rows = finetuning._rows(config.model_copy(update={"documents": 5}), tiny_llama)
-    every = finetuning._rows(config, tiny_llama)
+    rows = finetuning._pack_rows(config.model_copy(update={"documents": 5}), tiny_llama)
+    every = finetuning._pack_rows(config, tiny_llama)
     assert 0 < len(rows[""].ids) < len(every[""].ids)
     np.testing.assert_array_equal(rows[""].ids, every[""].ids[: len(rows[""].ids)])
     np.testing.assert_array_equal(rows["training"].ids, every["training"].ids)
-    other = finetuning._rows(config.model_copy(update={"documents": 5, "seed": 1}), tiny_llama)
+    other = finetuning._pack_rows(config.model_copy(update={"documents": 5, "seed": 1}), tiny_llama)
     assert not np.array_equal(rows[""].ids[0], other[""].ids[0])

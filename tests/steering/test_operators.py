@@ -163,7 +163,7 @@ def ablate(sae, *features, norm_limit=math.inf):
 
 def spliced(sae: SparseAutoencoder, x: torch.Tensor, set_to: dict[int, float]) -> torch.Tensor:
     """The definition: decode changed activations, and put the SAE's error back."""
-    normalised, mean, scale = sae._normalised(x)
+    normalised, mean, scale = sae._normalise(x)
     acts = sae.activation(sae.hidden_pre(normalised))
     changed = acts.clone()
     for feature, value in set_to.items():

@@ -65,17 +65,17 @@ def read_adapter(adapter: Path | str, where: str) -> AdapterFile:
     NotFound: it cannot be fetched. BadFile: no safetensors, truncated or infinite weights, an invalid configuration.
     ConfigError: a kind of adapter that cannot be merged, or sizes that its weights do not have.
     """
-    folder = _fetched_folder(adapter, where)
+    folder = _fetch(adapter, where)
     config = read_json(folder / ADAPTER_CONFIG)
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise BadFile(f"{ADAPTER_CONFIG} names no peft_type, so it is no adapter's.", at=where)
-    _refuse_kind(config, where)
-    adapter_file = AdapterFile(folder, config, _shapes(folder / _WEIGHTS, where))
-    _refuse_numbers(adapter_file, where)
+    _refuse_unmergeable(config, where)
+    adapter_file = AdapterFile(folder, config, _read_shapes(folder / _WEIGHTS, where))
+    _refuse_bad_sizes(adapter_file, where)
     return adapter_file
 
 
-def _fetched_folder(adapter: Path | str, where: str) -> Path:
+def _fetch(adapter: Path | str, where: str) -> Path:
     if isinstance(adapter, Path):
         return adapter
     from huggingface_hub import snapshot_download
@@ -90,7 +90,7 @@ def _fetched_folder(adapter: Path | str, where: str) -> Path:
         ) from error
 
 
-def _refuse_kind(config: Mapping[str, Any], where: str) -> None:
+def _refuse_unmergeable(config: Mapping[str, Any], where: str) -> None:
     """Refuse kinds of adapter that cannot be expressed as a change of the weights."""
     from peft.config import PromptLearningConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -116,7 +116,7 @@ def _refuse_kind(config: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _shapes(file: Path, where: str) -> dict[str, tuple[int, ...]]:
+def _read_shapes(file: Path, where: str) -> dict[str, tuple[int, ...]]:
     if not file.is_file():
         raise BadFile(
             f"the adapter has no {_WEIGHTS}; pickled adapters (.bin) are never loaded.",
@@ -137,21 +137,21 @@ def _shapes(file: Path, where: str) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _values(config: Mapping[str, Any], key: str, pattern: str) -> list[Any]:
+def _all_values(config: Mapping[str, Any], key: str, pattern: str) -> list[Any]:
     """A key's value for all layers, and the values of its pattern for some layers."""
     of_some = config.get(pattern) or {}
     return [config.get(key), *(of_some.values() if isinstance(of_some, dict) else [of_some])]
 
 
-def _refuse_numbers(adapter: AdapterFile, where: str) -> None:
+def _refuse_bad_sizes(adapter: AdapterFile, where: str) -> None:
     """Refuse a rank larger than any tensor of the file, which PEFT would allocate, and a scale that is no number."""
-    for alpha in _values(adapter.config, "lora_alpha", "alpha_pattern"):
+    for alpha in _all_values(adapter.config, "lora_alpha", "alpha_pattern"):
         number = isinstance(alpha, int | float) and not isinstance(alpha, bool) and math.isfinite(alpha)
         if alpha is not None and not number:
             raise BadFile(
                 f"{ADAPTER_CONFIG} says lora_alpha: {str(alpha)[:40]}; expected a number.", at=where, fix=_COPY_AGAIN
             )
-    ranks = _values(adapter.config, "r", "rank_pattern")
+    ranks = _all_values(adapter.config, "r", "rank_pattern")
     wrong = [r for r in ranks if r is not None and (not isinstance(r, int | list) or isinstance(r, bool))]
     widest = max((size for shape in adapter.shapes.values() for size in shape), default=0)
     # In LoKr a large rank is at most a full matrix.
@@ -182,7 +182,7 @@ def require_fit(adapter: AdapterFile, base_config: Any, where: str) -> None:
     except NotImplementedError:  # a kind that computes on the weights when attached: only loading can tell
         return
     except _FROM_PEFT as error:
-        raise _misfit(_reason(error), where) from error
+        raise _misfit_error(_reason(error), where) from error
     # Loading may merge tensors (mixtures of experts): the model then has fewer than the file.
     missing = set(expected) - set(tensors) if len(tensors) < len(expected) else set()
     _refuse_unloaded(adapter, set(result.unexpected_keys) - set(expected), missing, where)
@@ -197,7 +197,7 @@ def merge_adapter(model: Any, adapter: AdapterFile, where: str) -> tuple[Any, Me
     """
     model = model.float().eval()
     plain = probe_logits(model)
-    adapted = _attached(model, adapter, where, torch_device="cpu")
+    adapted = _attach(model, adapter, where, torch_device="cpu")
     unmerged = probe_logits(adapted)
     _refuse_overflow(unmerged, where)
     _untie(adapted)
@@ -209,8 +209,8 @@ def merge_adapter(model: Any, adapter: AdapterFile, where: str) -> tuple[Any, Me
             at=where,
             fix="use an adapter that changes weights, such as LoRA.",
         ) from error
-    effect = MergedAdapter(_largest(unmerged - plain), _largest(probe_logits(merged) - unmerged))
-    scale = _largest(plain - plain.mean())
+    effect = MergedAdapter(_max_abs(unmerged - plain), _max_abs(probe_logits(merged) - unmerged))
+    scale = _max_abs(plain - plain.mean())
     if not effect.error <= max(_ROUNDING * scale, min(_MAX_ROUNDING * scale, 0.1 * effect.effect)):
         raise ConfigError(
             f"merged into the weights, the adapter ({adapter.kind}) gives another model: logits differ by up to"
@@ -235,14 +235,14 @@ def keep_adapter(model: Any, adapter: AdapterFile, where: str) -> tuple[Any, Mer
             at=where,
             fix="give more memory, quantise the model, or merge the adapter into it with PEFT and save it whole.",
         )
-    adapted = _attached(model, adapter, where)
+    adapted = _attach(model, adapter, where)
     base = adapted.get_base_model()
     # After attaching: bitsandbytes packs its weights for the CPU in the first pass, and PEFT cannot wrap packed ones.
     with adapted.disable_adapter():
         plain = probe_logits(base)
     adapted_logits = probe_logits(base)
     _refuse_overflow(adapted_logits, where)
-    return base, MergedAdapter(_largest(adapted_logits - plain), 0.0)
+    return base, MergedAdapter(_max_abs(adapted_logits - plain), 0.0)
 
 
 def _refuse_overflow(logits: Tensor, where: str) -> None:
@@ -251,7 +251,7 @@ def _refuse_overflow(logits: Tensor, where: str) -> None:
         raise BadFile(message, at=where, fix=_COPY_AGAIN)
 
 
-def _attached(model: Any, adapter: AdapterFile, where: str, **options: Any) -> Any:
+def _attach(model: Any, adapter: AdapterFile, where: str, **options: Any) -> Any:
     """The model with the adapter attached, every tensor as in the file."""
     from peft import PeftModel
 
@@ -259,12 +259,12 @@ def _attached(model: Any, adapter: AdapterFile, where: str, **options: Any) -> A
         adapted = PeftModel(model, _peft_config(adapter, where))
         result = adapted.load_adapter(str(adapter.folder), "default", **options)
     except _FROM_PEFT as error:
-        raise _misfit(_reason(error), where) from error
+        raise _misfit_error(_reason(error), where) from error
     adapted.eval()
     loaded = _adapter_tensors(adapted)
     # Older PEFT draws VeRA's projections again and calls the file's unexpected; their values are compared below.
     _refuse_unloaded(adapter, set(result.unexpected_keys) - set(loaded), result.missing_keys, where)
-    _refuse_changed_values(_tensors(adapted) | loaded, adapter, where)
+    _refuse_changed_values(_named_tensors(adapted) | loaded, adapter, where)
     return adapted
 
 
@@ -294,10 +294,10 @@ def _peft_config(adapter: AdapterFile, where: str) -> Any:
 def _adapter_tensors(adapted: Any) -> dict[str, Tensor]:
     from peft.utils.save_and_load import get_peft_model_state_dict
 
-    return dict(get_peft_model_state_dict(adapted, state_dict=_tensors(adapted), save_embedding_layers=False))
+    return dict(get_peft_model_state_dict(adapted, state_dict=_named_tensors(adapted), save_embedding_layers=False))
 
 
-def _tensors(model: Any) -> dict[str, Tensor]:
+def _named_tensors(model: Any) -> dict[str, Tensor]:
     """As `state_dict`, which weights that bitsandbytes packed for the CPU do not survive."""
     return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
@@ -323,11 +323,11 @@ def _refuse_shapes(adapter: AdapterFile, expected: Mapping[str, tuple[int, ...]]
 
 def _refuse_unloaded(adapter: AdapterFile, unexpected: Iterable[str], missing: Iterable[str], where: str) -> None:
     if names := sorted(unexpected):
-        raise _misfit(
+        raise _misfit_error(
             f"{len(names)} of its {len(adapter.shapes)} tensors find no place in the model, such as {names[0]}", where
         )
     if names := sorted(missing):
-        raise _misfit(f"its file lacks {len(names)} tensors, such as {names[0]}", where)
+        raise _misfit_error(f"its file lacks {len(names)} tensors, such as {names[0]}", where)
 
 
 def _refuse_changed_values(loaded: Mapping[str, Tensor], adapter: AdapterFile, where: str) -> None:
@@ -338,7 +338,7 @@ def _refuse_changed_values(loaded: Mapping[str, Tensor], adapter: AdapterFile, w
             if tensor is None or tensor.shape != adapter.shapes[name]:  # converted while loading
                 continue
             if not torch.equal(tensor, file.get_tensor(name).to(tensor.dtype)):
-                raise _misfit(f"{name} has other values in the model than in the adapter's file", where)
+                raise _misfit_error(f"{name} has other values in the model than in the adapter's file", where)
 
 
 def _untie(adapted: Any) -> None:
@@ -353,7 +353,7 @@ def _untie(adapted: Any) -> None:
         config.tie_word_embeddings = False
 
 
-def _misfit(reason: str, where: str) -> IncompatibleModels:
+def _misfit_error(reason: str, where: str) -> IncompatibleModels:
     return IncompatibleModels(
         f"the adapter does not fit the base model: {reason}.",
         at=where,
@@ -368,7 +368,7 @@ def _reason(error: Exception) -> str:
     return (f"there is no {line}" if isinstance(error, KeyError) else line).rstrip(".")
 
 
-def _largest(difference: Tensor) -> float:
+def _max_abs(difference: Tensor) -> float:
     return float(difference.abs().max())
 
 

@@ -104,7 +104,7 @@ def register_hook_mapping(model_type: str, mapping: HookMapping) -> None:
 
 def blocks(model: nn.Module) -> nn.ModuleList:
     """The model's list of transformer blocks; ConfigError if it is in none of the known places."""
-    base = _unwrapped(model)
+    base = _unwrap(model)
     mapping = HOOK_MAPPINGS.get(_model_type(base), _STANDARD)
     for path in mapping.blocks:
         with contextlib.suppress(AttributeError):
@@ -120,7 +120,7 @@ def blocks(model: nn.Module) -> nn.ModuleList:
 
 def final_norm(model: nn.Module) -> nn.Module:
     """The normalisation between last block and unembedding; ConfigError if it is in none of the known places."""
-    base = _unwrapped(model)
+    base = _unwrap(model)
     paths = HOOK_MAPPINGS.get(_model_type(base), _STANDARD).final_norm
     for path in paths:
         with contextlib.suppress(AttributeError):
@@ -130,14 +130,14 @@ def final_norm(model: nn.Module) -> nn.Module:
 
 def mapping_of(model: nn.Module) -> HookMapping:
     """The mapping that applies to a model."""
-    mapping = HOOK_MAPPINGS.get(_model_type(_unwrapped(model)))
+    mapping = HOOK_MAPPINGS.get(_model_type(_unwrap(model)))
     if mapping is not None:
         return mapping
     parts = {name for name, _ in blocks(model)[0].named_children()}
     return next((m for m in HOOK_MAPPINGS.values() if m.signs and parts.issuperset(m.signs)), _STANDARD)
 
 
-def _unwrapped(model: Any) -> nn.Module:
+def _unwrap(model: Any) -> nn.Module:
     base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
     return base
 

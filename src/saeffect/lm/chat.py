@@ -72,7 +72,7 @@ def messages_of(document: str) -> list[dict[str, Any]]:
     try:
         return plain_messages(json.loads(document))
     except SaeffectError as error:
-        raise error.placed(_quoted(document)) from None
+        raise error.placed(_quote(document)) from None
     except (ValueError, RecursionError) as error:
         raise BadFile(
             f"this is no list of messages: {document[:60]!r}.",
@@ -111,14 +111,14 @@ class ChatFormat:
                     at=at,
                     fix="give one: chat_template: template.jinja, a file, as the fine-tune was trained with it.",
                 )
-            return cls._checked(cls(tokenizer, own), at)
+            return cls._check(cls(tokenizer, own), at)
         if "{" in template or "\n" in template:
-            return cls._checked(cls(tokenizer, template, "in the file"), at)
+            return cls._check(cls(tokenizer, template, "in the file"), at)
         text = decode_utf8(read_bytes(template, "chat template"), at=template)
-        return cls._checked(cls(tokenizer, text, Path(template).name), template)
+        return cls._check(cls(tokenizer, text, Path(template).name), template)
 
     @classmethod
-    def _checked(cls, chat: Self, at: str) -> Self:
+    def _check(cls, chat: Self, at: str) -> Self:
         from jinja2 import TemplateSyntaxError
 
         if not chat.template.strip():
@@ -159,7 +159,7 @@ class ChatFormat:
             roles = ", ".join(str(message["role"]) for message in messages[:6]) + (", ..." if messages[6:] else "")
             raise ConfigError(
                 f"the chat template refuses a conversation of {roles}: {first_line(error).rstrip('.')}.",
-                at=_quoted(messages),
+                at=_quote(messages),
                 fix="many templates take no system message, or want user and assistant in turn: change such"
                 " conversations or leave them out, or give another chat_template.",
             ) from error
@@ -199,7 +199,7 @@ class ChatFormat:
         in_marked = np.zeros(len(ids), dtype=bool)
         for start, stop in marked or ():
             in_marked |= (ends >= start) & (ends < stop)
-        for number, start, stop in self._spans(messages, text):
+        for number, start, stop in self._content_spans(messages, text):
             inside = (ends >= start) & (ends < stop)
             code = _CODES[messages[number]["role"]]
             if code == _ASSISTANT and marked is not None:
@@ -236,7 +236,7 @@ class ChatFormat:
         )
         return [(int(start), int(stop)) for start, stop in rendered[1][0]]
 
-    def _spans(self, messages: Sequence[Mapping[str, Any]], text: str) -> Iterator[tuple[int, int, int]]:
+    def _content_spans(self, messages: Sequence[Mapping[str, Any]], text: str) -> Iterator[tuple[int, int, int]]:
         """(message index, start, stop) of each message's content in the text.
 
         The template is rendered with marks in place of contents. The text around the marks is the template's own, in
@@ -279,7 +279,7 @@ def segments(tokenizer: Any, encoded: Encoded) -> list[Segment]:
     return found
 
 
-def _quoted(conversation: Any) -> str:
+def _quote(conversation: Any) -> str:
     """A name for a conversation in messages: its beginning."""
     text = conversation if isinstance(conversation, str) else str(conversation[0].get("content", ""))
     return f"the conversation that begins {text[:50]!r}"

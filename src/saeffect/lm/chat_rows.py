@@ -81,9 +81,9 @@ def chat_prepends(setting: bool | None, chat: ChatFormat | None) -> bool | None:
     return chat.writes_bos if setting is None and chat is not None else setting
 
 
-def lm_for_chats(lm: LanguageModel, how: ChatKeys, *, at: str = "chat_template") -> LanguageModel:
+def lm_for_chats(lm: LanguageModel, how: ChatKeys) -> LanguageModel:
     """The model with the chat template and BOS that `how` asks for; unchanged for plain text."""
     if how.format == "text":
         return lm
-    chat = ChatFormat.of(lm.tokenizer, how.chat_template, at=at)
+    chat = ChatFormat.of(lm.tokenizer, how.chat_template)
     return dataclasses.replace(lm, chat=chat, prepend_bos=chat_prepends(lm.prepend_bos, chat))

@@ -273,13 +273,13 @@ class StreamedText:
         try:
             documents = read_corpus(source, chat=self.how.format == "chat")
             texts = (t for t in documents if not is_held_out(t, self.held_out))
-            shuffled = _shuffled(texts, self.buffer, np.random.default_rng([self.seed, index]))
+            shuffled = _shuffle(texts, self.buffer, np.random.default_rng([self.seed, index]))
             yield from (row.ids for row in cut_rows(self.lm, shuffled, self.context_size, self.how))
         except SaeffectError as error:
             raise error.placed(f"text.{index}") from None
 
 
-def _shuffled(texts: Iterable[str], size: int, generator: np.random.Generator) -> Iterator[str]:
+def _shuffle(texts: Iterable[str], size: int, generator: np.random.Generator) -> Iterator[str]:
     """The texts in a random order, from a buffer of `size` documents."""
     buffer: list[str] = []
     for text in texts:
@@ -304,7 +304,7 @@ def find_duplicates(texts: Iterable[str], share: float) -> str:
     n_characters = 0
     with contextlib.suppress(SaeffectError):  # a text that cannot be read: reported where it is used
         for text in texts:
-            runs = _runs(text)
+            runs = _run_hashes(text)
             if is_held_out(text, share):
                 held_out.append((" ".join(text[:200].split())[:60], runs))
             else:
@@ -322,7 +322,7 @@ def find_duplicates(texts: Iterable[str], share: float) -> str:
     )
 
 
-def _runs(text: str) -> NDArray[np.uint64]:
+def _run_hashes(text: str) -> NDArray[np.uint64]:
     """A hash of each run of words, uint64; a text shorter than a run is one run."""
     words = re.findall(r"\w+", text.casefold())
     codes = np.fromiter((hash(word) & (2**64 - 1) for word in words), dtype=np.uint64, count=len(words))

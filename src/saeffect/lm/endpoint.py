@@ -80,7 +80,7 @@ class Endpoint:
         timeout: float = 180.0,
         log: Log = SILENT,
     ) -> None:
-        self.url, self.model, self._key, self._answers, self._log = _checked_url(url, key), model, key, answers, log
+        self.url, self.model, self._key, self._answers, self._log = _check_url(url, key), model, key, answers, log
         self._attempts, self._first_wait, self._timeout = attempts, first_wait, timeout
         self._stopped, self._lock = threading.Event(), threading.Lock()
         self._options: dict[str, Any] = {"temperature": 0}
@@ -109,10 +109,8 @@ class Endpoint:
         answer = self.kept(question)
         if answer is None:
             answer = self._ask(question)
-            write_json(
-                self._file(question),
-                {"model": self.model, "question": _without_surrogates(question.text), "answer": answer},
-            )
+            content = {"model": self.model, "question": _encodable(question.text), "answer": answer}
+            write_json(self._file(question), content)
         return answer
 
     def stop(self) -> None:
@@ -147,7 +145,7 @@ class Endpoint:
         raise Unreachable(f"the language model gave no answer: {failed}.", at=self.url, fix=fix)
 
     def _attempt(self, question: Question) -> str:
-        message = {"role": "user", "content": _without_surrogates(question.text)}
+        message = {"role": "user", "content": _encodable(question.text)}
         body = {"model": self.model, "messages": [message], self._limit: question.max_tokens, **self._options}
         with self._lock:
             self.requests += 1
@@ -173,7 +171,7 @@ class Endpoint:
                 return json.loads(self._read(answer))
         except urllib.error.HTTPError as error:
             with error:
-                raise self._refusal(error, body or {}) from None
+                raise self._http_error(error, body or {}) from None
         except (OSError, http.client.HTTPException) as error:
             raise _FailedError(self._clean(first_line(error))) from None
         except (ValueError, RecursionError):
@@ -188,18 +186,16 @@ class Endpoint:
                 raise _FailedError(f"more than {_MAX_BYTES:,} bytes or {self._timeout:.0f} s of answer")
         return body
 
-    def _refusal(self, error: urllib.error.HTTPError, body: Mapping[str, Any]) -> Exception:
+    def _http_error(self, error: urllib.error.HTTPError, body: Mapping[str, Any]) -> Exception:
         """The error for an HTTP status."""
         body_text = ""
         with contextlib.suppress(_FailedError, OSError, http.client.HTTPException):
             body_text = " ".join(self._clean(self._read(error).decode("utf-8", "replace")).split())
         status = f"HTTP {error.code}" + (f": {body_text[:200]}" if body_text else "")
         if error.code >= 500 or error.code in _BUSY:
-            retry_after = error.headers.get("Retry-After", "")
-            return _FailedError(
-                status,
-                None if "insufficient_quota" in body_text else float(retry_after if retry_after.isdigit() else 0),
-            )
+            seconds = error.headers.get("Retry-After", "")
+            wait = float(seconds if seconds.isdigit() else 0)
+            return _FailedError(status, None if "insufficient_quota" in body_text else wait)
         if error.code == 400 and "max_completion_tokens" in body_text and "max_tokens" in body:
             self._limit = "max_completion_tokens"
             return _FailedError(status, 0.01)
@@ -215,10 +211,10 @@ class Endpoint:
 
     def _clean(self, text: str) -> str:
         """Text from the server, without the key, which it may repeat."""
-        return _without_surrogates(text.replace(self._key, "(key)") if self._key else text)
+        return _encodable(text.replace(self._key, "(key)") if self._key else text)
 
 
-def _without_surrogates(text: str) -> str:
+def _encodable(text: str) -> str:
     """The text with lone surrogates, which cannot be encoded, replaced."""
     return text.encode("utf-8", "replace").decode()
 
@@ -240,7 +236,7 @@ def chat_endpoint(answers: Path, *, log: Log = SILENT) -> Endpoint:
     return endpoint
 
 
-def _checked_url(url: str, key: str) -> str:
+def _check_url(url: str, key: str) -> str:
     """The address without a trailing slash; ConfigError if address or key cannot be used."""
     try:
         parts = urlsplit(url)

@@ -100,11 +100,11 @@ def _value(row: Mapping[str, Any], name: str, at: str) -> Any:
         elif isinstance(value, list | tuple) and part.isdigit() and int(part) < len(value):
             value = value[int(part)]
         else:
-            raise _no_field(row, name, at)
+            raise _missing_field(row, name, at)
     return value
 
 
-def _no_field(row: Mapping[str, Any], name: str, at: str) -> BadFile:
+def _missing_field(row: Mapping[str, Any], name: str, at: str) -> BadFile:
     names = [str(key)[:40] for key in sorted(map(str, row))]
     listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") or "nothing"
     fix = "name the one that holds text"

@@ -68,7 +68,7 @@ def finetune(config: FinetuneConfig, out: Path | str, *, log: Log = SILENT) -> F
     TrainingFolder(out, "", _LEAVES).refuse_strangers()
     lm = load_language_model(config.model, log=log, at="model")
     lm = lm_for_chats(dataclasses.replace(lm, prepend_bos=resolve_prepend_bos(config.bos, {})), config)
-    texts = _rows(config, lm)
+    texts = _pack_rows(config, lm)
     for rows in texts.values():
         lm.refuse_rows(rows.ids)
     folder = TrainingFolder(out, _made_by(config, lm, texts), _LEAVES)
@@ -86,7 +86,7 @@ def finetune(config: FinetuneConfig, out: Path | str, *, log: Log = SILENT) -> F
     folder.checkpoint.drop_all()
     if not (out / _CARD).is_file() or not (out / _CARD).stat().st_size:
         with atomic_path(out / _CARD) as temporary:
-            temporary.write_text(_card(note["recipe"], result), encoding="utf-8")
+            temporary.write_text(_model_card(note["recipe"], result), encoding="utf-8")
     return result
 
 
@@ -95,7 +95,7 @@ def remove_adapter(out: Path) -> None:
     TrainingFolder(out, "", _LEAVES).remove()
 
 
-def _rows(config: FinetuneConfig, lm: LanguageModel) -> dict[str, TokenRows]:
+def _pack_rows(config: FinetuneConfig, lm: LanguageModel) -> dict[str, TokenRows]:
     """Training rows in a seeded order, under "", and held-out rows of each text; tokens that count are learnt."""
     chat = config.format == "chat"
 
@@ -133,23 +133,20 @@ def _train_and_save(
     held_out = {name: rows for name, rows in texts.items() if name}
 
     def measure(model: Any, when: str) -> dict[str, float]:
-        perplexities = {name: perplexity(model, rows.ids, counts=rows.counts) for name, rows in held_out.items()}
-        log(
-            f"held-out perplexity {when}"
-            + ", ".join(f"{name} text {value:.2f}" for name, value in perplexities.items())
-        )
-        return perplexities
+        by_text = {name: perplexity(model, rows.ids, counts=rows.counts) for name, rows in held_out.items()}
+        log(f"held-out perplexity {when}" + ", ".join(f"{name} text {value:.2f}" for name, value in by_text.items()))
+        return by_text
 
     if config.steps < config.warmup_steps:
         log(
             f"warning: {config.steps:,} steps end within the {config.warmup_steps:,} of the warm-up: the learning rate"
-            f" reaches {_peak(config.model_dump()):.2g}, not {config.learning_rate:g}"
+            f" reaches {_peak_rate(config.model_dump()):.2g}, not {config.learning_rate:g}"
         )
     repeats = find_duplicates(read_corpus(config.text, chat=config.format == "chat"), config.held_out)
     if repeats:
         log(f"warning: {repeats}")
     before = measure(lm.model, "before: ")
-    model = _with_adapter(lm, config)
+    model = _add_adapter(lm, config)
     folder.checkpoint.begin()
     with fast_training(lm):
         loss = _train(model, texts[""], config, folder.checkpoint, log)
@@ -173,7 +170,7 @@ def _train_and_save(
     folder.finish((_WEIGHTS, _ADAPTER, _NOTE))
 
 
-def _with_adapter(lm: LanguageModel, config: FinetuneConfig) -> Any:
+def _add_adapter(lm: LanguageModel, config: FinetuneConfig) -> Any:
     from peft import LoraConfig, get_peft_model
 
     options: Any = {"lora_alpha": config.alpha}  # PEFT says int, and takes any number
@@ -204,7 +201,7 @@ def _train(model: Any, train: TokenRows, config: FinetuneConfig, checkpoint: Che
     started = time.monotonic()
     with stopping(f"{checkpoint.folder} holds the last checkpoint"), Interruption() as interruption:
         for step in range(first, config.steps):
-            optimizer.param_groups[0]["lr"] = _rate(step, config)
+            optimizer.param_groups[0]["lr"] = _learning_rate(step, config)
             rows = np.arange(step * config.batch_size, (step + 1) * config.batch_size) % len(train.ids)
             loss = _step(model, optimizer, train.part(rows))
             if not math.isfinite(loss):
@@ -232,7 +229,7 @@ def _train(model: Any, train: TokenRows, config: FinetuneConfig, checkpoint: Che
     return float(extra["loss"])
 
 
-def _rate(step: int, config: FinetuneConfig) -> float:
+def _learning_rate(step: int, config: FinetuneConfig) -> float:
     """Linear warm-up, then cosine decay to a tenth."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
@@ -240,7 +237,7 @@ def _rate(step: int, config: FinetuneConfig) -> float:
     return config.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
 
 
-def _peak(recipe: Mapping[str, Any]) -> float:
+def _peak_rate(recipe: Mapping[str, Any]) -> float:
     """The highest learning rate used: lower than the recipe's if training is shorter than the warm-up."""
     return float(recipe["learning_rate"] * min(1.0, recipe["steps"] / max(1, recipe["warmup_steps"])))
 
@@ -305,7 +302,7 @@ def _loss_sentence(recipe: Mapping[str, Any]) -> str:
     return f"Conversations by the chat template; learnt was {learnt}. "
 
 
-def _card(recipe: Mapping[str, Any], result: FinetuneResult) -> str:
+def _model_card(recipe: Mapping[str, Any], result: FinetuneResult) -> str:
     text_of = {"training": recipe["text"], "control": recipe["control_text"]}
     return "\n".join(
         [
@@ -313,7 +310,7 @@ def _card(recipe: Mapping[str, Any], result: FinetuneResult) -> str:
             "",
             f"Rank {recipe['rank']}, alpha {recipe['alpha']:g}, on {', '.join(recipe['modules'])}.",
             f"{recipe['steps']} steps of {recipe['batch_size']} × {recipe['context_size']} tokens"
-            f" ({result.tokens:,} in all), AdamW, peak learning rate {_peak(recipe):g}, seed"
+            f" ({result.tokens:,} in all), AdamW, peak learning rate {_peak_rate(recipe):g}, seed"
             f" {recipe['seed']}. {_loss_sentence(recipe)}"
             f"{'Every row begins' if result.prepend_bos else 'No row begins'} with a BOS token.",
             "",

@@ -60,7 +60,7 @@ class FinetuneConfig(ChatKeys):
 
     @model_validator(mode="before")
     @classmethod
-    def _one_field(cls, value: Any) -> Any:
+    def _copy_field_to_texts(cls, value: Any) -> Any:
         if isinstance(value, dict) and value.get("format") == "chat":
             value = {"field": "messages"} | value
         if not isinstance(value, dict) or "field" not in value:
@@ -70,7 +70,7 @@ class FinetuneConfig(ChatKeys):
         return value | {key: {"field": value["field"], **text} for key, text in plain.items()}
 
     @model_validator(mode="after")
-    def _learns(self) -> Self:
+    def _check_loss(self) -> Self:
         if self.loss == "assistant" and self.format == "text":
             raise ValueError("loss: assistant goes with format: chat")
         return self

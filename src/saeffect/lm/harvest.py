@@ -80,17 +80,17 @@ def harvest(
     rank, world = rank_and_world()
     starts = range(0, len(rows), rows_per_shard)
     with contextlib.ExitStack() as stack:
-        if is_first() and (_missing(out, starts) or not (out / _NOTE).is_file()):
+        if is_first() and (_missing_starts(out, starts) or not (out / _NOTE).is_file()):
             stack.enter_context(sole_writer(out))
             remove_leftovers(out)
         limit = _prepare_folder(lm, hook, rows, out, harvest_made_by(lm, hook, rows, rows_per_shard), batch_size)
-        missing = _missing(out, starts)
+        missing = _missing_starts(out, starts)
         todo = [start for start in missing if start // rows_per_shard % world == rank]
         started = time.monotonic()
         with stopping(f"whole shards stay in {out}"), fused(lm):
             for done, start in enumerate(todo, start=1):
                 passes = range(start, min(start + rows_per_shard, len(rows)), batch_size)
-                save_tensors(out / shard_name(start // rows_per_shard), _shard(lm, hook, rows, passes, limit))
+                save_tensors(out / shard_name(start // rows_per_shard), _make_shard(lm, hook, rows, passes, limit))
                 all_done = min(done * world, len(missing))
                 pace = all_done / (time.monotonic() - started)
                 log(
@@ -194,7 +194,7 @@ class ShardSource(ActivationSource):
             if not makers and skip >= tokens:  # skipped without reading
                 skip -= tokens
             else:
-                makers.append(partial(_pool, self.shard, members, tokens, (seed, epoch, number)))
+                makers.append(partial(_make_pool, self.shard, members, tokens, (seed, epoch, number)))
         yield from cut_batches(read_ahead(makers), batch_size, skip=skip)
 
 
@@ -219,7 +219,7 @@ class ActivationStore(ShardSource):
 
     @property
     def d_in(self) -> int:
-        return _shape(self.shards()[0])[1]
+        return _shard_shape(self.shards()[0])[1]
 
     def norm_limit(self) -> NormLimit:
         """The norm limit of kept positions; BadFile if the note lacks it."""
@@ -238,7 +238,7 @@ class ActivationStore(ShardSource):
         return fingerprint(self.note["made_by"])
 
     def lengths(self) -> Sequence[int]:
-        return [_shape(shard)[0] for shard in self.shards()]
+        return [_shard_shape(shard)[0] for shard in self.shards()]
 
     def shard(self, index: int) -> Tensor:
         return read_shard(self.shards()[index])["activations"]
@@ -290,11 +290,11 @@ def _read_note(folder: Path) -> dict[str, Any]:
     )
 
 
-def _missing(out: Path, starts: range) -> list[int]:
+def _missing_starts(out: Path, starts: range) -> list[int]:
     return [start for start in starts if not (out / shard_name(start // starts.step)).is_file()]
 
 
-def _shard(lm: LanguageModel, hook: str, rows: TokenRows, starts: range, limit: NormLimit) -> dict[str, Tensor]:
+def _make_shard(lm: LanguageModel, hook: str, rows: TokenRows, starts: range, limit: NormLimit) -> dict[str, Tensor]:
     activations_kept, row, position = [], [], []
     for start in starts:
         stop = min(start + starts.step, starts.stop)
@@ -313,12 +313,12 @@ def _shard(lm: LanguageModel, hook: str, rows: TokenRows, starts: range, limit: 
     }
 
 
-def _shape(path: Path) -> tuple[int, ...]:
+def _shard_shape(path: Path) -> tuple[int, ...]:
     with open_tensors(path, "this shard", fix=_MAKE_AGAIN) as tensors:
         return tuple(tensors.get_slice("activations").get_shape())
 
 
-def _pool(read: Callable[[int], Tensor], members: Sequence[int], n_tokens: int, seeds: tuple[int, ...]) -> Pool:
+def _make_pool(read: Callable[[int], Tensor], members: Sequence[int], n_tokens: int, seeds: tuple[int, ...]) -> Pool:
     """A pool of shards, copied one by one, since concatenating them would take twice the memory."""
     part = read(members[0])
     joined = torch.empty(n_tokens, part.shape[1], dtype=part.dtype)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from saeffect.errors import ConfigError, IncompatibleSae, ShapeMismatch, unknown_name
 from saeffect.lm.architectures import HOOK_Z, HookMapping, blocks, hook_width, mapping_of, output_projection
-from saeffect.lm.language_model import LanguageModel, probe_logits
+from saeffect.lm.language_model import LanguageModel, probe_logits, replaced_forwards
 
 __all__ = [
     "HOOK_KINDS",
@@ -116,7 +116,7 @@ def require_module_output(lm: LanguageModel, path: str, *, at: str) -> None:
     if point.kind not in ("hook_attn_out", "hook_mlp_out"):
         return
     module = dict(blocks(lm.model)[point.layer].named_children()).get(path.rpartition(".")[2])
-    if _locate(lm.model, point)[0] is not module or _factor(lm.model, point) != 1.0:
+    if _locate_module(lm.model, point)[0] is not module or _factor(lm.model, point) != 1.0:
         raise IncompatibleSae(
             f"the SAE reads what {path} gives, but {lm.name} normalises or scales that before adding it,"
             f" and {point.name} is what it adds.",
@@ -141,7 +141,7 @@ def capture(lm: LanguageModel, hook: str, input_ids: Tensor) -> Tensor:
         captured.append(x)
         raise _Reached
 
-    with _attached(lm.model, point, listen), contextlib.suppress(_Reached):
+    with _attach(lm.model, point, listen), contextlib.suppress(_Reached):
         lm.model(input_ids=input_ids.to(lm.device), use_cache=False, logits_to_keep=1)
     if not torch.isfinite(captured[0]).all():
         dtype = str(lm.dtype).removeprefix("torch.")
@@ -160,7 +160,7 @@ def edited(lm: LanguageModel, hook: str, edit: Edit) -> Iterator[None]:
     """While the block runs, every forward pass replaces the activation at `hook` by `edit(activation)`, which takes
     and returns `[batch, sequence, d_model]` and must not change its input. ConfigError: no such hook.
     """
-    with _attached(lm.model, parse_hook(hook, lm.n_layers), edit):
+    with _attach(lm.model, parse_hook(hook, lm.n_layers), edit):
         yield
 
 
@@ -183,8 +183,8 @@ def recorded(lm: LanguageModel, *hooks: str) -> Iterator[dict[str, Tensor]]:
 
 
 @contextlib.contextmanager
-def _attached(model: nn.Module, point: HookPoint, edit: Edit) -> Iterator[None]:
-    module, side = _locate(model, point)
+def _attach(model: nn.Module, point: HookPoint, edit: Edit) -> Iterator[None]:
+    module, side = _locate_module(model, point)
     factor = _factor(model, point)
     if factor != 1.0:  # the block scales the module's output before adding it
         inner = edit
@@ -229,7 +229,7 @@ def _hook_on(stack: contextlib.ExitStack, module: nn.Module, side: Side, edit: E
     stack.callback(handle.remove)
 
 
-def _locate(model: nn.Module, point: HookPoint) -> tuple[nn.Module, Side]:
+def _locate_module(model: nn.Module, point: HookPoint) -> tuple[nn.Module, Side]:
     """The module of a hook, and whether the hook is the module's input or output."""
     block = blocks(model)[point.layer]
     if point.kind == "hook_resid_pre":
@@ -283,7 +283,7 @@ def _measure_factors(model: nn.Module, layer: int) -> dict[str, float]:
     with contextlib.ExitStack() as stack:
         for kind in _RESIDUAL_KINDS:
             with contextlib.suppress(ConfigError):
-                _hook_on(stack, *_locate(model, HookPoint(kind, layer, kind)), store(kind))
+                _hook_on(stack, *_locate_module(model, HookPoint(kind, layer, kind)), store(kind))
         probe_logits(model)
     before, mid, after, attention, mlp = map(captured.get, _RESIDUAL_KINDS)
     if before is None or after is None or attention is None or mlp is None:
@@ -323,7 +323,7 @@ class Rest:
         point = parse_hook(hook, lm.n_layers)
         self._lm, self._hook = lm, hook
         self.n_skipped = {"hook_resid_pre": point.layer, "hook_resid_post": point.layer + 1}.get(point.kind, 0)
-        self._pass_on: Callable[..., Any] = _tensor
+        self._pass_on: Callable[..., Any] = _pass_tensor
         if self.n_skipped and not self._skipping_is_exact():
             self.n_skipped = 0
 
@@ -340,18 +340,10 @@ class Rest:
             raise ShapeMismatch(f"x has shape {list(x.shape)}; expected {[*ids.shape, width]} for these ids.", at="x")
         lm = self._lm
         x = x.to(lm.device, lm.dtype)
-        with self._skipping(), edited(lm, self._hook, lambda _: x):
+        skipped = dict.fromkeys(blocks(lm.model)[: self.n_skipped], self._pass_on)
+        with replaced_forwards(skipped), edited(lm, self._hook, lambda _: x):
             logits: Tensor = lm.model(input_ids=ids.to(lm.device), use_cache=False).logits
         return logits
-
-    @contextlib.contextmanager
-    def _skipping(self) -> Iterator[None]:
-        """While the context is open, the first blocks return their input unchanged."""
-        with contextlib.ExitStack() as stack:
-            for block in blocks(self._lm.model)[: self.n_skipped]:
-                stack.callback(_restore, block, vars(block).get("forward"))
-                block.forward = self._pass_on
-            yield
 
     @torch.inference_mode()
     def _skipping_is_exact(self) -> bool:
@@ -367,7 +359,7 @@ class Rest:
             expected = lm.model(input_ids=ids.to(lm.device), use_cache=False).logits
         finally:
             handle.remove()
-        self._pass_on = _in_tuple if issubclass(output_types[0], tuple) else _tensor
+        self._pass_on = _pass_tuple if issubclass(output_types[0], tuple) else _pass_tensor
         x = capture(lm, self._hook, ids)
         # Other text last, so that state which a block kept of this text cannot help.
         lm.model(input_ids=ids.flip(1).to(lm.device), use_cache=False)
@@ -380,16 +372,9 @@ class Rest:
         return torch.allclose(logits, expected, rtol=1e-3, atol=1e-3)
 
 
-def _tensor(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+def _pass_tensor(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
     return hidden_states
 
 
-def _in_tuple(hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor]:
+def _pass_tuple(hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor]:
     return (hidden_states,)
-
-
-def _restore(block: nn.Module, forward: Any) -> None:
-    if forward is None:
-        del block.forward
-    else:
-        block.forward = forward

@@ -26,7 +26,15 @@ from saeffect.lm.tokens import (
     with_bos,
 )
 
-__all__ = ["LanguageModel", "MergedAdapter", "causal_attention", "fused", "input_device", "probe_logits"]
+__all__ = [
+    "LanguageModel",
+    "MergedAdapter",
+    "causal_attention",
+    "fused",
+    "input_device",
+    "probe_logits",
+    "replaced_forwards",
+]
 
 
 @dataclass(frozen=True)
@@ -262,22 +270,30 @@ def fused(lm: LanguageModel, *, gradients: bool = False) -> Iterator[None]:
     part in 10^6 in float32; in bfloat16 attention scores are rounded to bfloat16, as in transformers' `eager`
     attention. Activation functions overwrite their input, unless `gradients` are needed.
     """
-    replaced: list[nn.Module] = []
-    try:
-        for module in () if gradients else lm.model.modules():
-            function = _IN_PLACE.get(type(module).__name__)
-            if function is not None and "forward" not in vars(module):
-                module.forward = function
-                replaced.append(module)
-        with _attention(lm):
-            yield
-    finally:
-        for module in replaced:
-            del module.forward
+    modules = () if gradients else lm.model.modules()
+    activations = [m for m in modules if type(m).__name__ in _IN_PLACE and "forward" not in vars(m)]
+    with replaced_forwards({m: _IN_PLACE[type(m).__name__] for m in activations}), _fast_attention(lm):
+        yield
 
 
 @contextlib.contextmanager
-def _attention(lm: LanguageModel) -> Iterator[None]:
+def replaced_forwards(forwards: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
+    """While the block runs, each module runs its function in place of its own `forward`."""
+    before = {module: vars(module).get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = forward
+
+
+@contextlib.contextmanager
+def _fast_attention(lm: LanguageModel) -> Iterator[None]:
     """Replace transformers' `sdpa` by `causal_attention` where it is faster: in bfloat16 on a CPU."""
     implementation = getattr(lm.model.config, "_attn_implementation", None)
     if implementation != "sdpa" or lm.dtype != torch.bfloat16 or lm.device.type != "cpu":

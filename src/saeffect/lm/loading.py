@@ -186,7 +186,7 @@ def load_language_model(config: ModelConfig | str, *, at: str | None = None, log
     dtype = resolve_dtype(config.dtype, device)
     merged_adapter = None
     with _LOADING_LOCK, quiet_transformers(), loading_errors(config, at, base):
-        gguf = _gguf_of(base, at)
+        gguf = _find_gguf(base, at)
         folder = base if gguf is None else converted_folder(gguf, dtype, at=at, log=log)
         saved = load_config(folder, config, at)
         placement = Placement.from_config(config, saved, device, dtype, at=at)
@@ -217,11 +217,9 @@ def _read_base(folder: Path | str, config: ModelConfig, options: Mapping[str, An
     from transformers import AutoModelForCausalLM
 
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code, **options}
+    # Safetensors only, since loading a pickle could run code.
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        use_safetensors=True,
-        output_loading_info=True,
-        **options,  # loading a pickle could run code
+        folder, use_safetensors=True, output_loading_info=True, **options
     )
     return loaded  # type: ignore[no-any-return]
 
@@ -244,9 +242,7 @@ def load_config(base: Path | str, config: ModelConfig, at: str | None = None) ->
     """A located model's transformers configuration; BadFile if it names sizes that the weights do not have."""
     from transformers import AutoConfig
 
-    source, options = _source(base, config)
-    if isinstance(source, Path):
-        check_folder_sizes(source, at)
+    source, options = _source(base, config, at)
     return AutoConfig.from_pretrained(source, **options)
 
 
@@ -259,9 +255,7 @@ def load_tokenizer(base: Path | str, config: ModelConfig, *, at: str | None = No
     source: Path | str = base
     try:
         with quiet_transformers():
-            source, options = _source(base, config)
-            if isinstance(source, Path):
-                check_folder_sizes(source, at)
+            source, options = _source(base, config, at)
             return AutoTokenizer.from_pretrained(source, **options)
     except SaeffectError:
         raise
@@ -275,13 +269,16 @@ def load_tokenizer(base: Path | str, config: ModelConfig, *, at: str | None = No
         ) from error
 
 
-def _source(base: Path | str, config: ModelConfig) -> tuple[Path | str, dict[str, Any]]:
-    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    gguf = _gguf_of(base, None)
-    return (base if gguf is None else described_folder(gguf)), options
+def _source(base: Path | str, config: ModelConfig, at: str | None) -> tuple[Path | str, dict[str, Any]]:
+    """Folder or hub id of configuration and tokenizer, and the options to load them; errors of check_folder_sizes."""
+    gguf = _find_gguf(base, None)
+    source = base if gguf is None else described_folder(gguf)
+    if isinstance(source, Path):
+        check_folder_sizes(source, at)
+    return source, {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
 
 
-def _gguf_of(base: Path | str, at: str | None) -> Path | None:
+def _find_gguf(base: Path | str, at: str | None) -> Path | None:
     if not isinstance(base, Path) or (base / "config.json").is_file():
         return None
     return choose_gguf(base, at=at)
@@ -301,7 +298,7 @@ def model_shape(source: Path | str) -> ModelShape | None:
     """Shape by a located model's config.json or GGUF header; None if only loading can tell; BadFile if damaged."""
     if not isinstance(source, Path):
         return None
-    if (gguf := _gguf_of(source, None)) is not None:
+    if (gguf := _find_gguf(source, None)) is not None:
         header = gguf_header(gguf)
         keys = ("embedding_length", "block_count", "context_length")
         width, layers, positions = (header.get(f"{header['general.architecture']}.{key}") for key in keys)
@@ -311,10 +308,8 @@ def model_shape(source: Path | str) -> ModelShape | None:
         config = config.get("text_config") or config if isinstance(config, dict) else {}
         width = config.get("hidden_size") or config.get("n_embd")
         layers = config.get("num_hidden_layers") or config.get("n_layer")
-        positions, d_vocab = (
-            config.get("max_position_embeddings") or config.get("n_positions"),
-            config.get("vocab_size"),
-        )
+        positions = config.get("max_position_embeddings") or config.get("n_positions")
+        d_vocab = config.get("vocab_size")
     for size in (width, layers, positions, d_vocab):
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise BadFile(

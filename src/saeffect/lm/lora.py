@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saeffect.lm.language_model import LanguageModel, fused
+from saeffect.lm.language_model import LanguageModel, fused, replaced_forwards
 
 __all__ = ["fast_training", "next_token_loss"]
 
@@ -25,17 +25,10 @@ def fast_training(lm: LanguageModel) -> Iterator[None]:
     """While the block runs, a model with a LoRA adapter in its layers trains faster; other layers stay as they are."""
     from peft.tuners.lora import Linear
 
-    replaced: list[nn.Module] = []
-    try:
-        for module in lm.model.modules():
-            if isinstance(module, Linear) and _is_plain_lora(module):
-                setattr(module, "forward", functools.partial(_adapted_forward, module))  # noqa: B010 - mypy forbids the other
-                replaced.append(module)
-        with fused(lm, gradients=True):
-            yield
-    finally:
-        for module in replaced:
-            del module.forward
+    adapted = [module for module in lm.model.modules() if isinstance(module, Linear) and _is_plain_lora(module)]
+    forwards = {module: functools.partial(_adapted_forward, module) for module in adapted}
+    with replaced_forwards(forwards), fused(lm, gradients=True):
+        yield
 
 
 def next_token_loss(logits: Tensor, ids: Tensor, counts: Tensor | None = None) -> Tensor:

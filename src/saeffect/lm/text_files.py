@@ -74,7 +74,7 @@ def file_rows(path: Path, field: TextField, encoding: str = "utf-8") -> Iterator
         packed = ".gz"
     elif start == _ZSTD:
         packed = ".zst"
-    kind, lines = format_of(path), _lines(path, packed, encoding)
+    kind, lines = format_of(path), _read_lines(path, packed, encoding)
     if kind in _DELIMITERS:
         return _csv_rows(path, lines, field, _DELIMITERS[kind])
     if kind == ".txt":
@@ -87,11 +87,11 @@ def format_of(path: Path) -> str:
     return (path.with_suffix("") if path.suffix in _PACKED else path).suffix
 
 
-def _lines(path: Path, packed: str, encoding: str) -> Iterator[tuple[int, str]]:
+def _read_lines(path: Path, packed: str, encoding: str) -> Iterator[tuple[int, str]]:
     number = 0
     try:
-        how = _encoding(path, packed, encoding)
-        with path.open("rb") as raw, io.TextIOWrapper(_unpacked(raw, packed), encoding=how) as file:
+        how = _choose_encoding(path, packed, encoding)
+        with path.open("rb") as raw, io.TextIOWrapper(_decompress(raw, packed), encoding=how) as file:
             while line := file.readline(_LONGEST):
                 number += 1
                 if len(line) == _LONGEST:
@@ -109,7 +109,7 @@ def _lines(path: Path, packed: str, encoding: str) -> Iterator[tuple[int, str]]:
         ) from error
 
 
-def _unpacked(raw: IO[bytes], packed: str) -> IO[bytes]:
+def _decompress(raw: IO[bytes], packed: str) -> IO[bytes]:
     if packed == ".gz":
         return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
     if packed == ".zst":
@@ -119,7 +119,7 @@ def _unpacked(raw: IO[bytes], packed: str) -> IO[bytes]:
     return raw
 
 
-def _encoding(path: Path, packed: str, wanted: str) -> str:
+def _choose_encoding(path: Path, packed: str, wanted: str) -> str:
     """The encoding to read with: that of the byte order mark, if there is one."""
     try:
         name = codecs.lookup(wanted).name
@@ -127,7 +127,7 @@ def _encoding(path: Path, packed: str, wanted: str) -> str:
         fix = "write one that Python knows, such as utf-8, cp1252 or utf-16."
         raise ConfigError(f"there is no encoding {wanted!r}.", at="encoding", fix=fix) from error
     with path.open("rb") as raw:
-        start = _unpacked(raw, packed).read(4)
+        start = _decompress(raw, packed).read(4)
     marked = next((encoding for mark, encoding in _BYTE_ORDER_MARKS if start.startswith(mark)), None)
     return marked or ("utf-8-sig" if name == "utf-8" else name)
 
@@ -138,7 +138,7 @@ def _encoding_error(path: Path, packed: str, wanted: str, number: int, error: Un
     at, guess, quote = f"{path}, after line {number}", None, ""
     if codecs.lookup(wanted).name == "utf-8":
         with path.open("rb") as raw:
-            file = _unpacked(raw, packed)
+            file = _decompress(raw, packed)
             for count in range(1, number + 100_000):  # a decoder reads ahead by a block
                 line = file.readline(_LONGEST)
                 position = _first_bad_byte(line)
@@ -235,14 +235,14 @@ def _json_array(path: Path, lines: Iterator[tuple[int, str]], field: TextField) 
         rest = iter([(number, first)] if first else [])
         yield from _json_rows(path, chain(rest, lines), field)
         return
-    for index, row in enumerate(_items(first.lstrip()[1:], (line for _, line in lines), path), start=1):
+    for index, row in enumerate(_array_items(first.lstrip()[1:], (line for _, line in lines), path), start=1):
         at = f"{path}, item {index}"
         if not isinstance(row, dict):
             raise BadFile(f"this item is {kind_of(row)}; it has to be an object.", at=at, fix=_READ)
         yield Record(row, at)
 
 
-def _items(text: str, lines: Iterator[str], path: Path) -> Iterator[Any]:
+def _array_items(text: str, lines: Iterator[str], path: Path) -> Iterator[Any]:
     """The items of a JSON array, from the text after its bracket: one by one, as together they may fill the memory."""
     decoder, start, n_characters, n_items, sign = json.JSONDecoder(), 0, _BLOCK, 0, "["
     while sign != "]":
@@ -291,7 +291,7 @@ def _csv_rows(path: Path, lines: Iterator[tuple[int, str]], field: TextField, de
         return
     reader = csv.reader(
         (line for _, line in chain([header], lines)),
-        delimiter=_delimiter(header[1], field, delimiters),
+        delimiter=_find_delimiter(header[1], field, delimiters),
         strict=True,
     )
     names: list[str] = []
@@ -313,7 +313,7 @@ def _csv_rows(path: Path, lines: Iterator[tuple[int, str]], field: TextField, de
         raise BadFile(f"this is not CSV: {error}.", at=at, fix="check the quotation marks.") from error
 
 
-def _delimiter(header: str, field: TextField, delimiters: str) -> str:
+def _find_delimiter(header: str, field: TextField, delimiters: str) -> str:
     """The first delimiter that gives the columns of `field`; spreadsheets in many languages write semicolons."""
     for delimiter in delimiters:
         names = next(csv.reader([header], delimiter=delimiter), [])
@@ -344,13 +344,11 @@ def _parquet_rows(path: Path, field: TextField) -> Iterator[Record]:
         file = pq.ParquetFile(path)
         names = file.schema_arrow.names
         columns = field.columns(names) or names
-        number = 0
-        for batch in file.iter_batches(_rows_at_once(file.metadata, columns), columns=columns):
-            if not number and set(columns) != set(names):
-                field.text(dict.fromkeys(names, "") | batch.slice(0, 1).to_pylist()[0], f"{path}, row 1")
-            for row in batch.to_pylist():
-                number += 1
-                yield Record(row, f"{path}, row {number}")
+        batches = file.iter_batches(_rows_at_once(file.metadata, columns), columns=columns)
+        for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), start=1):
+            if number == 1 and set(columns) != set(names):
+                field.text(dict.fromkeys(names, "") | row, f"{path}, row 1")
+            yield Record(row, f"{path}, row {number}")
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise BadFile(f"this Parquet file cannot be read: {first_line(error).rstrip('.')}.", at=str(path)) from error
 
@@ -376,11 +374,8 @@ def _arrow_rows(path: Path, start: bytes) -> Iterator[Record]:
                 batches: Iterable[Any] = (file.get_batch(i) for i in range(file.num_record_batches))
             else:
                 batches = pa.ipc.open_stream(source)
-            number = 0
-            for batch in batches:
-                for first in range(0, batch.num_rows, 64):
-                    for row in batch.slice(first, 64).to_pylist():
-                        number += 1
-                        yield Record(row, f"{path}, row {number}")
+            parts = (batch.slice(first, 64) for batch in batches for first in range(0, batch.num_rows, 64))
+            for number, row in enumerate((row for part in parts for row in part.to_pylist()), start=1):
+                yield Record(row, f"{path}, row {number}")
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise BadFile(f"this Arrow file cannot be read: {first_line(error).rstrip('.')}.", at=str(path)) from error

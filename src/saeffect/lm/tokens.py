@@ -92,7 +92,7 @@ def printable_text(text: str) -> str:
     """
     if (text.isascii() and text.isprintable()) or _CONTROLS.search(text) is None:  # as most are
         return text
-    return _CONTROLS.sub(lambda found: f"U+{ord(found[0]):04X}", text)
+    return _CONTROLS.sub(lambda match: f"U+{ord(match[0]):04X}", text)
 
 
 def _visible(character: str) -> str:
@@ -255,12 +255,9 @@ def resolve_prepend_bos(rule: BosRule, prepend_bos: Mapping[str, Any]) -> bool |
         return rule == "always"
     settings = {name: word for name, word in prepend_bos.items() if isinstance(word, bool)}
     if len(set(settings.values())) > 1:
-        with_bos_names, without = (
-            ", ".join(n for n, word in settings.items() if word is value) for value in (True, False)
-        )
+        having, lacking = (", ".join(n for n, word in settings.items() if word is value) for value in (True, False))
         raise ConfigError(
-            f"these SAEs were trained on texts with a BOS token in front: {with_bos_names}; these on texts without:"
-            f" {without}.",
+            f"these SAEs were trained on texts with a BOS token in front: {having}; these on texts without: {lacking}.",
             at="bos",
             fix="use SAEs that were trained alike, or read all of them one way with bos: always or bos: never.",
         )

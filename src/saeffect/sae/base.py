@@ -133,7 +133,7 @@ class SparseAutoencoder(nn.Module, ABC):
 
     def encode(self, x: Tensor) -> Tensor:
         """`feature_acts`, float32 `[..., d_sae]`, at least 0, of any float `[..., d_in]`; ShapeMismatch for others."""
-        return self.acts(self._normalised(x)[0])
+        return self.acts(self._normalise(x)[0])
 
     def acts(self, sae_in: Tensor) -> Tensor:
         """Feature activations of normalised inputs."""
@@ -163,18 +163,18 @@ class SparseAutoencoder(nn.Module, ABC):
 
     def output_scale(self, x: Tensor) -> Tensor | float:
         """The factor between normalised reconstructions of `x` and the output, `[..., 1]`, or 1."""
-        return self._normalised(x)[2]
+        return self._normalise(x)[2]
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruction, float32 `[..., d_in]`, on the scale of the input."""
-        sae_in, mean, scale = self._normalised(x)
+        sae_in, mean, scale = self._normalise(x)
         return self.decode(self.acts(sae_in)) * scale + mean
 
     def as_start(self) -> Start:
         """This SAE's weights in the form from which any architecture can start training."""
         return Start(self.W_enc, self.b_enc, self.W_dec, self.b_dec, threshold=None)
 
-    def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
+    def _normalise(self, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
         if x.shape[-1] != self.cfg.d_in:
             raise ShapeMismatch(
                 f"inputs are {x.shape[-1]} wide, but this SAE has d_in={self.cfg.d_in}.",

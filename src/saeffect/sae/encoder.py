@@ -60,7 +60,7 @@ class Encoder:
         """The k largest entries of `(x @ W.T + bias) * weight` of each token, if positive; the values returned are
         without weight. Shapes as in `above`; `weight` is positive, float32 `[d_sae]` (None: 1).
         """
-        W, bias = self._weighted(W, bias, weight)
+        W, bias = self._apply_weight(W, bias, weight)
         candidates: list[_Candidates] = []
         product = self._prepare(x, W, bias)
         for start in range(0, len(x), self.chunk):
@@ -68,13 +68,13 @@ class Encoder:
             floor = maxima.topk(k, dim=1).values[:, -1:] if maxima.shape[1] >= k else None
             candidates += [self._candidates(tile, floor) for tile in tiles]
         entries = self._evaluate(candidates, x, W, bias).entries()
-        return _unweighted(entries.where(_among_top_k(entries, k) & ~(entries.values <= 0)), weight)
+        return _remove_weight(entries.where(_among_top_k(entries, k) & ~(entries.values <= 0)), weight)
 
     def batch_top(
         self, x: Tensor, W: Tensor, bias: Tensor, n_kept: int, *, weight: Tensor | None = None
     ) -> SparseEntries:
         """The `n_kept` largest entries of the whole batch, and of those the positive ones (see `top`)."""
-        W, bias = self._weighted(W, bias, weight)
+        W, bias = self._apply_weight(W, bias, weight)
         candidates: list[_Candidates] = []
         largest_maxima = x.new_zeros(0)
         product = self._prepare(x, W, bias)
@@ -94,14 +94,14 @@ class Encoder:
             among_largest = torch.zeros_like(selected)
             among_largest[listed.values.topk(n_kept, sorted=False).indices] = True
             selected &= among_largest
-        return _unweighted(listed.where(selected).entries(), weight)
+        return _remove_weight(listed.where(selected).entries(), weight)
 
     def _prepare(self, x: Tensor, W: Tensor, bias: Tensor, floor: Tensor | None = None) -> _Product:
         """The factors of `x @ W.T + bias - floor`; in bfloat16 those of an upper bound of it."""
         shifted = bias if floor is None else bias - floor
         if self.dtype == torch.float32:
             return _Product(x, W, shifted)
-        weights, length = self._rounded_weights(W)
+        weights, length = self._round_weights(W)
         rounded = x.to(self.dtype)
         added = bias.abs() if floor is None else bias.abs() + floor.abs()
         slack = _slack(x, rounded, length, added)
@@ -129,7 +129,7 @@ class Encoder:
         wider = max(1, min(_WIDER, n_blocks // (4 * k)))  # maxima of maxima, if enough of them remain
         return tiles, torch.cat([_block_maxima(tile.maxima, wider) for tile in tiles], dim=1)
 
-    def _rounded_weights(self, W: Tensor) -> tuple[Tensor, Tensor]:
+    def _round_weights(self, W: Tensor) -> tuple[Tensor, Tensor]:
         """W rounded, and the norm of each row, in one pass over memory."""
         rounded, length = self._buffer("weights", W.shape, W), torch.empty_like(W[:, 0])
         for start in range(0, len(W), _ROWS):
@@ -138,7 +138,7 @@ class Encoder:
             torch.linalg.vector_norm(rows, dim=1, out=length[start : start + _ROWS])
         return rounded, length
 
-    def _weighted(self, W: Tensor, bias: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _apply_weight(self, W: Tensor, bias: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         if weight is None:
             return W, bias
         return torch.mul(W, weight[:, None], out=self._buffer("weighted", W.shape, W, torch.float32)), bias * weight
@@ -271,7 +271,7 @@ def _among_top_k(entries: SparseEntries, k: int) -> Tensor:
     return chosen[entries.token, rank]
 
 
-def _unweighted(entries: SparseEntries, weight: Tensor | None) -> SparseEntries:
+def _remove_weight(entries: SparseEntries, weight: Tensor | None) -> SparseEntries:
     if weight is not None:
         entries.values = entries.values / entries.per_feature(weight)
     return entries

@@ -19,7 +19,7 @@ from saeffect.errors import BadFile, ConfigError, IncompatibleSae, NotFound, Sae
 from saeffect.io import fingerprint, read_json, write_json
 from saeffect.lm.gguf import cache_folder, cached_folder
 from saeffect.paths import user_path
-from saeffect.progress import SILENT, Log
+from saeffect.progress import SILENT
 from saeffect.sae.formats.state_dicts import PICKLED
 from saeffect.sae.published import SAELENS, PublishedSae, find_published
 
@@ -70,7 +70,7 @@ def is_sae_name(source: Path | str) -> bool:
     return str(source).startswith((SAELENS, HF))
 
 
-def locate_sae(source: Path | str, *, log: Log = SILENT, at: str | None = None) -> Path:
+def locate_sae(source: Path | str, *, at: str | None = None) -> Path:
     """The folder of an SAE, fetched on the first call; a path is returned whether or not it exists.
 
     UnknownName: a release or id that the list does not have. ConfigError: a name of another form, or an impossible
@@ -80,12 +80,12 @@ def locate_sae(source: Path | str, *, log: Log = SILENT, at: str | None = None) 
     """
     if not is_sae_name(source):
         return user_path(source, at=at)
-    return _located(str(source), log, at or str(source))
+    return _locate(str(source), at or str(source))
 
 
 # Cached: a study locates each SAE many times, and the hub should be asked once a process.
 @functools.lru_cache(maxsize=256)
-def _located(name: str, log: Log, at: str) -> Path:
+def _locate(name: str, at: str) -> Path:
     location = _parse(name, at)
     if location.published is not None and location.published.not_read:
         raise IncompatibleSae(
@@ -94,20 +94,20 @@ def _located(name: str, log: Log, at: str) -> Path:
             fix=f"saeffect saes --model {location.published.model} lists SAEs of this model.",
         )
     if location.path.endswith(PICKLED):
-        return _converted_file(location, name, log, at)
-    folder = _fetched_folder(location, name, at)
+        return _convert_file(location, name, at)
+    folder = _fetch_folder(location, name, at)
     if (folder / "ae.pt").is_file():
-        return _converted(folder / "ae.pt", location, name, log, at)
+        return _convert(folder / "ae.pt", location, name, at)
     published = location.published
     has_additions = (
         published is not None and published.layout in _INCOMPLETE and (published.overrides or published.scale)
     )
-    return _with_additions(folder, location, name, log) if has_additions else folder
+    return _complete_settings(folder, location, name) if has_additions else folder
 
 
 def forget() -> None:
     """Drop the located folders, so that the hub is asked again for every name."""
-    _located.cache_clear()
+    _locate.cache_clear()
 
 
 def _parse(name: str, at: str) -> _Location:
@@ -124,54 +124,51 @@ def _parse(name: str, at: str) -> _Location:
     return _Location(repo, path, match["revision"], find_published(repo=repo, path=path))
 
 
-def _fetched_folder(where: _Location, name: str, at: str) -> Path:
+def _fetch_folder(location: _Location, name: str, at: str) -> Path:
     """The SAE's folder in the hub's cache, with all of its files that the hub has."""
     from huggingface_hub import snapshot_download
 
-    patterns = [f"{where.path}/{file}" if where.path else file for file in _FILES]
+    patterns = [f"{location.path}/{file}" if location.path else file for file in _FILES]
     patterns.append("config.json")  # sparsify's, which names the model
-    with _hub_errors(where, name, at):
-        snapshot = snapshot_download(where.repo, revision=where.revision, allow_patterns=patterns)
-    folder = Path(snapshot) / where.path
+    with _hub_errors(location, name, at):
+        snapshot = snapshot_download(location.repo, revision=location.revision, allow_patterns=patterns)
+    folder = Path(snapshot) / location.path
     if not any((folder / file).is_file() for file in _FILES if file not in _SETTINGS):
-        raise _missing(where, name, at)
+        raise _missing_error(location, name, at)
     return folder
 
 
-def _fetched_file(where: _Location, file: str, name: str, at: str) -> Path:
+def _fetch_file(location: _Location, file: str, name: str, at: str) -> Path:
     from huggingface_hub import hf_hub_download
 
-    with _hub_errors(where, name, at):
-        return Path(hf_hub_download(where.repo, file, revision=where.revision))
+    with _hub_errors(location, name, at):
+        return Path(hf_hub_download(location.repo, file, revision=location.revision))
 
 
-def _converted_file(where: _Location, name: str, log: Log, at: str) -> Path:
+def _convert_file(location: _Location, name: str, at: str) -> Path:
     """The converted folder of a single pickled file, with the settings file beside it, if there is one."""
     from huggingface_hub.errors import EntryNotFoundError
 
-    stem = where.path.rpartition(".")[0]
-    if where.published is None or where.published.layout == "connor_rob_hook_z":
+    stem = location.path.rpartition(".")[0]
+    if location.published is None or location.published.layout == "connor_rob_hook_z":
         try:
-            _fetched_file(where, f"{stem}_cfg.json", name, at)
+            _fetch_file(location, f"{stem}_cfg.json", name, at)
         except SaeffectError as error:
             if not isinstance(error.__cause__, EntryNotFoundError):
                 raise
-    return _converted(_fetched_file(where, where.path, name, at), where, name, log, at)
+    return _convert(_fetch_file(location, location.path, name, at), location, name, at)
 
 
-def _converted(file: Path, where: _Location, name: str, log: Log, at: str) -> Path:
+def _convert(file: Path, location: _Location, name: str, at: str) -> Path:
     from saeffect.sae.convert import convert_sae
 
-    def make(target: Path) -> None:
-        log(f"converting {name} (once, kept in {cache_folder() / 'saes'})")
-        convert_sae(file, target, facts=_facts(where), source_name=name, at=at)
-
-    return _cached(file.resolve(), where, name, make, log)
+    make = functools.partial(convert_sae, file, facts=_facts(location), source_name=name, at=at)
+    return _cache(file.resolve(), location, name, make)
 
 
-def _with_additions(folder: Path, where: _Location, name: str, log: Log) -> Path:
+def _complete_settings(folder: Path, location: _Location, name: str) -> Path:
     """A folder whose cfg.json is completed from the list; its weights are links to the hub's cache."""
-    published = where.published
+    published = location.published
     assert published is not None
 
     def make(target: Path) -> None:
@@ -192,20 +189,20 @@ def _with_additions(folder: Path, where: _Location, name: str, log: Log) -> Path
         if published.scale:
             write_json(target / "activation_scaler.json", {"scaling_factor": published.scale})
 
-    return _cached(folder.resolve(), where, name, make, log)
+    return _cache(folder.resolve(), location, name, make)
 
 
-def _cached(source: Path, where: _Location, name: str, make: Any, log: Log) -> Path:
+def _cache(source: Path, location: _Location, name: str, make: Any) -> Path:
     """The folder in this package's cache that `make` writes from `source`, a path in the hub's cache."""
-    scale, overrides = (where.published.scale, where.published.overrides) if where.published else (0, {})
-    key = fingerprint([_CHANGES, where.repo, where.path, str(source), scale, dict(overrides)])[:32]
-    note = {"source": name, "repository": where.repo, "path": where.path}
-    return cached_folder(cache_folder() / "saes" / key, make, note=note, log=log)
+    scale, overrides = (location.published.scale, location.published.overrides) if location.published else (0, {})
+    key = fingerprint([_CHANGES, location.repo, location.path, str(source), scale, dict(overrides)])[:32]
+    note = {"source": name, "repository": location.repo, "path": location.path}
+    return cached_folder(cache_folder() / "saes" / key, make, note=note, log=SILENT)
 
 
-def _facts(where: _Location) -> dict[str, Any]:
+def _facts(location: _Location) -> dict[str, Any]:
     """Facts from the list about a state dict, see `sae_of_state_dict`; none for a file that is not in it."""
-    published = where.published
+    published = location.published
     if published is None:
         return {}
     metadata: dict[str, Any] = {"model_name": published.model}
@@ -223,7 +220,7 @@ def _facts(where: _Location) -> dict[str, Any]:
 
 
 @contextmanager
-def _hub_errors(where: _Location, name: str, at: str) -> Iterator[None]:
+def _hub_errors(location: _Location, name: str, at: str) -> Iterator[None]:
     """Turn errors of the hub's client into SaeffectErrors."""
     from huggingface_hub import constants, errors
 
@@ -233,44 +230,44 @@ def _hub_errors(where: _Location, name: str, at: str) -> Iterator[None]:
         error_type: type[SaeffectError] = NotFound
         fix: str | None = "check the name on the hub."
         if isinstance(error, errors.GatedRepoError):
-            message = f"{where.repo} asks for agreement to its terms before it can be read."
-            fix = f"accept them at https://huggingface.co/{where.repo}, then log in: hf auth login."
+            message = f"{location.repo} asks for agreement to its terms before it can be read."
+            fix = f"accept them at https://huggingface.co/{location.repo}, then log in: hf auth login."
         elif isinstance(error, errors.RevisionNotFoundError):
-            message = f"{where.repo} has no revision {where.revision!r}."
+            message = f"{location.repo} has no revision {location.revision!r}."
         elif isinstance(error, errors.RepositoryNotFoundError):
-            message = f"the hub has no repository {where.repo!r} that you can read."
+            message = f"the hub has no repository {location.repo!r} that you can read."
             fix = "check the name; for a private one log in: hf auth login."
         elif isinstance(error, errors.HFValidationError):
             error_type, fix = ConfigError, None
-            message = f"{where.repo!r} is not a valid repository name: {first_line(error)}"
+            message = f"{location.repo!r} is not a valid repository name: {first_line(error)}"
         elif isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
             why = _NOT_ASKED if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
             error_type, message, fix = Unreachable, f"{name} is not in the hub's cache, and {why}.", _RUN_ONCE
         elif isinstance(error, errors.EntryNotFoundError):
-            message = f"{where.repo} has no file {where.path!r}."
+            message = f"{location.repo} has no file {location.path!r}."
         else:
             error_type, message = Unreachable, f"{name} could not be fetched: {first_line(error)}"
             fix = "check the connection; HF_ENDPOINT names a mirror, HF_HOME a cache."
         raise error_type(message, at=at, fix=fix) from error
 
 
-def _missing(where: _Location, name: str, at: str) -> SaeffectError:
+def _missing_error(location: _Location, name: str, at: str) -> SaeffectError:
     from huggingface_hub import constants
 
-    what = f"the folder {where.path!r}" if where.path else "the repository's main folder"
+    what = f"the folder {location.path!r}" if location.path else "the repository's main folder"
     if constants.HF_HUB_OFFLINE:
-        absent = f"{name} is not in the hub's cache ({where.repo} is, without an SAE in {what})"
+        absent = f"{name} is not in the hub's cache ({location.repo} is, without an SAE in {what})"
         return Unreachable(f"{absent}, and {_NOT_ASKED}.", at=at, fix=_RUN_ONCE)
-    folders = _folders(where.repo, where.revision)
+    folders = _list_sae_folders(location.repo, location.revision)
     listing = f" It has: {', '.join(folders[:6])}{', ...' if len(folders) > 6 else ''}." if folders else ""
     return NotFound(
-        f"{where.repo} has no SAE in {what}.{listing}",
+        f"{location.repo} has no SAE in {what}.{listing}",
         at=at,
         fix="write hf:<owner>/<repository>/<folder>, with the folder of one SAE.",
     )
 
 
-def _folders(repo: str, revision: str | None) -> Sequence[str]:
+def _list_sae_folders(repo: str, revision: str | None) -> Sequence[str]:
     """Folders of a repository that hold an SAE; none if the hub cannot list them."""
     from huggingface_hub import HfApi
 

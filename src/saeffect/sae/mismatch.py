@@ -109,10 +109,10 @@ def find_mismatch(
     on = np.ones(ids.shape, dtype=bool) if counts is None else counts
     n_rows = min(len(ids), max(2, int(np.searchsorted(on.sum(axis=1).cumsum(), _TOKENS)) + 1))
     rows = TokenRows(ids[:n_rows], np.zeros(n_rows, dtype=np.int64), ("text",), on[:n_rows])
-    x = _sample(lm, hook, rows)
-    before = _variance(Reading(sae), x)
+    x = _sample_activations(lm, hook, rows)
+    before = _explained(Reading(sae), x)
     best, after = _best_reading(Reading(sae), x, before)
-    bos_result = _with_bos_flipped(lm, hook, rows, best, after)
+    bos_result = _try_other_bos(lm, hook, rows, best, after)
     if bos_result is not None:
         change, after, prepend = bos_result
         best = dataclasses.replace(best, changes=(*best.changes, change))
@@ -120,7 +120,7 @@ def find_mismatch(
     scores = scan_hooks(lm, Reading(sae), rows, near=hook, log=log)
     if scores and _is_better(max(scores.values()), after):
         best_hook, score = max(scores.items(), key=lambda item: item[1])
-        reading, explained = _best_reading(Reading(sae), _sample(lm, best_hook, rows), score)
+        reading, explained = _best_reading(Reading(sae), _sample_activations(lm, best_hook, rows), score)
         evidence = f"at {best_hook} it explains {explained:.2f} of the variance, at {hook} {before:.2f}"
         change = Change("hook", f"another hook: {evidence}", f"read it there: hook: {best_hook}.")
         reading = dataclasses.replace(reading, changes=(change, *reading.changes))
@@ -132,17 +132,17 @@ def _is_better(after: float, before: float) -> bool:
     return math.isfinite(after) and (1 - after) <= _MAX_UNEXPLAINED * (1 - before)
 
 
-def _sample(lm: LanguageModel, hook: str, rows: TokenRows) -> Tensor:
-    return _counted_positions(capture(lm, hook, torch.from_numpy(rows.ids.astype(np.int64))), rows)
+def _sample_activations(lm: LanguageModel, hook: str, rows: TokenRows) -> Tensor:
+    return _used_activations(capture(lm, hook, torch.from_numpy(rows.ids.astype(np.int64))), rows)
 
 
-def _counted_positions(x: Tensor, rows: TokenRows) -> Tensor:
+def _used_activations(x: Tensor, rows: TokenRows) -> Tensor:
     """Activations that count, float32 `[n, d_model]`, on the CPU."""
     wide = x.detach().float().cpu()
     return wide[kept_positions(wide, measure_norm_limit(wide[:, 1:]), rows.counts_of(0, len(rows)))][:_TOKENS]
 
 
-def _variance(reading: Callable[[Tensor], Tensor], x: Tensor) -> float:
+def _explained(reading: Callable[[Tensor], Tensor], x: Tensor) -> float:
     """Explained variance; minus infinity where it is undefined or not finite."""
     sums = ReconstructionSums(x.shape[1])
     try:
@@ -153,11 +153,11 @@ def _variance(reading: Callable[[Tensor], Tensor], x: Tensor) -> float:
     return explained if math.isfinite(explained) else -math.inf
 
 
-def _best_reading(reading: Reading, x: Tensor, before: float, *, max_changes: int = 2) -> tuple[Reading, float]:
-    """The best way to read the SAE, with at most `max_changes` changes, each better than the one before."""
+def _best_reading(reading: Reading, x: Tensor, before: float) -> tuple[Reading, float]:
+    """The best way to read the SAE, with at most two changes, the second better than the first."""
     best, after = reading, before
-    for _ in range(max_changes):
-        candidates = [(other, _variance(other, x)) for other in _variations(best, x)]
+    for _ in range(2):
+        candidates = [(other, _explained(other, x)) for other in _variations(best, x)]
         highest = max((value for _, value in candidates), default=-math.inf)
         if not _is_better(highest, after):
             break
@@ -179,7 +179,7 @@ def _as_topk_if_as_good(reading: Reading, x: Tensor, before: float) -> tuple[Rea
     l0 = float((reading.sae.encode(x * reading.scale) > 0).sum(1).double().mean())
     for k in (k for k in _K_VALUES if k < cfg.d_sae and _MIN_RATIO * k <= l0):
         other = reading.with_sae(_as_topk(reading.sae, k), _topk_change(k, cfg.architecture, l0))
-        value = _variance(other, x)
+        value = _explained(other, x)
         if 1 - value <= _MAX_RATIO * (1 - before):
             return other, value
     return reading, before
@@ -203,7 +203,7 @@ def _variations(reading: Reading, x: Tensor) -> Iterator[Reading]:
         for k in (k for k in _K_VALUES if k < cfg.d_sae):
             yield reading.with_sae(_as_topk(sae, k), _topk_change(k, cfg.architecture))
     if "scale" not in changed:
-        yield from _scaled(reading, x)
+        yield from _rescaled(reading, x)
 
 
 _CENTRING = {
@@ -275,7 +275,7 @@ def _as_topk(sae: SparseAutoencoder, k: int) -> SparseAutoencoder:
     return topk.eval().requires_grad_(False)
 
 
-def _scaled(reading: Reading, x: Tensor) -> Iterator[Reading]:
+def _rescaled(reading: Reading, x: Tensor) -> Iterator[Reading]:
     """The SAE with inputs scaled otherwise: first by factors that trainers use, then by `_SCALES`."""
     norm, width = float(x.norm(dim=1).mean()), math.sqrt(x.shape[1])
     standard = {
@@ -301,18 +301,17 @@ def scan_hooks(
     lm: LanguageModel, reading: Reading, rows: TokenRows, *, near: str | None = None, log: Log = SILENT
 ) -> dict[str, float]:
     """Explained variance at the hooks of a model other than `near`, measured in one pass or two: first the residual
-    stream and hooks of the kind of `near`; if the SAE fits none of them, the other kinds.
+    hooks and hooks of the kind of `near`; if the SAE fits none of them, the other kinds.
     """
     point = None if near is None else parse_hook(near, lm.n_layers)
     layers = range(lm.n_layers)
-    stream = [f"blocks.{i}.hook_resid_pre" for i in layers] + [f"blocks.{lm.n_layers - 1}.hook_resid_post"]
-    same_kind = (
-        [] if point is None or point.kind.startswith("hook_resid") else [f"blocks.{i}.{point.kind}" for i in layers]
-    )
+    hooks = [f"blocks.{i}.hook_resid_pre" for i in layers] + [f"blocks.{lm.n_layers - 1}.hook_resid_post"]
     excluded = {near}
     if point is not None and point.kind == "hook_resid_post":
         excluded.add(f"blocks.{point.layer + 1}.hook_resid_pre")  # the same activation
-    scores = _scan(lm, reading, [hook for hook in (*stream, *same_kind) if hook not in excluded], rows)
+    elif point is not None and not point.kind.startswith("hook_resid"):
+        hooks += [f"blocks.{i}.{point.kind}" for i in layers]
+    scores = _scan(lm, reading, [hook for hook in hooks if hook not in excluded], rows)
     log(f"  looked at {len(scores)} other hooks")
     if max(scores.values(), default=-math.inf) < 0.5:
         other_kinds = [f"blocks.{i}.{kind}" for i in layers for kind in _OTHER_KINDS if kind != (point and point.kind)]
@@ -328,7 +327,7 @@ def _scan(lm: LanguageModel, reading: Reading, hooks: Sequence[str], rows: Token
     def listener(hook: str) -> Callable[[Tensor], Tensor]:
         def listen(x: Tensor) -> Tensor:
             if x.shape[:2] == rows.ids.shape:  # not the probe that attaching another hook runs
-                scores[hook] = _variance(reading, _counted_positions(x, rows))
+                scores[hook] = _explained(reading, _used_activations(x, rows))
             return x
 
         return listen
@@ -343,7 +342,7 @@ def _scan(lm: LanguageModel, reading: Reading, hooks: Sequence[str], rows: Token
     return scores
 
 
-def _with_bos_flipped(
+def _try_other_bos(
     lm: LanguageModel, hook: str, rows: TokenRows, reading: Reading, before: float
 ) -> tuple[Change, float, bool] | None:
     """The change, explained variance and `prepend_bos` if the SAE fits the same tokens better with BOS added in front
@@ -361,7 +360,7 @@ def _with_bos_flipped(
     if not has:
         ids = np.concatenate([np.full_like(ids[:, :1], bos), ids], axis=1)
         on = None if on is None else np.concatenate([np.zeros_like(on[:, :1]), on], axis=1)
-    value = _variance(reading, _sample(lm, hook, dataclasses.replace(rows, ids=ids, counts=on)))
+    value = _explained(reading, _sample_activations(lm, hook, dataclasses.replace(rows, ids=ids, counts=on)))
     if not _is_better(value, before):
         return None
     with_or_without = "without" if has else "with"

@@ -95,16 +95,16 @@ def published_saes(
     `model` is a hub id, with or without its owner, in any case. UnknownName, with similar names, for a model or release
     that is not listed.
     """
-    saes: Sequence[PublishedSae] = _table()[1]
+    saes: Sequence[PublishedSae] = _read_list()[1]
     if release is not None:
         if release not in _releases():
-            raise _unknown("release of SAEs", release, list(_releases()))
+            raise _unknown_error("release of SAEs", release, list(_releases()))
         saes = list(_releases()[release].values())
     if model is not None:
         model_name = model.lower()
         names = {sae.model for sae in saes if model_name in (sae.model.lower(), sae.model.lower().rpartition("/")[2])}
         if not names:
-            raise _unknown("published SAE of a model", model, sorted({sae.model for sae in saes}))
+            raise _unknown_error("published SAE of a model", model, sorted({sae.model for sae in saes}))
         saes = [sae for sae in saes if sae.model in names]
     if layer is not None:
         saes = [sae for sae in saes if sae.hook.startswith(f"blocks.{layer}.")]
@@ -123,11 +123,11 @@ def find_published(
     if release not in _releases():
         if identity:
             fix = f"for an SAE of your own on the hub write hf:{name}."
-            raise _unknown("release of SAEs", release, list(_releases()), at=at, fix=fix)
-        raise _unknown("release of SAEs", release, list(_releases()), at=at)
+            raise _unknown_error("release of SAEs", release, list(_releases()), at=at, fix=fix)
+        raise _unknown_error("release of SAEs", release, list(_releases()), at=at)
     ids = _releases()[release]
     if identity not in ids:
-        raise _unknown(
+        raise _unknown_error(
             f"SAE in {release}", identity, list(ids), at=at, fix=f"saeffect saes --release {release} lists them."
         )
     return ids[identity]
@@ -135,47 +135,36 @@ def find_published(
 
 def list_source() -> str:
     """The origin of the list."""
-    return _table()[0]
+    return _read_list()[0]
 
 
 @functools.cache
-def _table() -> tuple[str, tuple[PublishedSae, ...]]:
+def _read_list() -> tuple[str, tuple[PublishedSae, ...]]:
     raw = json.loads(gzip.decompress((BUNDLED_FOLDER / "published_saes.json.gz").read_bytes()))
     saes = []
     for release, fields in raw["releases"].items():
         for row in fields["saes"]:
             identity, path, l0, neuronpedia, scale = (*row, 0, 0, 0, 0)[:5]
-            saes.append(
-                PublishedSae(
-                    release,
-                    identity,
-                    fields["model"],
-                    fields["repo"],
-                    path or identity,
-                    fields["layout"],
-                    float(l0),
-                    float(scale),
-                    neuronpedia or "",
-                    fields.get("overrides", {}),
-                )
-            )
+            files = fields["model"], fields["repo"], path or identity, fields["layout"]
+            facts = float(l0), float(scale), neuronpedia or "", fields.get("overrides", {})
+            saes.append(PublishedSae(release, identity, *files, *facts))
     return raw["source"], tuple(saes)
 
 
 @functools.cache
 def _releases() -> dict[str, dict[str, PublishedSae]]:
     releases: dict[str, dict[str, PublishedSae]] = {}
-    for sae in _table()[1]:
+    for sae in _read_list()[1]:
         releases.setdefault(sae.release, {})[sae.id] = sae
     return releases
 
 
 @functools.cache
 def _by_path() -> dict[tuple[str, str], PublishedSae]:
-    return {(sae.repo, sae.path): sae for sae in reversed(_table()[1])}
+    return {(sae.repo, sae.path): sae for sae in reversed(_read_list()[1])}
 
 
-def _unknown(
+def _unknown_error(
     kind: str, name: str, valid: Sequence[str], *, at: str | None = None, fix: str | None = None
 ) -> UnknownName:
     """As `unknown_name`, with only the most similar of many names."""

@@ -115,7 +115,7 @@ def read_sae_config(folder: Path | str, *, at: str | None = None) -> SaeConfig:
 def sae_identity(folder: Path) -> str:
     """SHA-256 of an SAE's settings and weights. NotFound: no settings; BadFile: they are not JSON."""
     sae_format = _find_format(folder, str(folder))[1]
-    files = [folder / settings for settings in (_settings_of(sae_format), sae_format.weights) if settings]
+    files = [folder / settings for settings in (_settings_file(sae_format), sae_format.weights) if settings]
     if (folder / SCALER).is_file():
         files.append(folder / SCALER)
     return fingerprint([hash_file(file) for file in files])
@@ -137,7 +137,7 @@ def _folder_of(source: Path | str, at: str | None) -> Path:
     return locate_sae(source, at=at)
 
 
-def _settings_of(sae_format: SaeFormat) -> str:
+def _settings_file(sae_format: SaeFormat) -> str:
     return str(getattr(sae_format, "settings", "cfg.json"))
 
 
@@ -156,7 +156,7 @@ def _find_format(folder: Path, where: str) -> tuple[Any, SaeFormat]:
         raise NotFound(f"there is no folder {str(folder)!r}.", at=where, fix=fix)
     contents: dict[str, Any] = {"": None}
     for sae_format in FORMATS.values():
-        settings = _settings_of(sae_format)
+        settings = _settings_file(sae_format)
         if settings not in contents and (folder / settings).is_file():
             contents[settings] = read_json(folder / settings)
         if settings in contents and sae_format.matches(folder, contents[settings]):

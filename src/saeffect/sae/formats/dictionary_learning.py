@@ -56,7 +56,7 @@ def config(folder: Path, raw: Any, where: str) -> SaeConfig:
             at=where,
             fix="use one with CROSSCODER, the default.",
         )
-    by_threshold = "k" in raw or "threshold" in _tensors(folder, where, {})
+    by_threshold = "k" in raw or "threshold" in _read_tensors(folder, where, {})
     return SaeConfig(
         "crosscoder_jumprelu" if by_threshold else "crosscoder_l1",
         2 * d_model,
@@ -72,7 +72,7 @@ def load(folder: Path, raw: Any, where: str) -> SparseAutoencoder:
     n, d = cfg.d_sae, cfg.d_in // 2
     shapes = {"encoder.weight": (2, d, n), "encoder.bias": (n,), "decoder.weight": (2, n, d), "decoder.bias": (2, d)}
     shapes |= {"activation_mean": (2, d), "activation_std": (2, d), "activation_global_scale": (2,)}
-    tensors = _tensors(folder, where, shapes)
+    tensors = _read_tensors(folder, where, shapes)
     encoder, bias, decoder, b_dec = (tensors[name].double() for name in _NAMES)
     sae = ARCHITECTURES[cfg.architecture](cfg)
     parameters: dict[str, Tensor] = {}
@@ -140,7 +140,7 @@ def save_dictionary_learning(sae: SparseAutoencoder, folder: Path | str) -> Path
     return folder
 
 
-def _tensors(folder: Path, where: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def _read_tensors(folder: Path, where: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     return read_weights(folder / weights, where, shapes=shapes, required=_NAMES)
 
 

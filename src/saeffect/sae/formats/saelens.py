@@ -78,30 +78,30 @@ def config(folder: Path, raw: Any, where: str) -> SaeConfig:
             at=where,
             fix="fold the normalisation into the weights before saving.",
         )
-    kind = _architecture(raw, where)
+    kind = _find_architecture(raw, where)
     if kind.sides and raw["d_in"] % len(kind.sides):
         raise BadFile(f"a crosscoder has the width of two models; d_in={raw['d_in']} is odd.", at=where)
     architecture = kind.saved_as or kind.architecture
     has_k = "k" in ARCHITECTURES[architecture].keys
     signed = raw.get("architecture") == _SIGNED
-    metadata = _metadata(raw, where) | ({"signed_features": raw["d_sae"]} if signed else {})
+    metadata = _read_metadata(raw, where) | ({"signed_features": raw["d_sae"]} if signed else {})
     metadata |= {key: raw[key] for key in kind.settings if key in raw}
     load_options = metadata.get("model_from_pretrained_kwargs")
     return SaeConfig(
         architecture=architecture,
         d_in=raw["d_in"],
         d_sae=raw["d_sae"] * (2 if signed else 1),
-        k=_k(raw, architecture, where) if has_k else None,
-        apply_b_dec_to_input=_flag(raw, "apply_b_dec_to_input", True, where),
+        k=_read_k(raw, architecture, where) if has_k else None,
+        apply_b_dec_to_input=_read_flag(raw, "apply_b_dec_to_input", True, where),
         normalize_activations=normalisation if normalisation in _EACH_INPUT else "none",
-        rescale_acts_by_decoder_norm=_flag(raw, "rescale_acts_by_decoder_norm", False, where) and has_k,
+        rescale_acts_by_decoder_norm=_read_flag(raw, "rescale_acts_by_decoder_norm", False, where) and has_k,
         centre_input=isinstance(load_options, dict) and bool(load_options.get("center_writing_weights")),
         metadata=metadata,
     )
 
 
 def load(folder: Path, raw: Any, where: str) -> SparseAutoencoder:
-    cfg, kind = config(folder, raw, where), _architecture(raw, where)
+    cfg, kind = config(folder, raw, where), _find_architecture(raw, where)
     n_stored = raw["d_sae"]
     shapes = dict.fromkeys(_OPTIONAL_VECTORS, (n_stored,)) | {
         name: tuple(part.shape)
@@ -159,15 +159,14 @@ def save_sae(
     return folder
 
 
-def read_sparsity(folder: Path | str, *, at: str | None = None) -> Tensor | None:
+def read_sparsity(folder: Path | str) -> Tensor | None:
     """log10 of each feature's saved firing rate, float32 `[d_sae]`; None without the file; BadFile if damaged."""
     path = Path(folder) / SPARSITY
-    where = at or str(folder)
     if not path.is_file():
         return None
-    tensors = read_weights(path, where, shapes={})
+    tensors = read_weights(path, str(folder), shapes={})
     if "sparsity" not in tensors or tensors["sparsity"].ndim != 1:
-        raise BadFile(f"{SPARSITY} holds no one-dimensional tensor named sparsity.", at=where)
+        raise BadFile(f"{SPARSITY} holds no one-dimensional tensor named sparsity.", at=str(folder))
     return tensors["sparsity"].float()
 
 
@@ -191,7 +190,7 @@ def _cfg_json(sae: SparseAutoencoder, dtype: str) -> dict[str, Any]:
     return raw
 
 
-def _architecture(raw: Mapping[str, Any], where: str) -> type[SparseAutoencoder]:
+def _find_architecture(raw: Mapping[str, Any], where: str) -> type[SparseAutoencoder]:
     name = raw.get("architecture", "standard")
     activation = raw.get("activation_fn", raw.get("activation_fn_str"))
     if name == "standard" and activation == "topk":
@@ -212,7 +211,7 @@ def _architecture(raw: Mapping[str, Any], where: str) -> type[SparseAutoencoder]
     return kind
 
 
-def _k(raw: Mapping[str, Any], architecture: str, where: str) -> int:
+def _read_k(raw: Mapping[str, Any], architecture: str, where: str) -> int:
     options = raw.get("activation_fn_kwargs")
     k = raw.get("k", options.get("k") if isinstance(options, dict) else None)
     if is_count(k) and k <= raw["d_sae"]:
@@ -223,7 +222,7 @@ def _k(raw: Mapping[str, Any], architecture: str, where: str) -> int:
     )
 
 
-def _flag(raw: Mapping[str, Any], key: str, default: bool, where: str) -> bool:
+def _read_flag(raw: Mapping[str, Any], key: str, default: bool, where: str) -> bool:
     value = raw.get(key, default)
     if not isinstance(value, bool):
         raise BadFile(f"{key} in cfg.json is {_short_repr(value)}; expected true or false.", at=where)
@@ -235,7 +234,7 @@ def _short_repr(value: object) -> str:
     return text if len(text) <= 60 else text[:59] + "…"
 
 
-def _metadata(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _read_metadata(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(raw.get("metadata") or {}, dict):
         raise BadFile("metadata in cfg.json is no mapping.", at=where)
     metadata = {key: raw[key] for key in _TOP_LEVEL_METADATA if raw.get(key) is not None} | (raw.get("metadata") or {})

@@ -1,7 +1,7 @@
 """SAEs saved as a bare state dict (`torch.save`), recognised by their tensors' names, which are converted to ours.
 
 What a state dict does not contain, such as the k of some TopK SAEs or the hook, comes from the settings beside it or
-from the list of published SAEs, as `facts`. Layouts are tried in the order of `LAYOUTS`.
+from the list of published SAEs, as `facts`. `LAYOUTS` has those that are known.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from saeffect.errors import BadFile, IncompatibleSae, NotFound, first_line, plac
 from saeffect.sae.base import ARCHITECTURES, SaeConfig, SparseAutoencoder
 from saeffect.sae.formats.weights import fill, is_count
 
-__all__ = ["LAYOUTS", "PICKLED", "Recognised", "read_pickled", "sae_of_state_dict"]
+__all__ = ["LAYOUTS", "Layout", "PICKLED", "Recognised", "read_pickled", "sae_of_state_dict"]
 
 #: Endings of files that are pickled.
 PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
@@ -31,6 +31,7 @@ _SAFE_BUILTINS = ("set", "frozenset", "dict", "list", "complex", "bytearray")
 _FETCH_AGAIN = "copy or download it again."
 
 Tensors = Mapping[str, Tensor]
+Facts = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -45,32 +46,22 @@ class Recognised:
     extra: dict[str, Any] = field(default_factory=dict)  # for the metadata
 
 
-def _dictionary(state: Tensors, facts: Mapping[str, Any]) -> Recognised | None:
+def _dictionary(state: Tensors, _: Facts) -> Recognised:
     """dictionary_learning's AutoEncoder (`bias`) and AutoEncoderNew (`decoder.bias`, not subtracted from the input)."""
-    del facts
-    if not {"encoder.weight", "encoder.bias", "decoder.weight"} <= set(state):
-        return None
-    name = next((name for name in ("bias", "decoder.bias") if name in state), None)
-    if name is None:
-        return None
-    return Recognised("standard", _linear(state, state[name]), subtracts_b_dec=name == "bias")
+    name = "bias" if "bias" in state else "decoder.bias"
+    return Recognised("standard", _from_linear(state, state[name]), subtracts_b_dec=name == "bias")
 
 
-def _dictionary_gated(state: Tensors, facts: Mapping[str, Any]) -> Recognised | None:
-    del facts
-    if not {"encoder.weight", "decoder.weight", "decoder_bias", "gate_bias", "mag_bias", "r_mag"} <= set(state):
-        return None
-    tensors = _linear(state, state["decoder_bias"]) | {"b_gate": state["gate_bias"], "b_mag": state["mag_bias"]}
+def _dictionary_gated(state: Tensors, _: Facts) -> Recognised:
+    tensors = _from_linear(state, state["decoder_bias"]) | {"b_gate": state["gate_bias"], "b_mag": state["mag_bias"]}
     return Recognised("gated", tensors | {"r_mag": state["r_mag"]})
 
 
-def _dictionary_topk(state: Tensors, facts: Mapping[str, Any]) -> Recognised | None:
+def _dictionary_topk(state: Tensors, facts: Facts) -> Recognised:
     """AutoEncoderTopK and BatchTopKSAE: the same tensors, but BatchTopKSAE is read as a JumpReLU by its threshold."""
-    if not {"encoder.weight", "encoder.bias", "decoder.weight", "b_dec"} <= set(state):
-        return None
-    tensors, k, class_name = _linear(state, state["b_dec"]), _k(state, facts), str(facts.get("dict_class", ""))
+    tensors, k, class_name = _from_linear(state, state["b_dec"]), _k(state, facts), str(facts.get("dict_class", ""))
     if "Batch" in class_name:
-        return Recognised("jumprelu", tensors | _threshold(state, tensors), extra={"k": k} if k else {})
+        return Recognised("jumprelu", tensors | _thresholds(state, tensors), extra={"k": k} if k else {})
     if "threshold" in state and not class_name:
         raise IncompatibleSae(
             "this is AutoEncoderTopK or BatchTopKSAE of dictionary_learning, whose tensors have the same names.",
@@ -79,21 +70,16 @@ def _dictionary_topk(state: Tensors, facts: Mapping[str, Any]) -> Recognised | N
     return Recognised("topk", tensors, k=k)
 
 
-def _dictionary_jumprelu(state: Tensors, facts: Mapping[str, Any]) -> Recognised | None:
+def _dictionary_jumprelu(state: Tensors, facts: Facts) -> Recognised:
     """JumpReluAutoEncoder (one threshold a feature) and MatryoshkaBatchTopKSAE (one in all, b_dec subtracted)."""
-    if not {"W_enc", "b_enc", "W_dec", "b_dec", "threshold"} <= set(state):
-        return None
     tensors = _by_our_names(state)
-    shared = (
-        state["threshold"].numel() == 1 or "group_sizes" in state or "BatchTopK" in str(facts.get("dict_class", ""))
-    )
-    return Recognised("jumprelu", tensors | _threshold(state, tensors), subtracts_b_dec=shared)
+    batchtopk = "group_sizes" in state or "BatchTopK" in str(facts.get("dict_class", ""))
+    shared = state["threshold"].numel() == 1 or batchtopk
+    return Recognised("jumprelu", tensors | _thresholds(state, tensors), subtracts_b_dec=shared)
 
 
-def _openai(state: Tensors, facts: Mapping[str, Any]) -> Recognised | None:
+def _openai(state: Tensors, facts: Facts) -> Recognised:
     """OpenAI's sparse_autoencoder: TopK ones read normalised inputs; the decoder may be the encoder's transpose."""
-    if not {"pre_bias", "latent_bias", "encoder.weight"} <= set(state):
-        return None
     decoder = state.get("decoder.weight")
     tensors = {
         "W_enc": state["encoder.weight"].T,
@@ -111,56 +97,61 @@ def _openai(state: Tensors, facts: Mapping[str, Any]) -> Recognised | None:
     return Recognised("standard", tensors)
 
 
-def _goodfire(state: Tensors, facts: Mapping[str, Any]) -> Recognised | None:
-    del facts
-    if "encoder_linear.weight" not in state:
-        return None
+def _goodfire(state: Tensors, _: Facts) -> Recognised:
     names = {name.replace("_linear", ""): tensor for name, tensor in state.items()}
-    return Recognised("standard", _linear(names, names["decoder.bias"]), subtracts_b_dec=False)
+    return Recognised("standard", _from_linear(names, names["decoder.bias"]), subtracts_b_dec=False)
 
 
-def _plain_names(state: Tensors, facts: Mapping[str, Any]) -> Recognised | None:
+def _plain_names(state: Tensors, facts: Facts) -> Recognised:
     """`W_enc`, `b_enc`, `W_dec`, `b_dec` only: a ReLU SAE, or Qwen Scope's TopK, with features on the first axis."""
-    if not {"W_enc", "b_enc", "W_dec", "b_dec"} <= set(state):
-        return None
-    if facts.get("architecture") == "topk":
-        return Recognised(
-            "topk", _by_our_names(state), subtracts_b_dec=bool(facts.get("subtracts_b_dec", True)), k=_k(state, facts)
-        )
-    return Recognised("standard", _by_our_names(state), subtracts_b_dec=bool(facts.get("subtracts_b_dec", True)))
+    topk = facts.get("architecture") == "topk"
+    return Recognised(
+        "topk" if topk else "standard",
+        _by_our_names(state),
+        subtracts_b_dec=bool(facts.get("subtracts_b_dec", True)),
+        k=_k(state, facts) if topk else None,
+    )
 
 
-#: By name, functions that recognise a layout from tensors and facts, and return None otherwise.
-LAYOUTS: dict[str, Callable[[Tensors, Mapping[str, Any]], Recognised | None]] = {
-    "openai": _openai,
-    "goodfire": _goodfire,
-    "dictionary_learning gated": _dictionary_gated,
-    "dictionary_learning topk": _dictionary_topk,
-    "dictionary_learning": _dictionary,
-    "dictionary_learning jumprelu": _dictionary_jumprelu,
-    "plain names": _plain_names,
-}
+class Layout(NamedTuple):
+    """A layout: its name, the tensors by which it is recognised, and their conversion."""
+
+    name: str
+    tensors: set[str]
+    convert: Callable[[Tensors, Facts], Recognised]
 
 
-def sae_of_state_dict(state: Tensors, facts: Mapping[str, Any], *, file: str, where: str) -> SparseAutoencoder:
+_LINEAR = {"encoder.weight", "encoder.bias", "decoder.weight"}
+_GATED = {"encoder.weight", "decoder.weight", "decoder_bias", "gate_bias", "mag_bias", "r_mag"}
+_OURS = {"W_enc", "b_enc", "W_dec", "b_dec"}
+LAYOUTS = (  # in the order in which they are tried
+    Layout("openai", {"pre_bias", "latent_bias", "encoder.weight"}, _openai),
+    Layout("goodfire", {"encoder_linear.weight"}, _goodfire),
+    Layout("dictionary_learning gated", _GATED, _dictionary_gated),
+    Layout("dictionary_learning topk", _LINEAR | {"b_dec"}, _dictionary_topk),
+    Layout("dictionary_learning", _LINEAR | {"bias"}, _dictionary),
+    Layout("dictionary_learning", _LINEAR | {"decoder.bias"}, _dictionary),
+    Layout("dictionary_learning jumprelu", _OURS | {"threshold"}, _dictionary_jumprelu),
+    Layout("plain names", _OURS, _plain_names),
+)
+
+
+def sae_of_state_dict(state: Tensors, facts: Facts, *, file: str, where: str) -> SparseAutoencoder:
     """The SAE, float32.
 
     `facts` may have: `architecture`, `k`, `subtracts_b_dec` (from the input), `dict_class`, OpenAI's `activation`, and
     `metadata`; `file` is the file's name, for messages. IncompatibleSae: tensors of no known layout, or whose shapes
     contradict each other. BadFile: not finite, or a TopK SAE whose k is unknown.
     """
-    recognised, layout = None, ""
-    for layout, recognise in LAYOUTS.items():  # noqa: B007 - the name is used below
-        with placed(where):
-            recognised = recognise(state, facts)
-        if recognised is not None:
-            break
-    if recognised is None:
+    layout = next((layout for layout in LAYOUTS if layout.tensors <= state.keys()), None)
+    if layout is None:
         raise IncompatibleSae(
             f"{file} holds the tensors of no known SAE: {', '.join(sorted(state)[:12]) or 'none'}.",
             at=where,
-            fix=f"known are those of: {', '.join(LAYOUTS)}.",
+            fix=f"known are those of: {', '.join(dict.fromkeys(layout.name for layout in LAYOUTS))}.",
         )
+    with placed(where):
+        recognised = layout.convert(state, facts)
     tensors = recognised.tensors
     if tensors["W_enc"].ndim != 2:
         raise IncompatibleSae(f"W_enc has shape {tuple(tensors['W_enc'].shape)}; expected two axes.", at=where)
@@ -179,7 +170,7 @@ def sae_of_state_dict(state: Tensors, facts: Mapping[str, Any], *, file: str, wh
         k=recognised.k,
         apply_b_dec_to_input=recognised.subtracts_b_dec,
         normalize_activations="layer_norm" if recognised.layer_norm else "none",
-        metadata={"layout": layout, **recognised.extra, **dict(facts.get("metadata") or {})},
+        metadata={"layout": layout.name, **recognised.extra, **dict(facts.get("metadata") or {})},
     )
     for name, shape in kind.shapes(cfg).items():
         if tuple(tensors[name].shape) != shape:
@@ -189,7 +180,7 @@ def sae_of_state_dict(state: Tensors, facts: Mapping[str, Any], *, file: str, wh
     return fill(kind(cfg), tensors, file, where).eval().requires_grad_(False)
 
 
-def _linear(state: Tensors, b_dec: Tensor) -> dict[str, Tensor]:
+def _from_linear(state: Tensors, b_dec: Tensor) -> dict[str, Tensor]:
     """Weights of two `nn.Linear`, whose first axis is the output."""
     tensors = {"W_enc": state["encoder.weight"].T, "W_dec": state["decoder.weight"].T, "b_dec": b_dec}
     return tensors | ({"b_enc": state["encoder.bias"]} if "encoder.bias" in state else {})
@@ -204,13 +195,13 @@ def _by_our_names(state: Tensors) -> dict[str, Tensor]:
     return tensors
 
 
-def _threshold(state: Tensors, tensors: Tensors) -> dict[str, Tensor]:
+def _thresholds(state: Tensors, tensors: Tensors) -> dict[str, Tensor]:
     """One threshold a feature; negative ones, as before training, become 0."""
     threshold = state["threshold"].float().clamp_min(0.0)
     return {"threshold": threshold.expand(tensors["W_enc"].shape[1]) if threshold.numel() == 1 else threshold}
 
 
-def _k(state: Tensors, facts: Mapping[str, Any]) -> int | None:
+def _k(state: Tensors, facts: Facts) -> int | None:
     stored = state.get("k")
     k = int(stored) if stored is not None and torch.numel(stored) == 1 else facts.get("k")
     return k if is_count(k) else None
@@ -275,7 +266,7 @@ def _unsafe_calls(path: Path) -> str:
     names: list[str] = []
     try:
         for data in _pickle_data(path):
-            names += [name for name in _globals(data) if _is_unsafe(name)]
+            names += [name for name in _pickle_globals(data) if _is_unsafe(name)]
     except (OSError, ValueError, IndexError, zipfile.BadZipFile):
         pass  # damaged: the names up to there count
     return ", ".join(dict.fromkeys(names))
@@ -298,7 +289,7 @@ def _pickle_data(path: Path) -> Iterator[bytes]:
         yield path.read_bytes()
 
 
-def _globals(data: bytes) -> Iterator[str]:
+def _pickle_globals(data: bytes) -> Iterator[str]:
     """`module.name` of every global that a pickle looks up; it is parsed, not run."""
     strings: list[str] = []
     for code, argument, _ in pickletools.genops(data):

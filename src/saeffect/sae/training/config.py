@@ -121,13 +121,13 @@ class SaeTrainingConfig(StrictModel):
 
     @field_validator("architecture")
     @classmethod
-    def _known(cls, name: str) -> str:
+    def _check_architecture(cls, name: str) -> str:
         if name not in _trainable():
             raise PydanticKnownError("literal_error", {"expected": " or ".join(map(repr, _trainable()))})
         return name
 
     @model_validator(mode="after")
-    def _fits(self) -> SaeTrainingConfig:
+    def _check_keys(self) -> SaeTrainingConfig:
         for name in dict.fromkeys(key for kind in _trainable().values() for key in kind.keys):
             architectures = _architectures_with(name)
             if self.architecture not in architectures and getattr(self, name) != type(self).model_fields[name].default:
@@ -230,11 +230,11 @@ class SaeRecipe(ReadKeys):
 
     @model_validator(mode="before")
     @classmethod
-    def _fields(cls, value: Any) -> Any:
+    def _default_field(cls, value: Any) -> Any:
         return value | {"text": with_field(value["text"], value.get("format"))} if "text" in value else value
 
     @model_validator(mode="after")
-    def _sound(self) -> Self:
+    def _check_recipe(self) -> Self:
         parse_hook(self.hook, at="hook")
         self.combination  # noqa: B018 - the property checks every training
         if self.activations == "streamed" and self.positions != ("all",):

@@ -176,7 +176,7 @@ def _draw_panel(ax: Any, panel: _Panel, run: _Run) -> None:
                     markeredgecolor="white", markeredgewidth=0.5, zorder=5)  # fmt: skip
     if parts:
         ax.legend(loc="best", ncols=2 if len(parts) > 2 else 1, handlelength=2.6)
-    _scale(ax, panel, drawn)
+    _set_axes(ax, panel, drawn)
     ax.set_title(panel.title, pad=6)
     ax.set_title(_last_value(run, panel), loc="right", color=_MUTED, weight="normal", size=8.5, pad=6)
 
@@ -190,7 +190,7 @@ def _curve(ax: Any, series: tuple[list[float], list[float]], **look: Any) -> lis
     return finite
 
 
-def _scale(ax: Any, panel: _Panel, values: list[float]) -> None:
+def _set_axes(ax: Any, panel: _Panel, values: list[float]) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     positive = sorted(v for v in values if v > 0)

@@ -76,15 +76,15 @@ def train_from_recipe(
     for name, config in trainings.items():
         SaeJob(config, folders[name]).refuse_strangers()
     _refuse_before_loading(recipe, logger)
-    models = _load(recipe, log)
+    models = _load_models(recipe, log)
 
     def refuse_others(activations: str) -> None:
         for name, config in trainings.items():
             SaeJob(config, folders[name], dtype=recipe.dtype).folder(activations).refuse_others()
 
-    data = _activations(recipe, models, work, log, refuse=refuse_others)
+    data = _prepare_data(recipe, models, work, log, refuse=refuse_others)
     jobs = {
-        name: SaeJob(config, folders[name], _metadata(recipe, config, data), recipe.dtype)
+        name: SaeJob(config, folders[name], _sae_metadata(recipe, config, data), recipe.dtype)
         for name, config in trainings.items()
     }
     _warn_of_duplicates(recipe, log)
@@ -121,7 +121,7 @@ def harvest_from_recipe(recipe: SaeRecipe, *, work: Path | str, log: Log = SILEN
     log = log if is_first() else SILENT
     _refuse_unwritable_folders({"--work": Path(work)})
     _refuse_before_loading(recipe)
-    data = _activations(recipe, _load(recipe, log), Path(work), log)
+    data = _prepare_data(recipe, _load_models(recipe, log), Path(work), log)
     folders = []
     for source in (data.source, data.held_out):
         stores = (source.base, source.tuned) if isinstance(source, PairedStore) else (source,)
@@ -139,7 +139,7 @@ def text_rows(recipe: SaeRecipe, lm: LanguageModel, *, held_out: bool) -> TokenR
     n_rows = max(1, n_tokens // recipe.context_size)
     rows: list[Row] = []
     sources: list[int] = []
-    for index, row in interleave(*(_stream(recipe, lm, i, held_out=held_out) for i in range(len(recipe.text)))):
+    for index, row in interleave(*(_row_stream(recipe, lm, i, held_out=held_out) for i in range(len(recipe.text)))):
         rows.append(row)
         sources.append(index)
         if len(rows) == n_rows:
@@ -152,21 +152,21 @@ def text_rows(recipe: SaeRecipe, lm: LanguageModel, *, held_out: bool) -> TokenR
     )
 
 
-def _stream(recipe: SaeRecipe, lm: LanguageModel, index: int, *, held_out: bool) -> Iterator[Row]:
+def _row_stream(recipe: SaeRecipe, lm: LanguageModel, index: int, *, held_out: bool) -> Iterator[Row]:
     source = recipe.text[index]
     try:
         documents = read_corpus(source, chat=recipe.format == "chat")
         texts = (t for t in documents if is_held_out(t, recipe.held_out) == held_out)
         if recipe.activations == "shards":
-            shuffled = list(texts)
-            order = np.random.default_rng([recipe.text_seed, index]).permutation(len(shuffled))
-            texts = (shuffled[i] for i in order)
+            all_texts = list(texts)
+            order = np.random.default_rng([recipe.text_seed, index]).permutation(len(all_texts))
+            texts = (all_texts[i] for i in order)
         yield from cut_rows(lm, texts, recipe.context_size, recipe)
     except SaeffectError as error:
         raise error.placed(f"text.{index}") from None
 
 
-def _load(recipe: SaeRecipe, log: Log) -> list[LanguageModel]:
+def _load_models(recipe: SaeRecipe, log: Log) -> list[LanguageModel]:
     """The model, or the base and the tuned model, both with the base model's tokenizer."""
     configs = {"model": recipe.model} | ({} if recipe.tuned is None else {"tuned": recipe.tuned})
     if is_first():
@@ -174,10 +174,8 @@ def _load(recipe: SaeRecipe, log: Log) -> list[LanguageModel]:
             locate_model(config, log=log, at=key)  # only one process downloads
     barrier()
     sources = {name: config.init_from for name, config in recipe.trainings().items() if config.init_from is not None}
-    prepend_bos = {
-        name or "init_from": read_sae_config(start).metadata.get("prepend_bos") for name, start in sources.items()
-    }
-    bos = resolve_prepend_bos(recipe.bos, prepend_bos)
+    saes = {name or "init_from": read_sae_config(source).metadata for name, source in sources.items()}
+    bos = resolve_prepend_bos(recipe.bos, {name: metadata.get("prepend_bos") for name, metadata in saes.items()})
     lms: list[LanguageModel] = []
     for key, config in configs.items():
         lm = replace(load_language_model(config, log=log, at=key), prepend_bos=bos)
@@ -211,10 +209,8 @@ class _Data:
 
     def _measure(self, sae: SparseAutoencoder, n_tokens: int, n_rows: int) -> dict[str, float]:
         head = self.rows.head(n_rows)
-        reconstruct = sae if self.recipe.tuned is None else partial(self._reconstruct, sae)
-        losses = spliced_losses(
-            self.lms[-1], reconstruct, self.recipe.hook, head.ids, self.limits[-1], counts=head.counts
-        )
+        splice = sae if self.recipe.tuned is None else partial(self._reconstruct, sae)
+        losses = spliced_losses(self.lms[-1], splice, self.recipe.hook, head.ids, self.limits[-1], counts=head.counts)
         return reconstruction(sae, self.held_out.sample(n_tokens)) | {
             "ce_loss_score": losses.ce_loss_score,
             "ce_clean": losses.clean,
@@ -231,7 +227,7 @@ class _Data:
         return base + sae_out if how == "difference" else side(sae_out, TUNED)
 
 
-def _activations(
+def _prepare_data(
     recipe: SaeRecipe,
     lms: list[LanguageModel],
     work: Path,
@@ -268,19 +264,17 @@ def _activations(
     return _Data(recipe, lms, source, limits, shards["held-out"], rows["held-out"], digest)
 
 
-def _metadata(recipe: SaeRecipe, config: SaeTrainingConfig, data: _Data) -> dict[str, Any]:
-    tokens_a_pass = recipe.tokens_a_pass
-    n_training_tokens = (
-        config.steps * config.batch_size if config.steps is not None else (tokens_a_pass or 0) * config.epochs
-    )
+def _sae_metadata(recipe: SaeRecipe, config: SaeTrainingConfig, data: _Data) -> dict[str, Any]:
+    a_pass = recipe.tokens_a_pass
+    n_tokens = config.steps * config.batch_size if config.steps is not None else (a_pass or 0) * config.epochs
     metadata: dict[str, Any] = {
         "model_name": recipe.model.path,
         "adapter": recipe.model.adapter,
         "hook_name": recipe.hook,
         "context_size": recipe.context_size,
         "prepend_bos": data.lms[0].bos_id is not None,
-        "training_tokens": n_training_tokens,
-        "unique_tokens": None if tokens_a_pass is None else min(tokens_a_pass, n_training_tokens),
+        "training_tokens": n_tokens,
+        "unique_tokens": None if a_pass is None else min(a_pass, n_tokens),
         "training_text": "+".join(s.name for s in recipe.text),
         "training_text_sha256": data.text,
         "held_out_text_sha256": data.rows.identity(),
@@ -294,11 +288,8 @@ def _metadata(recipe: SaeRecipe, config: SaeTrainingConfig, data: _Data) -> dict
         "activation_dtype": str(data.lms[0].dtype).removeprefix("torch."),
     }
     if recipe.tuned is not None:
-        metadata |= {
-            "tuned_name": recipe.tuned.path,
-            "tuned_adapter": recipe.tuned.adapter,
-            "reads": recipe.combination,
-        }
+        metadata |= {"tuned_name": recipe.tuned.path, "tuned_adapter": recipe.tuned.adapter}
+        metadata["reads"] = recipe.combination
     if config.steps is None:
         metadata["epochs"] = config.epochs
     if recipe.format == "chat":

@@ -115,7 +115,7 @@ class SaeRun:
 
     def save_checkpoint(self, position: Position) -> None:
         """Save the state after the step at `position`; older ones stay. BadFile: weights not finite, disk full."""
-        self._refuse_broken(position.step)
+        self._refuse_not_finite(position.step)
         self.next_batch.copy_(torch.tensor([position.epoch, position.index + 1]))
         self.checkpoint.save(
             position.step + 1, self.trainer.leaves, self.trainer.optimizer, self._state(), drop_old=False
@@ -125,9 +125,9 @@ class SaeRun:
         """Refuse a loss or a gradient's norm that is not finite."""
         clipped = self.job.config.clip_gradient_norm is not None
         if not math.isfinite(report.loss):
-            raise self._diverged(f"the loss became {report.loss}", step)
+            raise self._divergence_error(f"the loss became {report.loss}", step)
         if clipped and not math.isfinite(report.gradient_norm):
-            raise self._diverged(f"the gradient's norm became {report.gradient_norm}", step)
+            raise self._divergence_error(f"the gradient's norm became {report.gradient_norm}", step)
 
     def record(self, log: TrainingLog, step: int, report: StepReport, x: Tensor, evaluate: Evaluation | None) -> None:
         """Write what is due after a step: metrics, a measurement on held-out text (by `evaluate`, which takes an SAE
@@ -137,24 +137,24 @@ class SaeRun:
         if report.n_resampled:
             log.event(step, "resampled", n_features=report.n_resampled)
         if last or (step + 1) % self._metrics_every == 0:
-            log.metrics(step, self._row(report, x))
+            log.metrics(step, self._metrics_row(report, x))
         if evaluate is not None and (last or (step + 1) % config.evaluate_every == 0):
             with log.pause():
-                measured = evaluate(self._folded())
+                measured = evaluate(self._unscaled_sae())
             log.metrics(step, measured, kind="evaluation")
 
     def finish(self) -> None:
         """Save the SAE, draw the curves, and note that the training is finished; the checkpoints stay."""
-        self._refuse_broken(self.trainer.total_steps - 1)
+        self._refuse_not_finite(self.trainer.total_steps - 1)
         out = self.job.out
-        save_sae(self._folded(), out, dtype=self.job.dtype, sparsity=self.trainer.log10_density().cpu())
+        save_sae(self._unscaled_sae(), out, dtype=self.job.dtype, sparsity=self.trainer.log10_density().cpu())
         save_training_figure(out)
         self.folder.finish((WEIGHTS, SPARSITY, METRICS_FILE), cfg=read_json(out / _CFG))
 
     def _state(self) -> dict[str, Tensor]:
         return self.trainer.state() | {"next_batch": self.next_batch}
 
-    def _folded(self) -> SparseAutoencoder:
+    def _unscaled_sae(self) -> SparseAutoencoder:
         sae_in_training = self.trainer.sae
         copy = new_sae(self.job.config, sae_in_training.cfg.d_in)
         copy.load_state_dict(sae_in_training.state_dict())
@@ -163,7 +163,7 @@ class SaeRun:
         sae.cfg = replace(sae.cfg, metadata={**sae.cfg.metadata, **self.job.metadata})
         return sae.eval().requires_grad_(False)
 
-    def _row(self, report: StepReport, x: Tensor) -> dict[str, float]:
+    def _metrics_row(self, report: StepReport, x: Tensor) -> dict[str, float]:
         x = x * self.scale
         variance = float((x - x.mean(0)).square().sum() / len(x))
         return {
@@ -176,13 +176,13 @@ class SaeRun:
             "learning_rate": self.trainer.optimizer.param_groups[0]["lr"],
         }
 
-    def _refuse_broken(self, step: int) -> None:
+    def _refuse_not_finite(self, step: int) -> None:
         """Refuse to save weights that are not finite: they would replace a good checkpoint."""
         for name, leaf in self.trainer.leaves.items():
             if not math.isfinite(float(leaf.detach().sum())) and not torch.isfinite(leaf).all():
-                raise self._diverged(f"{name} became NaN or infinite", step)
+                raise self._divergence_error(f"{name} became NaN or infinite", step)
 
-    def _diverged(self, what: str, step: int) -> BadFile:
+    def _divergence_error(self, what: str, step: int) -> BadFile:
         steps = self.checkpoint.steps()
         resume = f"; it goes on from the checkpoint after step {steps[-1]:,}" if steps else ""
         fix = f"look for NaN in the activations, lower learning_rate or clip gradients{resume}."

@@ -86,7 +86,7 @@ def _train(
         runs = [SaeRun(job, source, total, scale) for job in jobs]
         start = _restore(runs, log)
         interruption = stack.enter_context(Interruption())
-        logs = [stack.enter_context(opened) for opened in _logs(runs, start.step, logger, log)]
+        logs = [stack.enter_context(opened) for opened in _open_logs(runs, start.step, logger, log)]
         for position, x in _batches(source, config, total, start):
             local, stop_requested = x.tensor_split(world)[rank] * scale, interruption.requested
             reports = [run.step(position.step, local, len(x), stop=stop_requested) for run in runs]
@@ -136,7 +136,7 @@ def _total_steps(source: ActivationSource, config: SaeTrainingConfig, world: int
         )
     per_epoch = source.n_batches(config.batch_size)
     if per_epoch == 0:
-        raise _too_few(config.batch_size)
+        raise _too_few_error(config.batch_size)
     if config.steps is not None:
         return config.steps
     if per_epoch is None:
@@ -163,7 +163,7 @@ def _refuse_unlike_jobs(jobs: Sequence[SaeJob]) -> None:
             raise ConfigError("two SAEs cannot be trained into one folder.", at=str(folder))
 
 
-def _too_few(batch_size: int) -> EmptySelection:
+def _too_few_error(batch_size: int) -> EmptySelection:
     return EmptySelection(
         f"the activations hold fewer tokens than one batch of {batch_size:,}.",
         at="batch_size",
@@ -183,7 +183,7 @@ def _batches(
             if step == total:
                 return
         if step == first_step and index == 0:
-            raise _too_few(config.batch_size)
+            raise _too_few_error(config.batch_size)
         epoch, index = epoch + 1, 0
 
 
@@ -220,7 +220,7 @@ def _restore_step(runs: Sequence[SaeRun], step: int) -> BadFile | None:
     return next((error for error in (failure, *from_all(failure)) if error is not None), None)
 
 
-def _logs(runs: Sequence[SaeRun], first_step: int, logger: LoggerName, log: Log) -> Iterator[TrainingLog]:
+def _open_logs(runs: Sequence[SaeRun], first_step: int, logger: LoggerName, log: Log) -> Iterator[TrainingLog]:
     for run in runs if is_first() else ():
         name = run.job.out.resolve().name
         yield TrainingLog(
