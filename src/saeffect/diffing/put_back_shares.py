@@ -26,7 +26,7 @@ COLUMNS = (
 )
 
 
-def put_back_table(found: pd.DataFrame, rows: TokenRows, sets: Sequence[FeatureSet]) -> pd.DataFrame:
+def put_back_table(outcomes: pd.DataFrame, rows: TokenRows, sets: Sequence[FeatureSet]) -> pd.DataFrame:
     """Shares from the pieces that `outcomes` gave for these rows and sets, of one edited model or both.
 
     One row per edited model ("tuned", which got the base model's values, or "base"), source of text, measure, set and
@@ -41,19 +41,19 @@ def put_back_table(found: pd.DataFrame, rows: TokenRows, sets: Sequence[FeatureS
     has an interval.
     """
     records = []
-    for edited in dict.fromkeys(found["edited"]):
-        mine = found[found["edited"] == edited]
-        if not (mine["features"] == "whole").any():
+    for edited in dict.fromkeys(outcomes["edited"]):
+        results = outcomes[outcomes["edited"] == edited]
+        if not (results["features"] == "whole").any():
             continue
-        other = found[(found["edited"] != edited) & (found["features"] == "none")]
+        other = outcomes[(outcomes["edited"] != edited) & (outcomes["features"] == "none")]
         for number, source in enumerate(rows.names):
-            own = np.flatnonzero(rows.sources == number)
-            if not len(own):
+            source_rows = np.flatnonzero(rows.sources == number)
+            if not len(source_rows):
                 continue
-            shared = {"edited": edited, "source": source, "n_rows": len(own)}
-            shared["n_tokens"] = len(own) * (rows.context_size - 1)
-            of_other = other.set_index("row")["loss"].reindex(own).to_numpy() if len(other) else None
-            for record in _of_source(mine[mine["row"].isin(own)], sets, of_other):
+            shared = {"edited": edited, "source": source, "n_rows": len(source_rows)}
+            shared["n_tokens"] = len(source_rows) * (rows.context_size - 1)
+            of_other = other.set_index("row")["loss"].reindex(source_rows).to_numpy() if len(other) else None
+            for record in _of_source(results[results["row"].isin(source_rows)], sets, of_other):
                 records.append(shared | record)
     table = pd.DataFrame(records, columns=list(COLUMNS))
     return table.astype({"n_features": "Int64", "reason": "str"})
@@ -101,8 +101,8 @@ def _record(
 def _share(effect: FloatArray, whole: FloatArray, measure: str) -> Estimate:
     if not whole.any():
         return undefined("the whole activation changes nothing: both models have the same here", len(whole))
-    found = ratio_of_means(effect, whole)
-    if math.isnan(found.value) and len(whole) > 1:
+    share = ratio_of_means(effect, whole)
+    if math.isnan(share.value) and len(whole) > 1:
         what = "loss" if measure == "loss" else "predictions"
         around = mean_interval(whole)
         reason = (
@@ -110,4 +110,4 @@ def _share(effect: FloatArray, whole: FloatArray, measure: str) -> Estimate:
             f" [{around.low:.3g}, {around.high:.3g}], is not clear of zero"
         )
         return undefined(reason, len(whole))
-    return found
+    return share

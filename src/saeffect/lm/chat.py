@@ -272,11 +272,11 @@ def _mark_end(parts: Parts, after: int) -> None:
 def segments(tokenizer: Any, encoded: Encoded) -> list[Segment]:
     """The decoded tokens, in pieces of one speaker each."""
     sides = [_NAMES[int(part) & _WHO] for part in encoded.parts]
-    found = []
+    pieces = []
     for who, group in itertools.groupby(zip(sides, encoded.ids, strict=True), key=lambda pair: pair[0]):
         ids = [i for _, i in group]
-        found.append(Segment(who, str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)), len(ids)))
-    return found
+        pieces.append(Segment(who, str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)), len(ids)))
+    return pieces
 
 
 def _quote(conversation: Any) -> str:

@@ -56,8 +56,8 @@ _NOT_SEARCHED |= {"baselines", "baseline_features", "format", "system"}  # promp
 
 def chosen_dose(run: RunFolder) -> tuple[float | None, str]:
     """The dose of the search (None if there is none), and reasons to doubt it or why no feature is steered."""
-    found = read_json(run.path("steering", "dose.json"))
-    return None if found["dose"] is None else float(found["dose"]), str(found.get("note") or "")
+    search = read_json(run.path("steering", "dose.json"))
+    return None if search["dose"] is None else float(search["dose"]), str(search.get("note") or "")
 
 
 def dose_inputs(run: RunFolder) -> dict[str, Any]:
@@ -90,13 +90,13 @@ def run_dose_search(run: RunFolder, log: Log) -> Iterable[Path]:
     response = pd.DataFrame(columns=["arm", *RESPONSE_COLUMNS]).astype({"dose": float, "best": bool})
     best: dict[str, float | None] = {}
     if len(config.doses) > 1:
-        found = {name: _search_arm(run, name, log) for name in run.study.ordered_arms()}
+        by_arm = {name: _search_arm(run, name, log) for name in run.study.ordered_arms()}
         searched = run.study.pair
-        scores = [found[name][0].assign(arm=name) for name in searched if len(found[name][0])]
+        scores = [by_arm[name][0].assign(arm=name) for name in searched if len(by_arm[name][0])]
         table = pd.concat(scores, ignore_index=True) if scores else table
-        curves = [curve.assign(arm=name) for name, (_, curve) in found.items() if len(curve)]
+        curves = [curve.assign(arm=name) for name, (_, curve) in by_arm.items() if len(curve)]
         response = pd.concat(curves, ignore_index=True)[list(response.columns)] if curves else response
-        best = {name: best_dose(means) for name, (means, _) in found.items()}
+        best = {name: best_dose(means) for name, (means, _) in by_arm.items()}
     chosen, note = _choose(table, config)
     if chosen is None:
         log(f"  warning: no feature is steered: {note}")

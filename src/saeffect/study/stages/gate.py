@@ -85,13 +85,13 @@ def _refuse(study: Study, arm: str, of_model: str, of_sae: str, mismatch: Mismat
             fix="look at text.bos, the tokenizer and the weights, or go on with gate.on_failure: warn.",
         )
     if of_sae:
-        found, fix = "", "use an SAE trained on this very model and hook,"
+        remedy, fix = "", "use an SAE trained on this very model and hook,"
         if mismatch:
-            found = "; ".join(change.found for change in mismatch.changes)
-            found = f" What mends it (explained variance {mismatch.after:.2f}): {found}."
+            causes = "; ".join(change.found for change in mismatch.changes)
+            remedy = f" What mends it (explained variance {mismatch.after:.2f}): {causes}."
             fix = " ".join(change.fix for change in mismatch.changes).rstrip(".") + " (see saeffect gate MODEL SAE);"
         raise IncompatibleSae(
-            f"the SAE does not fit the model: {of_sae}.{found}",
+            f"the SAE does not fit the model: {of_sae}.{remedy}",
             at=study.at("arms", arm, "sae"),
             fix=f"{fix} or go on all the same with gate.on_failure: warn.",
         )
@@ -248,8 +248,8 @@ def _both_beginnings(lm: LanguageModel, rows: TokenRows) -> tuple[float, float]:
 @torch.inference_mode()
 def text_losses(lm: LanguageModel, ids: torch.Tensor, skip: int = 0) -> NDArray[np.float64]:
     """The model's mean loss on each row `[n_rows]`, in nats, of ids int64 `[n_rows, n]` after the first `skip`."""
-    found = []
+    losses = []
     for batch in ids.to(lm.device).split(_BATCH):
         logits = lm.model(input_ids=batch, use_cache=False).logits[:, skip:-1].float()
-        found.append(row_losses(logits, batch[:, skip:]))
-    return np.concatenate(found)
+        losses.append(row_losses(logits, batch[:, skip:]))
+    return np.concatenate(losses)

@@ -181,10 +181,10 @@ class _SteeringTest:
     def _tested(self, chosen: pd.DataFrame, saved: PartialTable | None = None) -> dict[str, pd.DataFrame]:
         trials = self._scored(self.texts(chosen, saved), chosen)
         direct = direct_effects(self._site, chosen, self._plan)
-        found = effect_tables(
+        effects = effect_tables(
             self._run.study, trials, direct, dose=self._dose, obstacles=obstacles(self._site, chosen, self._plan)
         )
-        return {"interventions": trials, "direct_effects": direct} | found
+        return {"interventions": trials, "direct_effects": direct} | effects
 
     def _scored(self, texts: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
         scored = score_texts(texts, chosen, vectors=self._vectors, vocabulary=self._words, seed=self._seed)

@@ -69,7 +69,7 @@ def run_trace(run: RunFolder, log: Log) -> Iterable[Path]:
     started = time.monotonic()
     trace = tracer.beside(nulls).trace(as_fine_tune(tuned, tracer.base), treatment)
     if nulls_folder(study) is None:
-        _say_cost(study, _FORWARDS * tracer.rows.ids.size / (time.monotonic() - started), log)
+        _log_null_cost(study, _FORWARDS * tracer.rows.ids.size / (time.monotonic() - started), log)
     trace.save(trace_path(run))
     return [trace_path(run)]
 
@@ -111,7 +111,7 @@ def missing_nulls(study: Study) -> str:
     )
 
 
-def _say_cost(study: Study, rate: float, log: Log) -> None:
+def _log_null_cost(study: Study, rate: float, log: Log) -> None:
     """How long nulls would take on this machine, at `rate` tokens read a second by one model."""
     tokens = _recipe_tokens(study)
     if tokens is not None:
@@ -127,7 +127,7 @@ def _recipe_tokens(study: Study) -> int | None:
 
 def training_note(study: Study) -> dict[str, Any]:
     """What `training.json` beside the treatment's adapter says of its fine-tuning; {} without one."""
-    place = locate_adapter(study.config.arms[study.treatment].model)
-    note = place / "training.json" if isinstance(place, Path) else None
-    said = read_json(note) if note is not None and note.is_file() else {}
-    return said if isinstance(said, dict) else {}
+    folder = locate_adapter(study.config.arms[study.treatment].model)
+    path = folder / "training.json" if isinstance(folder, Path) else None
+    note = read_json(path) if path is not None and path.is_file() else {}
+    return note if isinstance(note, dict) else {}

@@ -165,7 +165,7 @@ def _matches(
     rows = tables.rows(f"comparison/fates_{side}.parquet", number)
     if not rows:
         lacks["matches"] = tables.trouble(f"comparison/fates_{side}.parquet") or "it was not matched"
-    found = []
+    matches = []
     for row in rows:
         match = -1 if row.get("match") is None else int(row["match"])
         known = match >= 0 and other in index.arms
@@ -176,8 +176,8 @@ def _matches(
             except NotFound:  # the other arm's table was replaced
                 known = False
         by = next((name for name, measure in MEASURES.items() if measure == row["measure"]), row["measure"])
-        found.append({**row, "by": by, "match": match if known else None, "match_arm": other, "match_tokens": tokens})
-    return found
+        matches.append({**row, "by": by, "match": match if known else None, "match_arm": other, "match_tokens": tokens})
+    return matches
 
 
 def _steering(tables: RunTables, study: Study, arm: str, number: int, lacks: dict[str, str]) -> Record:
