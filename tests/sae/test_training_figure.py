@@ -23,6 +23,7 @@ RESERVED = {"step", "tokens", "kind", "seconds", "event"}
 def _no_warnings() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", DeprecationWarning)  # between matplotlib and newer releases of what it uses
         yield
 
 
