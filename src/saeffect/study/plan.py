@@ -301,17 +301,17 @@ class _Planner:
         return stage
 
     def _trace(self) -> StageCost:
-        stage, config, m = StageCost("trace"), self._config.changes, self._models[self._control]
-        text = self._config.text
+        stage, m = StageCost("trace"), self._models[self._control]
+        config, text = self._config.changes, self._config.text
         self._open(stage, self._control, self._treatment)
         tokens = min(config.rows, text.tokens // text.context_size) * min(config.tokens_per_row, text.context_size)
-        texts = len(OPENINGS) * SAMPLES
+        texts, writers = len(OPENINGS) * SAMPLES, 2 if nulls_folder(self._study) is None else 1  # nulls keep base texts
         stage.read(m, 2 * tokens, m.n_layers, logits=_TRACE_SOFTMAXES)
-        for _ in range(2):
+        for _ in range(writers):
             stage.write(m, texts, NEW_TOKENS, Sampling(max_new_tokens=NEW_TOKENS, temperature=0.8, top_p=1.0))
         if self._saes:
-            stage.read(m, 2 * texts * NEW_TOKENS, self._hook(self._control)[1])
-            stage.encode(2 * tokens + 2 * texts * NEW_TOKENS, self._saes[self._control], self._encode)
+            stage.read(m, writers * texts * NEW_TOKENS, self._hook(self._control)[1])
+            stage.encode(2 * tokens + writers * texts * NEW_TOKENS, self._saes[self._control], self._encode)
         stage.disk = 4 * (8 * (self._saes[self._control].d_sae if self._saes else 0) + 2 * m.d_vocab)
         fits = text.tokens * m.d_model * m.dtype.itemsize <= self._most_bytes
         if fits and config.tokens_per_row >= text.context_size:  # kept for the stages after
