@@ -20,7 +20,7 @@ __all__ = ["learned_table", "openings"]
 _N_UNCLAIMED = 3  # groups shown after the claimed ones
 _MAX_GROUPS = 15
 _MAX_OPENINGS, _MAX_CHARACTERS = 12, 160  # texts shown, and characters of one
-_BEFORE, _AFTER = 40, 25  # characters around the word of a context
+_BEFORE, _AFTER = 60, 35  # characters around the word of a context
 
 
 def learned_table(comparison: Comparison, context: ReportContext) -> TableView | None:
@@ -73,8 +73,12 @@ def _strongest_context(row: Mapping[Any, Any], tables: Mapping[str, pd.DataFrame
         return ""
     best = rows.loc[(rows["z"] * math.copysign(1, row["score"])).idxmax()]
     tokens, at = [str(token) for token in best["tokens"]], int(best["position"])
-    text = "".join(tokens[:at])[-_BEFORE:] + _marked(tokens[at]) + "".join(tokens[at + 1 :])[:_AFTER]
-    return f"…{visible_text(text)}…"
+    before, after = "".join(tokens[:at]), "".join(tokens[at + 1 :])
+    if len(before) > _BEFORE:
+        before = "…" + before[-_BEFORE:].partition(" ")[2]
+    if len(after) > _AFTER:
+        after = after[:_AFTER].rpartition(" ")[0] + "…"
+    return visible_text(before + _marked(tokens[at]) + after)
 
 
 def _marked(token: str) -> str:

@@ -33,7 +33,8 @@ class Learned:
     """The answer to "what did fine-tuning change?".
 
     `headline`: one sentence, "" without null fine-tunes. `parts`: label and sentences of what changed, how sure, where,
-    what it causes, and what did not change, as far as known. `missing`: what the study lacks to say more.
+    what it causes, and what did not change, as far as known (without nulls: where, and what it causes). `missing`: what
+    the study lacks to say more.
     """
 
     headline: str
@@ -52,8 +53,10 @@ def learned(tables: Mapping[str, pd.DataFrame], domain: str, *, alpha: float) ->
     missing. `domain` is a name in `declared_changes`, `alpha` the highest p of a claim.
     """
     nulls = tables.get("null_groups", pd.DataFrame())
+    causes = what_it_causes(tables["put_back"], domain) if "put_back" in tables else ""
     if nulls.empty:
-        return Learned("", (), _missing_sentence(tables))
+        parts = {"Where": _where(tables, alpha), "What it causes": causes}
+        return Learned("", tuple(part for part in parts.items() if part[1]), _missing_sentence(tables))
     claimed = claimed_groups(tables)
     declared = _domain_change(tables, domain)
     k = len(nulls)
@@ -68,7 +71,7 @@ def learned(tables: Mapping[str, pd.DataFrame], domain: str, *, alpha: float) ->
             + [_resolution(k, alpha), *_unlike_nulls(tables)]
         ),
         "Where": _where(tables, alpha),
-        "What it causes": what_it_causes(tables["put_back"], domain) if "put_back" in tables else "",
+        "What it causes": causes,
         "What did not change": _unchanged(tables, nulls, domain, alpha),
     }
     present = tuple((label, text) for label, text in parts.items() if text)
@@ -110,14 +113,15 @@ def _group_words(claimed: pd.DataFrame, groups: pd.DataFrame, n_nulls: int) -> s
             f"The group that moved most, {_quoted(top.to_dict())}, is not clearly beyond what null fine-tunes reach"
             f" (p = {p_value(top['p'])}, over {plural(n_nulls, 'null')})."
         )
-    items = [
-        f"{_quoted(row)}, {plural(int(row['n_features']), 'feature')}, p {_p_text(row['p'])}"
-        for row in claimed.head(_MAX_IN_SENTENCE).to_dict("records")
-    ]
+    shown = claimed.head(_MAX_IN_SENTENCE).to_dict("records")
+    p = [f"p {_p_text(row['p'])}" for row in shown]
+    same = f", each with {p[0]}" if len(shown) > 1 and len(set(p)) == 1 else ""
+    sizes = [f"{_quoted(row)}, {plural(int(row['n_features']), 'feature')}" for row in shown]
+    items = sizes if same else [f"{size}, {value}" for size, value in zip(sizes, p, strict=True)]
     more = f" and {count(len(claimed) - _MAX_IN_SENTENCE)} more" if len(claimed) > _MAX_IN_SENTENCE else ""
     share = float(claimed["share"].sum())
     total = f" Together they hold {percent(share)} of all change of mean activation." if is_defined(share) else ""
-    return f"Groups of features that changed beyond all nulls: {'; '.join(items)}{more}.{total}"
+    return f"Groups of features that changed beyond all nulls{same}: {'; '.join(items)}{more}.{total}"
 
 
 def _p_text(p: float) -> str:
@@ -207,11 +211,14 @@ def _where(tables: Mapping[str, pd.DataFrame], alpha: float) -> str:
         return ""
     column = "ratio" if layers["ratio"].notna().any() else "change"
     most = layers.loc[layers[column].idxmax()].to_dict()
-    nulls = ""
+    beyond, nulls = "Farthest", ""
     if is_defined(most["null_low"]):
-        nulls = f" (nulls: {percent(most['null_low'])} to {percent(most['null_high'])})"
+        beyond, nulls = (
+            "Farthest beyond the nulls",
+            f" (nulls: {percent(most['null_low'])} to {percent(most['null_high'])})",
+        )
     sentences = [
-        f"Farthest beyond the nulls at layer {count(most['layer'])}, where the residual stream moved by"
+        f"{beyond} at layer {count(most['layer'])}, where the residual stream moved by"
         f" {percent(most['change'])} of its length{nulls}.",
         *_mean_difference(tables),
     ]
@@ -234,10 +241,10 @@ def _mean_difference(tables: Mapping[str, pd.DataFrame]) -> list[str]:
     words = pd.Series([token for token in tokens if any(map(str.isalpha, token))], dtype="object")
     if words.empty:
         return []
-    nulls = f" (nulls: {percent(row['null_size'])})" if is_defined(row["null_size"]) else ""
+    nulls = f"nulls: {percent(row['null_size'])}; " if is_defined(row["null_size"]) else ""
     return [
-        f"On average over the text, activations at the hook move by {percent(row['size'])} of their length{nulls}"
-        f" (cosine between two halves of the text: {fixed(row['reliability'], 2)}), towards {_quoted_words(words)}."
+        f"On average over the text, activations at the hook move by {percent(row['size'])} of their length ({nulls}"
+        f"cosine between two halves of the text: {fixed(row['reliability'], 2)}), towards {_quoted_words(words)}."
     ]
 
 
@@ -289,7 +296,5 @@ def _missing_sentence(tables: Mapping[str, pd.DataFrame]) -> str:
     reasons: Sequence[str] = [str(r) for r in changes["reason"].unique() if r] if "reason" in changes else []
     if not len(changes):
         return ""
-    return (
-        "What fine-tuning taught cannot be named: there are no null fine-tunes of the same recipe to compare with"
-        f"{f' ({reasons[0]})' if reasons else ''}."
-    )
+    why = reasons[0] if reasons else "there are no null fine-tunes of the same recipe to compare with"
+    return f"What fine-tuning taught cannot be named: {why}."
