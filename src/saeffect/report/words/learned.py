@@ -236,8 +236,10 @@ def _where(tables: Mapping[str, pd.DataFrame], alpha: float) -> str:
 def _mean_difference(tables: Mapping[str, pd.DataFrame]) -> list[str]:
     """The mean activation difference over all positions and its top tokens, in a sentence; [] if it has none."""
     table = tables.get("activation_difference", pd.DataFrame())
-    row = table.iloc[0].to_dict() if len(table) else {}
-    tokens = row.get("beyond_nulls") if len(row.get("beyond_nulls", ())) else row.get("top_tokens", ())
+    if table.empty:
+        return []
+    row = table.iloc[0].to_dict()
+    tokens = row["beyond_nulls"] if len(row["beyond_nulls"]) else row["top_tokens"]
     words = pd.Series([token for token in tokens if any(map(str.isalpha, token))], dtype="object")
     if words.empty:
         return []
