@@ -170,8 +170,9 @@ def _show_positions(result: PairGate) -> None:
     for column in grid.columns[1:]:
         column.justify = "right"
     for label, quantity, formatter in _BY_POSITION:
-        if quantity == "sink_share" and not (table[table["first"] > 0][quantity] > 0).any():
-            continue
+        values = table[table["first"] > 0][quantity].dropna()
+        if (quantity == "sink_share" and not (values > 0).any()) or (quantity == "l0" and values.nunique() < 2):
+            continue  # nothing to see, as with TopK, whose l0 is k everywhere
         grid.add_row(label, *[""] * len(names))
         for model in result.fits:
             grid.add_row(f"  {_COLUMNS[model]}", *(formatter(value) for (value,) in _rows_of(table, model, quantity)))
@@ -201,6 +202,7 @@ def _formatter(number_format: str) -> Callable[[float], str]:
 _BY_POSITION: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("explained variance", "explained_variance", _bar),
     ("loss added, nats", "ce_increase", _formatter("{:+.2f}")),
+    ("active features", "l0", _length),
     ("length", "mean_norm", _length),
     ("at sinks", "sink_share", _formatter("{:.0%}")),
 )
