@@ -199,12 +199,13 @@ def _saved_dataset(path: Path, split: str) -> Iterator[Record]:
 
 
 def _hub_rows(source: TextSource) -> Iterator[Record]:
-    from datasets import load_dataset
+    from datasets import config, load_dataset
 
     name = source.path.removeprefix(_HUB)
     subset = () if source.subset is None else (source.subset,)
+    streaming = not config.HF_HUB_OFFLINE  # offline, what `load_dataset` prepared is read from its cache
     try:
-        for number, row in enumerate(load_dataset(name, *subset, split=source.split, streaming=True), start=1):
+        for number, row in enumerate(load_dataset(name, *subset, split=source.split, streaming=streaming), start=1):
             yield Record(row, f"{name}, row {number}")
     except Exception as error:
         raise NotFound(
