@@ -242,14 +242,17 @@ def _top_groups(trace: Trace, tests: GroupTests, z: FloatArray, basis: Basis, al
 
 
 def _group_tokens(members: IntArray, z: FloatArray, basis: Basis) -> list[str]:
-    """Ten words for a group: its members' top tokens, weighted by z² of the member and by rank."""
+    """Ten words for a group: its members' top tokens, weighted by z² of the member and by rank, without those that
+    only go on with a word, unless there are no others.
+    """
     weight = np.clip(z[members], 0.0, None) ** 2
     votes: dict[str, float] = {}
     for feature, feature_weight in zip(members, weight, strict=True):
         for rank, token in enumerate(basis.top_tokens[feature]):
             word = basis.strings[token].strip().lower()
             votes[word] = votes.get(word, 0.0) + float(feature_weight) / (rank + 1)
-    return sorted((word for word in votes if word), key=lambda word: -votes[word])[:10]
+    words = sorted((word for word in votes if word), key=lambda word: -votes[word])
+    return ([word for word in words if basis.stands_alone(word)] or words)[:10]
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ import pandas as pd
 
 from saeffect.report.words.learned import learned
 from synthetic_changes import first_screen, synthetic_changes
+from synthetic_where import where_tables
 
 
 def test_the_domain_and_its_groups_are_named() -> None:
@@ -25,9 +26,20 @@ def test_the_domain_and_its_groups_are_named() -> None:
     assert "in 1 of 1 further SAE of the base model; with it, p < 0.001." in parts["How sure"]
     assert "no such SAE: treatment, trained with the fine-tuned model." in parts["How sure"]
     assert "less than 0.048" in parts["How sure"]  # 1 / 21
-    assert "Perplexity general: 20.0 before, 19.8 after, within what nulls do." in parts["What did not change"]
-    assert "Perplexity domain: 14.0 before, 7.4 after, beyond what nulls do." in parts["What changed"]
+    unmoved, moved = parts["What did not change"].replace("\u202f", " "), parts["What changed"].replace("\u202f", " ")
+    assert "Perplexity does not move clearly beyond the nulls: from 20.0 to 19.8 on general text (−1.0 %; " in unmoved
+    assert "Perplexity goes from 14.0 to 7.4 on medical text (−47.3 %; nulls: −4.9 % to +2.0 %)." in moved
+    assert "Predictions on the text differ by 0.37 nats a token (KL; nulls: 0.05 to 0.14)." in moved
     assert said.missing == ""
+
+
+def test_equal_p_are_said_once() -> None:
+    tables = synthetic_changes()
+    tables["change_groups"]["p"] = [0.0004, 0.0002, 0.4]
+    parts = dict(learned(tables, "medical", alpha=0.05).parts)
+    assert (
+        "beyond all nulls, each with p < 0.001: “symptom, disease, </script>”, 3 features; “tr" in parts["What changed"]
+    )
 
 
 def test_without_a_claim_nothing_is_named() -> None:
@@ -59,12 +71,21 @@ def test_without_nulls_the_study_says_what_is_missing() -> None:
     assert said.parts == ()
     assert "no null fine-tunes: make 20" in said.missing
     assert learned({}, "medical", alpha=0.05).missing == ""
+    without = first_screen() | where_tables(nulls=False) | tables
+    said = learned(without, "medical", alpha=0.05)
+    where = dict(said.parts)["Where"].replace("\u202f", " ")
+    assert where.startswith("Farthest at layer 5, where the residual stream moved by 12.0 % of its length. On average")
+    assert "nulls" not in where and list(dict(said.parts)) == ["Where", "What it causes"]
 
 
 def test_where_and_what_it_causes_are_said() -> None:
     parts = dict(learned(first_screen(), "medical", alpha=0.05).parts)
     assert list(parts) == ["What changed", "How sure", "Where", "What it causes", "What did not change"]
     assert "Words expected more, beyond all nulls: “fever”" in parts["Where"]
+    assert (
+        "at the hook move by 12.0 % of their length (nulls: 4.0 %; cosine between two halves of the text: 0.93), towards"
+        " “Usually”, “fever”."
+    ) in parts["Where"].replace("\u202f", " ")
     assert parts["What it causes"].startswith("The 20 features that changed most carry 41")
 
 

@@ -14,8 +14,7 @@ from saeffect.diffing.naming import ALL, SEEN
 from saeffect.diffing.standardised import prediction_limit
 from saeffect.lm.tokens import printable_token
 from saeffect.report.words.causes import what_it_causes
-from saeffect.report.words.names import capital
-from saeffect.report.words.numbers import count, fixed, is_defined, joined, p_value, percent, plural
+from saeffect.report.words.numbers import amount, count, fixed, is_defined, joined, p_value, percent, plural
 
 __all__ = ["Learned", "claimed_groups", "learned"]
 
@@ -34,7 +33,8 @@ class Learned:
     """The answer to "what did fine-tuning change?".
 
     `headline`: one sentence, "" without null fine-tunes. `parts`: label and sentences of what changed, how sure, where,
-    what it causes, and what did not change, as far as known. `missing`: what the study lacks to say more.
+    what it causes, and what did not change, as far as known (without nulls: where, and what it causes). `missing`: what
+    the study lacks to say more.
     """
 
     headline: str
@@ -53,8 +53,10 @@ def learned(tables: Mapping[str, pd.DataFrame], domain: str, *, alpha: float) ->
     missing. `domain` is a name in `declared_changes`, `alpha` the highest p of a claim.
     """
     nulls = tables.get("null_groups", pd.DataFrame())
+    causes = what_it_causes(tables["put_back"], domain) if "put_back" in tables else ""
     if nulls.empty:
-        return Learned("", (), _missing_sentence(tables))
+        parts = {"Where": _where(tables, alpha), "What it causes": causes}
+        return Learned("", tuple(part for part in parts.items() if part[1]), _missing_sentence(tables))
     claimed = claimed_groups(tables)
     declared = _domain_change(tables, domain)
     k = len(nulls)
@@ -62,15 +64,15 @@ def learned(tables: Mapping[str, pd.DataFrame], domain: str, *, alpha: float) ->
     domain_changed = domain_changed and not _p_of_all_bases(tables, domain) > alpha
     parts = {
         "What changed": " ".join(
-            [_group_words(claimed, tables["change_groups"], k), *_perplexities(tables, alpha, beyond=True)]
+            [_group_words(claimed, tables["change_groups"], k), *_predictions(tables, domain, alpha, beyond=True)]
         ),
         "How sure": " ".join(
             ([_domain_words(declared, domain, k), *_basis_words(tables, domain)] if declared is not None else [])
             + [_resolution(k, alpha), *_unlike_nulls(tables)]
         ),
         "Where": _where(tables, alpha),
-        "What it causes": what_it_causes(tables["put_back"], domain) if "put_back" in tables else "",
-        "What did not change": _unchanged(tables, nulls, alpha),
+        "What it causes": causes,
+        "What did not change": _unchanged(tables, nulls, domain, alpha),
     }
     present = tuple((label, text) for label, text in parts.items() if text)
     against = (
@@ -111,14 +113,15 @@ def _group_words(claimed: pd.DataFrame, groups: pd.DataFrame, n_nulls: int) -> s
             f"The group that moved most, {_quoted(top.to_dict())}, is not clearly beyond what null fine-tunes reach"
             f" (p = {p_value(top['p'])}, over {plural(n_nulls, 'null')})."
         )
-    items = [
-        f"{_quoted(row)}, {plural(int(row['n_features']), 'feature')}, p {_p_text(row['p'])}"
-        for row in claimed.head(_MAX_IN_SENTENCE).to_dict("records")
-    ]
+    shown = claimed.head(_MAX_IN_SENTENCE).to_dict("records")
+    p = [f"p {_p_text(row['p'])}" for row in shown]
+    same = f", each with {p[0]}" if len(shown) > 1 and len(set(p)) == 1 else ""
+    sizes = [f"{_quoted(row)}, {plural(int(row['n_features']), 'feature')}" for row in shown]
+    items = sizes if same else [f"{size}, {value}" for size, value in zip(sizes, p, strict=True)]
     more = f" and {count(len(claimed) - _MAX_IN_SENTENCE)} more" if len(claimed) > _MAX_IN_SENTENCE else ""
     share = float(claimed["share"].sum())
     total = f" Together they hold {percent(share)} of all change of mean activation." if is_defined(share) else ""
-    return f"Groups of features that changed beyond all nulls: {'; '.join(items)}{more}.{total}"
+    return f"Groups of features that changed beyond all nulls{same}: {'; '.join(items)}{more}.{total}"
 
 
 def _p_text(p: float) -> str:
@@ -208,12 +211,16 @@ def _where(tables: Mapping[str, pd.DataFrame], alpha: float) -> str:
         return ""
     column = "ratio" if layers["ratio"].notna().any() else "change"
     most = layers.loc[layers[column].idxmax()].to_dict()
-    nulls = ""
+    beyond, nulls = "Farthest", ""
     if is_defined(most["null_low"]):
-        nulls = f" (nulls: {percent(most['null_low'])} to {percent(most['null_high'])})"
+        beyond, nulls = (
+            "Farthest beyond the nulls",
+            f" (nulls: {percent(most['null_low'])} to {percent(most['null_high'])})",
+        )
     sentences = [
-        f"Farthest beyond the nulls at layer {count(most['layer'])}, where the residual stream moved by"
-        f" {percent(most['change'])} of its length{nulls}."
+        f"{beyond} at layer {count(most['layer'])}, where the residual stream moved by"
+        f" {percent(most['change'])} of its length{nulls}.",
+        *_mean_difference(tables),
     ]
     expected = words[(words["role"] == "expected") & (words["change"] > 0)] if len(words) else words
     expected = expected[expected["p_search"] <= alpha] if len(expected) else expected
@@ -226,33 +233,64 @@ def _where(tables: Mapping[str, pd.DataFrame], alpha: float) -> str:
     return " ".join(sentences)
 
 
+def _mean_difference(tables: Mapping[str, pd.DataFrame]) -> list[str]:
+    """The mean activation difference over all positions and its top tokens, in a sentence; [] if it has none."""
+    table = tables.get("activation_difference", pd.DataFrame())
+    if table.empty:
+        return []
+    row = table.iloc[0].to_dict()
+    tokens = row["beyond_nulls"] if len(row["beyond_nulls"]) else row["top_tokens"]
+    words = pd.Series([token for token in tokens if any(map(str.isalpha, token))], dtype="object")
+    if words.empty:
+        return []
+    nulls = f"nulls: {percent(row['null_size'])}; " if is_defined(row["null_size"]) else ""
+    return [
+        f"On average over the text, activations at the hook move by {percent(row['size'])} of their length ({nulls}"
+        f"cosine between two halves of the text: {fixed(row['reliability'], 2)}), towards {_quoted_words(words)}."
+    ]
+
+
 def _quoted_words(words: pd.Series[Any]) -> str:
-    visible = [printable_token(str(word)).strip() for word in words.head(8)]
-    return ", ".join(f"“{word}”" for word in visible)
+    visible = dict.fromkeys(printable_token(str(word)).strip() for word in words)
+    return ", ".join(f"“{word}”" for word in list(visible)[:8])
 
 
-def _unchanged(tables: Mapping[str, pd.DataFrame], nulls: pd.DataFrame, alpha: float) -> str:
+def _unchanged(tables: Mapping[str, pd.DataFrame], nulls: pd.DataFrame, domain: str, alpha: float) -> str:
     limit = prediction_limit(nulls["highest"].to_numpy(dtype=np.float64), alpha)
     sentence = (
         f"A group would have been named had it changed {limit:.1f} times as much as nulls change such groups; of what"
         " changed less, nothing can be said."
     )
-    return " ".join([sentence, *_perplexities(tables, alpha, beyond=False)])
+    return " ".join([sentence, *_predictions(tables, domain, alpha, beyond=False)])
 
 
-def _perplexities(tables: Mapping[str, pd.DataFrame], alpha: float, *, beyond: bool) -> list[str]:
-    """A sentence for each perplexity that moved beyond the nulls, or (not `beyond`) that did not."""
-    sentences = []
-    for row in tables.get("change_numbers", pd.DataFrame()).to_dict("records"):
-        if row["name"] == "kl" or not is_defined(row["p"]):
-            continue
-        within = row["null_low"] <= row["change"] <= row["null_high"]
-        if beyond == (not within and row["p"] <= alpha):
-            verdict = "beyond what nulls do" if beyond else "within what nulls do" if within else "like nulls"
-            sentences.append(
-                f"{capital(row['name'])}: {fixed(row['base'], 1)} before, {fixed(row['tuned'], 1)} after, {verdict}."
-            )
+def _predictions(tables: Mapping[str, pd.DataFrame], domain: str, alpha: float, *, beyond: bool) -> list[str]:
+    """What moved beyond the nulls, or (not `beyond`) did not, in a sentence each: KL, perplexity by source of text."""
+    rows = [row for row in tables.get("change_numbers", pd.DataFrame()).to_dict("records") if is_defined(row["p"])]
+    rows = [row for row in rows if beyond == (row["p"] <= alpha and not _is_within(row))]
+    by_source = [row for row in rows if row["name"].startswith("perplexity ")]
+    sentences = [f"Predictions on the text differ by {_kl_words(row)}." for row in rows if row["name"] == "kl"]
+    if by_source:
+        parts = joined([_perplexity_words(row, domain) for row in by_source])
+        sentences.append(f"Perplexity {'goes' if beyond else 'does not move clearly beyond the nulls:'} {parts}.")
     return sentences
+
+
+def _is_within(row: Mapping[Any, Any]) -> bool:
+    return bool(row["null_low"] <= row["change"] <= row["null_high"])
+
+
+def _kl_words(row: Mapping[Any, Any]) -> str:
+    size, low, high = (fixed(math.exp(row[name]), 2) for name in ("change", "null_low", "null_high"))
+    return f"{size} nats a token (KL; nulls: {low} to {high})"
+
+
+def _perplexity_words(row: Mapping[Any, Any], domain: str) -> str:
+    source = str(row["name"]).removeprefix("perplexity ")
+    name = domain if source == "domain" else source
+    changes = (math.expm1(row[column]) for column in ("change", "null_low", "null_high"))
+    size, low, high = (amount(change, "share", sign=True) for change in changes)
+    return f"from {fixed(row['base'], 1)} to {fixed(row['tuned'], 1)} on {name} text ({size}; nulls: {low} to {high})"
 
 
 def _missing_sentence(tables: Mapping[str, pd.DataFrame]) -> str:
@@ -260,7 +298,5 @@ def _missing_sentence(tables: Mapping[str, pd.DataFrame]) -> str:
     reasons: Sequence[str] = [str(r) for r in changes["reason"].unique() if r] if "reason" in changes else []
     if not len(changes):
         return ""
-    return (
-        "What fine-tuning taught cannot be named: there are no null fine-tunes of the same recipe to compare with"
-        f"{f' ({reasons[0]})' if reasons else ''}."
-    )
+    why = reasons[0] if reasons else "there are no null fine-tunes of the same recipe to compare with"
+    return f"What fine-tuning taught cannot be named: {why}."
