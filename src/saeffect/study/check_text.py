@@ -60,8 +60,10 @@ def first_rows(study: Study) -> list[str]:
         for index, source in enumerate(text.sources):
             with placed(study.at("text", "sources", str(index))):
                 lines += _source_lines(source, text.format == "chat")
-    recipe = None if study.config.training is None else arm_recipe(study, study.control)
-    for source in recipe.text if recipe is not None else ():
+    if study.config.training is None:
+        return lines
+    recipe = arm_recipe(study, study.control)
+    for source in recipe.text:
         try:
             lines += _source_lines(source, recipe.format == "chat", "training, ")
         except SaeffectError as error:
