@@ -210,6 +210,7 @@ def _top_groups(trace: Trace, tests: GroupTests, z: FloatArray, basis: Basis, al
     abs_change = np.abs(trace.read[1].astype(np.float64) - trace.read[0])
     listed = np.zeros(len(z), dtype=bool)
     rows: list[dict[str, Any]] = []
+    starts = {text.strip().lower() for text in basis.strings if text[:1].isspace()}
     for flat in np.argsort(-np.abs(tests.scores), axis=None, kind="stable"):
         size, first = divmod(int(flat), tests.scores.shape[1])
         members = basis.neighbours[first, : SIZES[size]]
@@ -222,7 +223,7 @@ def _top_groups(trace: Trace, tests: GroupTests, z: FloatArray, basis: Basis, al
         rows.append(
             {
                 "group": len(rows) + 1,
-                "name": ", ".join(sorted(tokens, key=lambda word: len(word) < 3 or not word.isalpha())[:3]),
+                "name": ", ".join(sorted(tokens, key=lambda word: _is_poor_name(word, starts))[:3]),
                 "tokens": tokens,
                 "features": members.tolist(),
                 "n_features": len(members),
@@ -239,6 +240,11 @@ def _top_groups(trace: Trace, tests: GroupTests, z: FloatArray, basis: Basis, al
     table = pd.DataFrame(rows)
     table.insert(list(table).index("p") + 1, "q", benjamini_hochberg(table["p"].to_numpy()))
     return table
+
+
+def _is_poor_name(word: str, starts: set[str]) -> bool:
+    """Whether a word of a group says little by itself: a mark, a short one, or one that only goes on within words."""
+    return len(word) < 3 or not word.isalpha() or word not in starts
 
 
 def _group_tokens(members: IntArray, z: FloatArray, basis: Basis) -> list[str]:

@@ -14,8 +14,7 @@ from saeffect.diffing.naming import ALL, SEEN
 from saeffect.diffing.standardised import prediction_limit
 from saeffect.lm.tokens import printable_token
 from saeffect.report.words.causes import what_it_causes
-from saeffect.report.words.names import capital
-from saeffect.report.words.numbers import count, fixed, is_defined, joined, p_value, percent, plural
+from saeffect.report.words.numbers import count, fixed, is_defined, joined, p_text, percent, plural
 
 __all__ = ["Learned", "claimed_groups", "learned"]
 
@@ -27,18 +26,28 @@ _BASES = {
 }
 _MAX_IN_HEADLINE = 3  # groups in the headline
 _MAX_IN_SENTENCE = 6  # groups in the sentence below
+_CARRY = (
+    "Features carry what is undone by setting them back to the base model's values; matched ones are others that fire"
+    " as often and as strongly."
+)
+_SCALED = (
+    "Changes are divided by how far their fine-tune moved features as a whole, which makes up for a weaker training of"
+    " the nulls but not for one of another kind."
+)
 
 
 @dataclass(frozen=True)
 class Learned:
     """The answer to "what did fine-tuning change?".
 
-    `headline`: one sentence, "" without null fine-tunes. `parts`: label and sentences of what changed, how sure, where,
-    what it causes, and what did not change, as far as known. `missing`: what the study lacks to say more.
+    `headline`: one or two sentences, "" without null fine-tunes. `parts`: label and sentences of what changed, how
+    sure, where, what it causes, and what did not change, as far as known. `notes`: how it was judged, for those who
+    know statistics. `missing`: what the study lacks to say more.
     """
 
     headline: str
     parts: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
     missing: str
 
 
@@ -54,29 +63,30 @@ def learned(tables: Mapping[str, pd.DataFrame], domain: str, *, alpha: float) ->
     """
     nulls = tables.get("null_groups", pd.DataFrame())
     if nulls.empty:
-        return Learned("", (), _missing_sentence(tables))
+        return Learned("", (), (), _missing_sentence(tables))
     claimed = claimed_groups(tables)
     declared = _domain_change(tables, domain)
     k = len(nulls)
     domain_changed = declared is not None and is_defined(declared["p"]) and declared["p"] <= alpha
     domain_changed = domain_changed and not _p_of_all_bases(tables, domain) > alpha
+    unlike = _unlike_nulls(tables)
     parts = {
         "What changed": " ".join(
-            [_group_words(claimed, tables["change_groups"], k), *_perplexities(tables, alpha, beyond=True)]
+            [_group_words(claimed, tables["change_groups"], k, alpha), *_perplexities(tables, alpha, beyond=True)]
         ),
         "How sure": " ".join(
             ([_domain_words(declared, domain, k), *_basis_words(tables, domain)] if declared is not None else [])
-            + [_resolution(k, alpha), *_unlike_nulls(tables)]
+            + [_false_claims(alpha), *unlike]
         ),
         "Where": _where(tables, alpha),
-        "What it causes": what_it_causes(tables["put_back"], domain) if "put_back" in tables else "",
-        "What did not change": _unchanged(tables, nulls, alpha),
+        "What it causes": _causes(tables, domain),
+        "What did not change": _unchanged(tables, nulls, alpha, any_claimed=len(claimed) > 0),
     }
     present = tuple((label, text) for label, text in parts.items() if text)
-    against = (
-        f"than in {count(k)} fine-tunes {'' if _unlike_nulls(tables) else 'of the same recipe '}that teach nothing new"
-    )
-    return Learned(_headline(claimed, declared if domain_changed else None, domain, against), present, "")
+    against = f"than in {count(k)} fine-tunes {'' if unlike else 'of the same recipe '}that teach nothing new"
+    headline = _headline(claimed, declared if domain_changed else None, domain, against)
+    notes = (_resolution(k), *_further_sae_words(tables, domain), *([_SCALED] if unlike else []))
+    return Learned(headline, present, notes, "")
 
 
 def _domain_change(tables: Mapping[str, pd.DataFrame], domain: str) -> Mapping[Any, Any] | None:
@@ -89,10 +99,10 @@ def _headline(claimed: pd.DataFrame, change: Mapping[Any, Any] | None, domain: s
     names = joined([_quoted(row) for row in claimed.head(_MAX_IN_HEADLINE).to_dict("records")]) if len(claimed) else ""
     if change is not None:
         verb = "taught the model" if change["z"] > 0 else "took from the model"
-        examples = f", first of all those about {names}" if names else ""
+        examples = f" The groups of features that changed most: {names}." if names else ""
         return (
             f"Fine-tuning {verb} the domain {domain}: its {plural(int(change['n_features']), 'feature')} changed more"
-            f" {against}{examples}."
+            f" {against}.{examples}"
         )
     if names:
         return f"Fine-tuning changed features about {names}: they moved more {against}."
@@ -104,26 +114,22 @@ def _quoted(row: Mapping[Any, Any]) -> str:
     return f"“{row['name']}”{less}"
 
 
-def _group_words(claimed: pd.DataFrame, groups: pd.DataFrame, n_nulls: int) -> str:
+def _group_words(claimed: pd.DataFrame, groups: pd.DataFrame, n_nulls: int, alpha: float) -> str:
     if claimed.empty:
         top = groups.iloc[0]
         return (
             f"The group that moved most, {_quoted(top.to_dict())}, is not clearly beyond what null fine-tunes reach"
-            f" (p = {p_value(top['p'])}, over {plural(n_nulls, 'null')})."
+            f" ({p_text(top['p'])}, over {plural(n_nulls, 'null')})."
         )
-    items = [
-        f"{_quoted(row)}, {plural(int(row['n_features']), 'feature')}, p {_p_text(row['p'])}"
-        for row in claimed.head(_MAX_IN_SENTENCE).to_dict("records")
-    ]
-    more = f" and {count(len(claimed) - _MAX_IN_SENTENCE)} more" if len(claimed) > _MAX_IN_SENTENCE else ""
+    items = [_quoted(row) for row in claimed.head(_MAX_IN_SENTENCE).to_dict("records")]
+    if len(claimed) > _MAX_IN_SENTENCE:
+        items.append(f"{count(len(claimed) - _MAX_IN_SENTENCE)} more ([[table:learned]])")
     share = float(claimed["share"].sum())
-    total = f" Together they hold {percent(share)} of all change of mean activation." if is_defined(share) else ""
-    return f"Groups of features that changed beyond all nulls: {'; '.join(items)}{more}.{total}"
-
-
-def _p_text(p: float) -> str:
-    text = p_value(p)
-    return text if text.startswith("<") else f"= {text}"
+    total = f" They hold {percent(share)} of all change in how strongly features fire." if is_defined(share) else ""
+    return (
+        f"{plural(len(claimed), 'group')} of features changed clearly more than groups do in nulls"
+        f" (p at most {alpha:g}): {joined(items)}.{total}"
+    )
 
 
 def _domain_words(row: Mapping[Any, Any], domain: str, n_nulls: int) -> str:
@@ -131,9 +137,9 @@ def _domain_words(row: Mapping[Any, Any], domain: str, n_nulls: int) -> str:
         return f"The domain {domain} as a whole cannot be judged: {row['reason']}."
     size, low, high = (f"{row[name]:+.2f}".replace("-", "−") for name in ("z", "null_low", "null_high"))
     return (
-        f"The {plural(int(row['n_features']), 'feature')} of the domain {domain}, chosen by the vocabulary beforehand,"
-        f" changed by {size} on average, in units of what a null does to a feature (nulls: {low} to {high};"
-        f" p {_p_text(row['p'])}, {plural(n_nulls, 'null')})."
+        f"The {plural(int(row['n_features']), 'feature')} of the domain {domain}, chosen by its vocabulary beforehand,"
+        f" changed by {size} on average; in {plural(n_nulls, 'null')} it is {low} to {high} ({p_text(row['p'])};"
+        " 1 is what nulls typically do to one feature)."
     )
 
 
@@ -149,7 +155,7 @@ def _p_of_all_bases(tables: Mapping[str, pd.DataFrame], domain: str) -> float:
 
 
 def _basis_words(tables: Mapping[str, pd.DataFrame], domain: str) -> list[str]:
-    """The bases that show a change of the domain alone, and the evidence of other SAEs."""
+    """Which kinds of evidence show a change of the domain alone."""
     rows = _domain_evidence(tables, domain)
     own = rows[rows.index.isin(_BASES) & rows["p"].notna()]
     if own.empty:
@@ -158,14 +164,19 @@ def _basis_words(tables: Mapping[str, pd.DataFrame], domain: str) -> list[str]:
     shown = f": {joined(agree)}" if agree else ""
     others = f"; not {joined(disagree)}" if agree and disagree else ""
     verb = "shows" if len(agree) == 1 else "show"
-    sentences = [f"Of {count(len(own))} bases {count(len(agree))} {verb} this alone{shown}{others}."]
+    return [f"Of {count(len(own))} kinds of evidence {count(len(agree))} {verb} this alone{shown}{others}."]
+
+
+def _further_sae_words(tables: Mapping[str, pd.DataFrame], domain: str) -> list[str]:
+    """What other SAEs show of the domain."""
+    rows, sentences = _domain_evidence(tables, domain), []
     further = rows[rows.index.str.startswith("difference in ")]
     tested = further[further["p"].notna()]
     if len(tested):
         n = int(tested["agrees"].sum())
         sentences.append(
             f"The mean activation difference shows it in {count(n)} of {plural(len(tested), 'further SAE')} of the base"
-            f" model; with {'it' if len(tested) == 1 else 'them'}, p {_p_text(_p_of_all_bases(tables, domain))}."
+            f" model; with {'it' if len(tested) == 1 else 'them'}, {p_text(_p_of_all_bases(tables, domain))}."
         )
     untested = [name.removeprefix("difference in ") for name in further.index[further["reason"] == SEEN]]
     if untested:
@@ -175,11 +186,14 @@ def _basis_words(tables: Mapping[str, pd.DataFrame], domain: str) -> list[str]:
     return sentences
 
 
-def _resolution(n_nulls: int, alpha: float) -> str:
+def _false_claims(alpha: float) -> str:
+    return f"Of fine-tunes that teach nothing, about one in {round(1 / alpha)} would be said to teach something."
+
+
+def _resolution(n_nulls: int) -> str:
     return (
-        f"Each p counts the search over all groups; at {alpha:g}, about one null fine-tune in {round(1 / alpha)} would"
-        f" be claimed to have taught something. With {count(n_nulls)} nulls no count of nulls gives less than"
-        f" {1 / (n_nulls + 1):.3f}; what is smaller rests on the nulls' scores being log-normal."
+        f"Each p of a group counts the search over all groups. With {plural(n_nulls, 'null')} no count of nulls gives"
+        f" less than {1 / (n_nulls + 1):.3f}; what is smaller rests on the nulls' scores being log-normal."
     )
 
 
@@ -192,9 +206,7 @@ def _unlike_nulls(tables: Mapping[str, pd.DataFrame]) -> list[str]:
     if len(different):
         listed = joined([f"{row.setting} is {row.nulls} instead of {row.tuned}" for row in different.itertuples()])
         sentences.append(
-            f"The nulls were not trained quite as the fine-tune was: {listed}. Changes are divided by how far their"
-            " fine-tune moved features as a whole, which makes up for a weaker training but not for one of another"
-            " kind; nulls of the fine-tune's own recipe would decide it."
+            f"The nulls were not quite trained as the fine-tune was ({listed}); nulls of its recipe would settle it."
         )
     if len(unknown):
         names = "the recipe" if len(unknown) == len(recipe) else joined(list(unknown))
@@ -212,18 +224,23 @@ def _where(tables: Mapping[str, pd.DataFrame], alpha: float) -> str:
     if is_defined(most["null_low"]):
         nulls = f" (nulls: {percent(most['null_low'])} to {percent(most['null_high'])})"
     sentences = [
-        f"Farthest beyond the nulls at layer {count(most['layer'])}, where the residual stream moved by"
-        f" {percent(most['change'])} of its length{nulls}."
+        f"Of {plural(len(layers), 'layer')}, layer {count(most['layer'])} is farthest beyond the nulls: what it hands"
+        f" on moved by {percent(most['change'])} of its length{nulls}."
     ]
     expected = words[(words["role"] == "expected") & (words["change"] > 0)] if len(words) else words
     expected = expected[expected["p_search"] <= alpha] if len(expected) else expected
     if len(expected):
-        sentences.append(f"Words expected more, beyond all nulls: {_quoted_words(expected['token'])}.")
+        sentences.append(f"Words it expects clearly more than nulls do: {_quoted_words(expected['token'])}.")
     written = tables.get("written_words", pd.DataFrame())
     more_written = written[(written["change"] > 0) & (written["p_search"] <= alpha)] if len(written) else written
     if len(more_written):
-        sentences.append(f"Words that come up after openings that name nothing: {_quoted_words(more_written['word'])}.")
+        sentences.append(f"Words it writes more, given no subject: {_quoted_words(more_written['word'])}.")
     return " ".join(sentences)
+
+
+def _causes(tables: Mapping[str, pd.DataFrame], domain: str) -> str:
+    text = what_it_causes(tables["put_back"], domain) if "put_back" in tables else ""
+    return f"{text} {_CARRY}" if text else ""
 
 
 def _quoted_words(words: pd.Series[Any]) -> str:
@@ -231,28 +248,29 @@ def _quoted_words(words: pd.Series[Any]) -> str:
     return ", ".join(f"“{word}”" for word in visible)
 
 
-def _unchanged(tables: Mapping[str, pd.DataFrame], nulls: pd.DataFrame, alpha: float) -> str:
+def _unchanged(tables: Mapping[str, pd.DataFrame], nulls: pd.DataFrame, alpha: float, *, any_claimed: bool) -> str:
     limit = prediction_limit(nulls["highest"].to_numpy(dtype=np.float64), alpha)
     sentence = (
-        f"A group would have been named had it changed {limit:.1f} times as much as nulls change such groups; of what"
-        " changed less, nothing can be said."
+        f"No {'other ' if any_claimed else ''}group of features changed clearly more than in nulls. Any that changed"
+        f" {limit:.1f} times as much as nulls change such groups would have been named; of smaller changes nothing can"
+        " be said."
     )
     return " ".join([sentence, *_perplexities(tables, alpha, beyond=False)])
 
 
 def _perplexities(tables: Mapping[str, pd.DataFrame], alpha: float, *, beyond: bool) -> list[str]:
-    """A sentence for each perplexity that moved beyond the nulls, or (not `beyond`) that did not."""
-    sentences = []
+    """A sentence on each perplexity that moved beyond the nulls, or (not `beyond`) on each that did not."""
+    moved: dict[str, list[str]] = {}
     for row in tables.get("change_numbers", pd.DataFrame()).to_dict("records"):
         if row["name"] == "kl" or not is_defined(row["p"]):
             continue
         within = row["null_low"] <= row["change"] <= row["null_high"]
         if beyond == (not within and row["p"] <= alpha):
             verdict = "beyond what nulls do" if beyond else "within what nulls do" if within else "like nulls"
-            sentences.append(
-                f"{capital(row['name'])}: {fixed(row['base'], 1)} before, {fixed(row['tuned'], 1)} after, {verdict}."
-            )
-    return sentences
+            source = row["name"].removeprefix("perplexity").strip() or "all text"
+            moved.setdefault(verdict, []).append(f"{fixed(row['base'], 1)} → {fixed(row['tuned'], 1)} on {source}")
+    meaning = " (how many words it wavers between)" if beyond else ""
+    return [f"Perplexity{meaning}, {verdict}: {', '.join(items)}." for verdict, items in moved.items()]
 
 
 def _missing_sentence(tables: Mapping[str, pd.DataFrame]) -> str:
