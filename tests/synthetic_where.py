@@ -70,6 +70,17 @@ def where_tables(*, nulls: bool = True) -> dict[str, pd.DataFrame]:
     )
     return {
         "change_by_layer": layers,
+        "activation_difference": pd.DataFrame(
+            {
+                "position": ["all"],
+                "size": 0.12,
+                "null_size": 0.04 if nulls else np.nan,
+                "reliability": 0.93,
+                "top_tokens": [[" Usually", "--", "Usually", " fever"]],
+                "beyond_nulls": [[" Usually", "--", "Usually", " fever"] if nulls else []],
+                "reason": reason,
+            }
+        ),
         "change_by_word": words,
         "written_words": written,
         "change_overall": overall.assign(p=p, reason=reason),

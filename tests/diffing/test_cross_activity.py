@@ -8,7 +8,14 @@ import pytest
 import torch
 from scipy import stats
 
-from saeffect.diffing.cross_activity import CrossActivity, change_scores, measure, most_changed
+from saeffect.diffing.cross_activity import (
+    CrossActivity,
+    activity_changes,
+    beside_nulls,
+    change_scores,
+    measure,
+    most_changed,
+)
 from saeffect.diffing.pair import ActsOfBoth, ModelPair, SaeView
 from saeffect.errors import BadFile, ShapeMismatch
 from saeffect.stats.arguments import Resampling
@@ -164,3 +171,21 @@ def test_most_changed_first_and_only_what_was_found() -> None:
     assert most_changed(cross_activity(), alpha=0.05, domain_only=True)["feature"].tolist() == [0, 1, 2, 3, 4, 5, 6]
     assert most_changed(cross_activity(), alpha=0.0001).empty
     assert most_changed(cross_activity().head(0), alpha=0.05).empty
+
+
+def test_nulls_decide_too_what_fires_differently() -> None:
+    cross = cross_activity()
+    changes = pd.DataFrame({"feature": cross["feature"], "basis": "read", "z": 2.0, "q": 0.01, "n_nulls": 20})
+    changes.loc[[0, 5], "q"] = 0.4  # as much as in nulls
+    changes.loc[1, ["z", "q"]] = np.nan  # fires too rarely
+    beside = beside_nulls(cross, changes)
+    assert most_changed(beside, alpha=0.05)["feature"].tolist() == [12, 2, 3, 4, 10, 11, 6]
+    found = activity_changes(beside, alpha=0.05)
+    assert (found.more.sum(), found.less.sum(), len(found.more)) == (6, 1, 118)
+    assert beside["n_nulls"].eq(20).all()
+
+
+def test_too_few_nulls_decide_nothing() -> None:
+    changes = pd.DataFrame({"feature": range(120), "basis": "read", "z": np.nan, "q": 0.6, "n_nulls": 1})
+    pd.testing.assert_frame_equal(beside_nulls(cross_activity(), changes), cross_activity())
+    pd.testing.assert_frame_equal(beside_nulls(cross_activity(), changes.drop(columns="n_nulls")), cross_activity())

@@ -324,7 +324,8 @@ def _activity_rows(cross: pd.DataFrame, alpha: float) -> Iterator[dict[str, Any]
     if not domain.any() or domain.all():
         return
     n, share = int(domain.sum()), float(more[~domain].mean())
-    name = f"domain features that fire more (q ≤ {alpha:g})"
+    nulls = ", also against null fine-tunes" if "q_nulls" in cross else ""
+    name = f"domain features that fire more (q ≤ {alpha:g}{nulls})"
     row = _finding(name, int(more[domain].sum()), n, n * share, source)
     chance = f"as often as features outside the domain, {100 * share:.0f} % of which fire more"
     yield row | _binomial(n, share) | {"chance": chance}

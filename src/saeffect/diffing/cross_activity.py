@@ -23,7 +23,16 @@ from saeffect.stats.permutation import sign_flip_many
 if TYPE_CHECKING:  # reports read the finished table without torch
     from torch import Tensor
 
-__all__ = ["ActivityChanges", "CrossActivity", "activity_changes", "change_scores", "measure", "most_changed"]
+__all__ = [
+    "ActivityChanges",
+    "CrossActivity",
+    "activity_changes",
+    "beside_nulls",
+    "change_scores",
+    "fires_differently",
+    "measure",
+    "most_changed",
+]
 
 _CHUNK = 2048  # features tested at once: bounds the memory of float64 copies
 
@@ -174,10 +183,30 @@ class ActivityChanges:
     domain: pd.Series[Any]
 
 
+def beside_nulls(cross: pd.DataFrame, changes: pd.DataFrame) -> pd.DataFrame:
+    """`CrossActivity.result` with the columns `q_nulls` and `n_nulls`: of each feature's change of activity against
+    null fine-tunes, from the table `changes` of the stage of that name. Unchanged where there are too few nulls.
+    """
+    if cross.empty or "n_nulls" not in changes:
+        return cross
+    read = changes[(changes["basis"] == "read") & changes["z"].notna()].set_index("feature")  # no z with too few nulls
+    if read.empty:
+        return cross
+    return cross.assign(q_nulls=cross["feature"].map(read["q"]), n_nulls=int(read["n_nulls"].iloc[0]))
+
+
+def fires_differently(cross: pd.DataFrame, alpha: float) -> pd.Series[Any]:
+    """Whether each feature's q is at most `alpha`, over rows of text and, where there are nulls, against them."""
+    found = cross["q"] <= alpha
+    return found & (cross["q_nulls"] <= alpha) if "q_nulls" in cross else found
+
+
 def activity_changes(cross: pd.DataFrame, *, alpha: float) -> ActivityChanges:
-    """Features that fire more, less, and are of the domain, from a non-empty table of `CrossActivity.result`."""
-    tested = cross[cross["q"].notna()]
-    significant = tested["q"] <= alpha
+    """Features that fire more, less, and are of the domain, from a non-empty table of `CrossActivity.result`, with
+    nulls (`beside_nulls`) or without.
+    """
+    tested = cross[cross["q"].notna() & (cross["q_nulls"].notna() if "q_nulls" in cross else True)]
+    significant = fires_differently(tested, alpha)
     no_domain = pd.Series(False, index=tested.index)
     domain = tested["is_domain"].astype(bool) if "is_domain" in tested else no_domain
     return ActivityChanges(significant & (tested["difference"] > 0), significant & (tested["difference"] < 0), domain)
@@ -202,11 +231,11 @@ def change_scores(cross: pd.DataFrame) -> FloatArray:
 
 
 def most_changed(cross: pd.DataFrame, *, alpha: float, domain_only: bool = False) -> pd.DataFrame:
-    """Rows of `CrossActivity.result` with q at most `alpha`, most changed first, with their `score`."""
+    """Rows of `CrossActivity.result` that fire differently at `alpha`, most changed first, with their `score`."""
     if cross.empty:
         return cross.assign(score=pd.Series(dtype="float64"))
     rows = cross.assign(score=change_scores(cross))
-    rows = rows[(rows["q"] <= alpha) & rows["score"].notna()]
+    rows = rows[fires_differently(rows, alpha) & rows["score"].notna()]
     if domain_only:
         rows = rows[rows["is_domain"].astype(bool)] if "is_domain" in rows else rows.head(0)
     order = np.argsort(-rows["score"].abs().to_numpy(), kind="stable")

@@ -210,7 +210,6 @@ def _top_groups(trace: Trace, tests: GroupTests, z: FloatArray, basis: Basis, al
     abs_change = np.abs(trace.read[1].astype(np.float64) - trace.read[0])
     listed = np.zeros(len(z), dtype=bool)
     rows: list[dict[str, Any]] = []
-    starts = {text.strip().lower() for text in basis.strings if text[:1].isspace()}
     for flat in np.argsort(-np.abs(tests.scores), axis=None, kind="stable"):
         size, first = divmod(int(flat), tests.scores.shape[1])
         members = basis.neighbours[first, : SIZES[size]]
@@ -223,7 +222,7 @@ def _top_groups(trace: Trace, tests: GroupTests, z: FloatArray, basis: Basis, al
         rows.append(
             {
                 "group": len(rows) + 1,
-                "name": ", ".join(sorted(tokens, key=lambda word: _is_poor_name(word, starts))[:3]),
+                "name": ", ".join(sorted(tokens, key=lambda word: len(word) < 3 or not word.isalpha())[:3]),
                 "tokens": tokens,
                 "features": members.tolist(),
                 "n_features": len(members),
@@ -242,20 +241,18 @@ def _top_groups(trace: Trace, tests: GroupTests, z: FloatArray, basis: Basis, al
     return table
 
 
-def _is_poor_name(word: str, starts: set[str]) -> bool:
-    """Whether a word of a group says little by itself: a mark, a short one, or one that only goes on within words."""
-    return len(word) < 3 or not word.isalpha() or word not in starts
-
-
 def _group_tokens(members: IntArray, z: FloatArray, basis: Basis) -> list[str]:
-    """Ten words for a group: its members' top tokens, weighted by z² of the member and by rank."""
+    """Ten words for a group: its members' top tokens, weighted by z² of the member and by rank, without those that
+    only go on with a word, unless there are no others.
+    """
     weight = np.clip(z[members], 0.0, None) ** 2
     votes: dict[str, float] = {}
     for feature, feature_weight in zip(members, weight, strict=True):
         for rank, token in enumerate(basis.top_tokens[feature]):
             word = basis.strings[token].strip().lower()
             votes[word] = votes.get(word, 0.0) + float(feature_weight) / (rank + 1)
-    return sorted((word for word in votes if word), key=lambda word: -votes[word])[:10]
+    words = sorted((word for word in votes if word), key=lambda word: -votes[word])
+    return ([word for word in words if basis.stands_alone(word)] or words)[:10]
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,12 +17,25 @@ from saeffect.errors import ConfigError, EmptySelection, NotFound, ShapeMismatch
 from saeffect.io import read_json
 from saeffect.stats.arguments import FloatArray
 
-__all__ = ["CARD", "NAME", "mismatch_error", "null_card", "null_files", "pooled_p", "read_nulls", "smallest_p"]
+__all__ = [
+    "ADAPTER",
+    "CARD",
+    "NAME",
+    "kept_adapters",
+    "mismatch_error",
+    "null_card",
+    "null_files",
+    "pooled_p",
+    "read_nulls",
+    "smallest_p",
+]
 
 
 CARD = "nulls.json"
 """In a folder of nulls: which recipe, which texts, and what they were measured on."""
 NAME = "null-{}.safetensors"
+ADAPTER = "adapters/null-{}/lora"
+"""The folder of a null's adapter, deleted once it is measured, unless kept."""
 # Prior degrees of freedom with which a feature's variance is shrunk towards that of features of like density, since few
 # nulls estimate it poorly. As in limma (Smyth 2004), but fixed.
 _PRIOR_FREEDOM = 4.0
@@ -108,6 +121,12 @@ def null_files(folder: Path) -> dict[int, Path]:
         if number.isdecimal():
             files[int(number)] = path
     return dict(sorted(files.items()))
+
+
+def kept_adapters(folder: Path) -> dict[str, Path]:
+    """The weights of the adapters that were kept of the measured nulls in a folder, by name."""
+    files = {f"null-{k}": folder / ADAPTER.format(k) / "adapter_model.safetensors" for k in null_files(folder)}
+    return {name: path for name, path in files.items() if path.is_file()}
 
 
 def read_nulls(

@@ -187,6 +187,21 @@ class Basis:
         return unit_rows((self.W_dec if self.at_hook is None else self.at_hook).astype(np.float32))
 
     @cached_property
+    def _word_starts(self) -> frozenset[str]:
+        starts = [text for text in self.strings if text[:1].isspace()]
+        capitals = [text for text in self.strings if text[:1].isupper()] if starts else []
+        return frozenset(text.strip().lower() for text in (*starts, *capitals))
+
+    def stands_alone(self, word: str) -> bool:
+        """Whether a token, stripped and in lower case, is more than the rest of a word ("plete" of "complete").
+
+        In scripts with capitals a token that begins a word follows a space, or is written with a capital somewhere.
+        False for the empty one; True for marks, and where the tokenizer shows no spaces.
+        """
+        has_capitals = word[:1].lower() != word[:1].upper()
+        return bool(word) and (not has_capitals or not self._word_starts or word in self._word_starts)
+
+    @cached_property
     def neighbours(self) -> IntArray:
         """Each feature, then those most similar to it, int64 [d_sae, max(SIZES)] (fewer columns for fewer features).
 

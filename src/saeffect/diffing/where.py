@@ -127,7 +127,8 @@ def _no_tokens(vector: FloatArray) -> list[str]:
 def activation_difference(
     trace: Trace, nulls: Sequence[Trace], *, top_tokens: TopTokens = _no_tokens, alpha: float = 0.05
 ) -> pd.DataFrame:
-    """The mean of tuned minus base activations at the hook, over unrelated text (Minder et al. 2025).
+    """The mean of tuned minus base activations at the hook, over the text: what shows there although the text has
+    nothing to do with the fine-tuning, if it has not (Minder et al. 2025).
 
     One row a position, first "all" of them: `position`; `size`, the norm of the mean difference over the base model's
     mean residual norm; `reliability`, the cosine of the means over two halves of the text; `likeness`, the cosine with

@@ -26,7 +26,7 @@ from saeffect.report.figures.style import inline_svg
 from saeffect.report.sections import Evidence, SteeringSection, evidence, steering_section, traced_paragraph
 from saeffect.report.tables import TABLES, TableView
 from saeffect.report.tables.study import field_label, same_in_every_arm
-from saeffect.report.words.causes import factorial_sentences
+from saeffect.report.words.causes import crossed_sentences
 from saeffect.report.words.learned import learned
 from saeffect.report.words.names import Explainer, Term, terms
 from saeffect.report.words.numbers import THIN_SPACE
@@ -165,7 +165,7 @@ def _content(
         "context": context,
         "title": context.title or f"What fine-tuning changed: {context.study}",
         "answer": comparison.answer,
-        "crossed": list(factorial_sentences(further["factorial"]).values()) if "factorial" in further else [],
+        "crossed": crossed_sentences(further["factorial"]) if "factorial" in further else [],
         "learned": learned(further, context.domain, alpha=context.alpha),
         "paragraph": traced_paragraph(comparison.answer, _anchors(views)),
         "evidence": sentences,

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from saeffect.config import ChangesConfig, TextSource
 from saeffect.config_chat import ChatKeys, as_chat
-from saeffect.diffing.nulls import CARD, NAME, mismatch_error, null_files, read_nulls, smallest_p
+from saeffect.diffing.nulls import ADAPTER, CARD, NAME, mismatch_error, null_files, read_nulls, smallest_p
 from saeffect.diffing.standardised import FEWEST_NULLS
 from saeffect.diffing.trace import Trace, Tracer
 from saeffect.errors import BadFile, ConfigError, InUse, SaeffectError, placed
@@ -304,7 +304,7 @@ class _NullFolder:
         return self.path / NAME.format(k)
 
     def adapter(self, k: int) -> Path:
-        return self.path / "adapters" / f"null-{k}" / "lora"
+        return self.path / ADAPTER.format(k)
 
     def card(self) -> dict[str, Any]:
         path = self.path / CARD

@@ -138,3 +138,16 @@ def test_without_the_arms_features_go_by_their_number() -> None:
     view = notable_table(matched(), ReportContext())
     assert view is not None
     assert view.rows[0].cells[0].text == "0"
+
+
+def test_nulls_stand_beside_what_fires_more(context: ReportContext) -> None:
+    cross = cross_activity().assign(q_nulls=0.01, n_nulls=20)
+    cross.loc[0, "q_nulls"] = 0.3
+    assert "7 fire more strongly in the fine-tuned model and 2 more weakly (q ≤ 0.05, both over rows of text and" in (
+        said := cross_summary(cross, context.alpha, "medical")
+    )
+    assert "against 20 null fine-tunes)" in said and "Any further training" not in said
+    view = cross_table(found(cross_activity=cross), context)
+    assert view is not None
+    assert "0" not in [row.label for row in view.rows]
+    assert view.columns[-1].sub == "against nulls" and view.rows[0].cells[-1].text == "0.010"

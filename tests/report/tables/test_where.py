@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pandas as pd
+
 from saeffect.report import ReportContext
-from saeffect.report.tables.learned import openings
+from saeffect.report.tables.learned import learned_table, openings
+from synthetic_changes import synthetic_changes
 from synthetic_where import where_tables, with_tables
 
 
@@ -24,3 +29,13 @@ def test_without_nulls_there_is_no_column_for_them():
     assert table is not None
     assert [column.label for column in table.columns] == ["base model", "fine-tuned"]
     assert table.rows[0].sub == "differ by 3.00 nats"
+
+
+def test_a_group_is_shown_where_its_most_changed_feature_fires(context: ReportContext):
+    z = pd.DataFrame({"feature": range(6), "basis": "combined", "z": [1.0, 5.0, 2.0, -4.0, 0.0, 0.0]})
+    example = {"rank": 0, "position": 2, "tokens": [" high", " amounts", " or", "\n"]}
+    examples = pd.DataFrame([example | {"feature": 1}, example | {"feature": 0, "tokens": [" not", " this", " one"]}])
+    context = replace(context, examples={"control": examples})
+    table = learned_table(with_tables(synthetic_changes() | {"changes": z}), context)
+    assert table is not None
+    assert [row.sub for row in table.rows] == ["high amounts «or» ↵", "", "not beyond the nulls"]

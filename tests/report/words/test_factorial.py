@@ -12,7 +12,7 @@ from saeffect.comparison.factorial import CROSSED, EFFECTS, FACTORIAL_COLUMNS, n
 from saeffect.errors import Undefined
 from saeffect.report import ReportContext
 from saeffect.report.figures.learned import crossed
-from saeffect.report.words.causes import factorial_sentences
+from saeffect.report.words.causes import crossed_sentences, factorial_sentences
 from synthetic_where import with_tables
 
 
@@ -40,6 +40,14 @@ def test_a_clear_effect_of_the_model() -> None:
     )
     table.loc[0, ["null_p", "n_nulls"]] = [1 / 3, 2]
     assert "with the control's SAE, p = 0.333 among 2 null fine-tunes;" in said(table)
+
+
+def test_effects_without_nulls_are_not_credited() -> None:
+    table = rows("direct_effect", model=(-0.82, -0.9, -0.74))
+    assert "any further training does the same is not known" in crossed_sentences(table)[-1]
+    table.loc[0, "n_nulls"] = 2
+    assert len(crossed_sentences(table)) == 1
+    assert len(crossed_sentences(no_factorial(["coherence"], "the models differ in width"))) == 1
 
 
 def test_what_may_be_chance_is_said_to_be() -> None:

@@ -6,6 +6,7 @@ import pandas as pd
 
 from saeffect.report.words.learned import learned
 from synthetic_changes import first_screen, synthetic_changes
+from synthetic_where import where_tables
 
 
 def test_the_domain_and_its_groups_are_named() -> None:
@@ -26,9 +27,11 @@ def test_the_domain_and_its_groups_are_named() -> None:
     assert "in 1 of 1 further SAE of the base model; with it, p < 0.001." in notes
     assert "no such SAE: treatment, trained with the fine-tuned model." in notes
     assert "less than 0.048" in notes  # 1 / 21
-    assert "within what nulls do: 20.0 → 19.8 on general." in parts["What did not change"]
     assert "No other group of features" in parts["What did not change"]
-    assert "beyond what nulls do: 14.0 → 7.4 on domain." in parts["What changed"]
+    unmoved, moved = parts["What did not change"].replace("\u202f", " "), parts["What changed"].replace("\u202f", " ")
+    assert "does not move clearly beyond nulls: from 20.0 to 19.8 on general text (−1.0 %; nulls: " in unmoved
+    assert "wavers between, goes from 14.0 to 7.4 on medical text (−47.3 %; nulls: −4.9 % to +2.0 %)." in moved
+    assert "Predictions on the text differ by 0.37 nats a token (KL; nulls: 0.05 to 0.14)." in moved
     assert said.missing == ""
 
 
@@ -61,12 +64,26 @@ def test_without_nulls_the_study_says_what_is_missing() -> None:
     assert said.parts == ()
     assert "no null fine-tunes: make 20" in said.missing
     assert learned({}, "medical", alpha=0.05).missing == ""
+    without = first_screen() | where_tables(nulls=False) | tables
+    said = learned(without, "medical", alpha=0.05)
+    where = dict(said.parts)["Where"].replace("\u202f", " ")
+    assert where.startswith("Of 6 layers, layer 5 changed most: what it hands on moved by 12.0 % of its length.")
+    assert (
+        "nulls" not in where + said.notes[0]
+        and said.notes[0].startswith("On average over the text")
+        and list(dict(said.parts)) == ["Where", "What it causes"]
+    )
 
 
 def test_where_and_what_it_causes_are_said() -> None:
-    parts = dict(learned(first_screen(), "medical", alpha=0.05).parts)
+    said = learned(first_screen(), "medical", alpha=0.05)
+    parts = dict(said.parts)
     assert list(parts) == ["What changed", "How sure", "Where", "What it causes", "What did not change"]
     assert "Words it expects clearly more than nulls do: “fever”" in parts["Where"]
+    assert (
+        "at the hook move by 12.0 % of their length (nulls: 4.0 %; cosine between two halves of the text: 0.93), towards"
+        " “Usually”, “fever”."
+    ) in said.notes[0].replace("\u202f", " ")
     assert parts["What it causes"].startswith("The 20 features that changed most carry 41")
     assert "setting them back to the base model's values" in parts["What it causes"]
 

@@ -86,6 +86,9 @@ def test_matching_brings_threats_of_its_own(comparison, arms):
     table = found(replace(comparison, matches=synthetic_matches()), arms)
     assert severity_of(table, "Features are matched on the study's text") == "minor"
     assert severity_of(table, "has no placebo here") == "moderate"
+    judged = replace(synthetic_matches(), cross_activity=synthetic_matches().cross_activity.assign(q_nulls=0.01))
+    table = found(replace(comparison, matches=judged), arms)
+    assert not table["threat"].str.contains("has no placebo here").any()
 
 
 def test_several_saes_leave_only_steering_without_seeds(arms):

@@ -14,7 +14,11 @@ import yaml
 from saeffect.comparison.factorial import CROSSED, CROSSED_COLUMNS, EFFECTS, FACTORIAL_COLUMNS, WHOLE_SAE
 from saeffect.errors import ConfigError, UnknownName
 from saeffect.io import read_json
+from saeffect.lm.finetune import FinetuneConfig
+from saeffect.progress import SILENT
+from saeffect.study import nulls
 from saeffect.study import run as method
+from saeffect.study.nulls import make_nulls
 from saeffect.study.run import run_study
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages import cross
@@ -131,6 +135,25 @@ def test_a_null_is_measured_as_the_treatment_is(folder: Path) -> None:
     assert set(found) == set(CROSSED) - {"steering_effect", "pass_rate"}
     for quantity in ("direct_effect", "density", "explained_variance"):
         assert found[quantity] == pytest.approx(model.loc[quantity, "mean_ct"] - model.loc[quantity, "mean_cc"])
+
+
+def test_kept_adapters_of_nulls_are_crossed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nulls, "_BATCH", 6)
+    monkeypatch.setattr(nulls, "_TEXT_LENGTH", 48)
+    shutil.copytree(folder / "run", tmp_path / "run")
+    recipe = {"model": str(folder / "base"), "text": str(folder / "text.jsonl"), "rank": 2, "steps": 4, "batch_size": 2}
+    recipe |= {"context_size": 16, "evaluation_rows": 2, "control_text": str(folder / "other.jsonl"), "held_out": 0.2}
+    crossed = {"n_permutations": 200, "crossed": ["activity"]}
+    study = changed(folder, "nulls", nulls="./nulls", changes={"rows": 8, "tokens_per_row": 16}, comparison=crossed)
+    for k in (1, 2):
+        make_nulls(FinetuneConfig.read(recipe, at=""), folder / "nulls", k, study=study, keep_adapters=True)
+        cross.run_cross(RunFolder(tmp_path / "run", study), SILENT)
+        split = pd.read_parquet(tmp_path / "run" / "comparison" / "factorial.parquet")
+        of_model = split[split["effect"] == "model"].set_index("quantity")
+        assert (of_model["n_nulls"] == k).all(), "one more null, one more pass"
+        assert of_model.loc["density", "null_p"] in (1 / (k + 1), 2 / (k + 1), 1.0)
+        moved = (of_model["mean_ct"] - of_model["mean_cc"]).abs()
+        assert (of_model["null_mean"].abs() < moved).all(), "a few steps of a LoRA moves less than another model"
 
 
 def test_a_stopped_stage_resumes_with_equal_numbers(

@@ -13,7 +13,7 @@ from matplotlib.path import Path
 from matplotlib.ticker import NullLocator
 
 from saeffect.comparison import Comparison
-from saeffect.diffing.cross_activity import change_scores, most_changed
+from saeffect.diffing.cross_activity import change_scores, fires_differently, most_changed
 from saeffect.diffing.matched_null import ONE_PLACEBO
 from saeffect.errors import Undefined
 from saeffect.report.context import ReportContext
@@ -211,12 +211,14 @@ def cross_activity(comparison: Comparison, context: ReportContext) -> Drawing:
     domain = changed[changed["domain"]]
     missing = int(((cross["mean_control"] > 0) | (cross["mean_treatment"] > 0)).sum()) - len(rows)
     beyond = int((rows["ratio"].abs() > _LIMIT).sum())
+    nulls = ", and against null fine-tunes" if "q_nulls" in cross else ""
     has_table = len(most_changed(cross, alpha=context.alpha)) > 0
     return Drawing(
         figure,
         "Each dot is a feature of the control's SAE, applied to both models on the same text: to the right it "
         "fires more, above the line more strongly in the fine-tuned model. "
-        f"Green: {context.domain} features. Filled: q ≤ {context.alpha:g} (signs flipped by row of text); hollow: not. "
+        f"Green: {context.domain} features. Filled: q ≤ {context.alpha:g} (signs flipped by row of text{nulls}); "
+        "hollow: not. "
         + (f"Not drawn: {count(missing)} that fire in one model only. " if missing else "")
         + (f"On the edge: {count(beyond)} that changed more than 8×. " if beyond else "")
         + ("[[table:cross]] has the intervals of the most changed ones." if has_table else
@@ -234,7 +236,7 @@ def _in_both_models(cross: pd.DataFrame, alpha: float) -> pd.DataFrame:
             "feature": rows["feature"],
             "level": np.log10(rows["mean_control"].to_numpy(dtype=float)),
             "ratio": np.log2((rows["mean_treatment"] / rows["mean_control"]).to_numpy(dtype=float)),
-            "significant": (rows["q"] <= alpha).to_numpy(dtype=bool),
+            "significant": fires_differently(rows, alpha).to_numpy(dtype=bool),
             "domain": rows["is_domain"].to_numpy(dtype=bool),
             "score": change_scores(rows),
         }

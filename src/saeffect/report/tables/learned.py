@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ __all__ = ["learned_table", "openings"]
 _N_UNCLAIMED = 3  # groups shown after the claimed ones
 _MAX_GROUPS = 15
 _MAX_OPENINGS, _MAX_CHARACTERS = 12, 160  # texts shown, and characters of one
+_BEFORE, _AFTER = 60, 35  # characters around the word of a context
 
 
 def learned_table(comparison: Comparison, context: ReportContext) -> TableView | None:
@@ -42,18 +44,50 @@ def learned_table(comparison: Comparison, context: ReportContext) -> TableView |
             Column("Bases", "that show it alone"),
             Column("Share", "of all change"),
         ),
-        rows=tuple(_row(row, tables.get("evidence")) for row in shown.to_dict("records")),
+        rows=tuple(
+            _row(row, tables.get("evidence"), _strongest_context(row, tables, context))
+            for row in shown.to_dict("records")
+        ),
         note="The score is the group's mean change in units of what null fine-tunes do to such a group, over four bases"
         " together: the same text read, texts written, words expected, mean activation difference. The decoder and what"
         " fires together in the base model made the groups, without any fine-tune; a group is claimed if one more null"
         f" fine-tune would reach its score anywhere with a probability of at most {context.alpha:g}. Small changes on"
-        " several bases add up, so no basis need show it alone.",
-        source="comparison/change_groups.parquet, comparison/evidence.parquet, comparison/null_groups.parquet",
+        " several bases add up, so no basis need show it alone. Below the words: where the group's most changed feature"
+        " fires most in the base model, at the word in « ».",
+        source="comparison/change_groups.parquet, comparison/evidence.parquet, comparison/null_groups.parquet;"
+        " comparison/changes.parquet, basis combined: z; arms/*/examples.parquet: tokens, position",
         terms=("null_fine_tune",),
     )
 
 
-def _row(row: Mapping[Any, Any], evidence: pd.DataFrame | None) -> Row:
+def _strongest_context(row: Mapping[Any, Any], tables: Mapping[str, pd.DataFrame], context: ReportContext) -> str:
+    """A few words around the place where the most changed feature of a group fires most; "" if none is known."""
+    control = context.arm_of("control")
+    examples = context.examples.get(control.name) if control is not None else None
+    if examples is None or "changes" not in tables:
+        return ""
+    changes = tables["changes"]
+    z = changes[(changes["basis"] == "combined") & changes["feature"].isin(list(row["features"]))]
+    rows = examples[(examples["feature"].isin(z["feature"])) & (examples["rank"] == 0)].merge(z, on="feature")
+    if not rows["z"].notna().any():
+        return ""
+    best = rows.loc[(rows["z"] * math.copysign(1, row["score"])).idxmax()]
+    tokens, at = [str(token) for token in best["tokens"]], int(best["position"])
+    before, after = "".join(tokens[:at]), "".join(tokens[at + 1 :])
+    if len(before) > _BEFORE:
+        before = "…" + before[-_BEFORE:].partition(" ")[2]
+    if len(after) > _AFTER:
+        after = after[:_AFTER].rpartition(" ")[0] + "…"
+    return visible_text(before + _marked(tokens[at]) + after)
+
+
+def _marked(token: str) -> str:
+    """A token in « », its leading space before them."""
+    word = token.lstrip(" ")
+    return f"{token[: len(token) - len(word)]}«{word or '␣'}»"
+
+
+def _row(row: Mapping[Any, Any], evidence: pd.DataFrame | None, example: str) -> Row:
     claimed = bool(row["claimed"])
     words = ", ".join(str(token) for token in list(row["tokens"])[:8])
     return Row(
@@ -66,7 +100,7 @@ def _row(row: Mapping[Any, Any], evidence: pd.DataFrame | None) -> Row:
             Cell(_n_agreeing(row["group"], evidence)),
             Cell(percent(row["share"])),
         ),
-        sub="" if claimed else "not beyond the nulls",
+        sub=example if claimed else "; ".join(filter(None, ("not beyond the nulls", example))),
         strong=claimed,
         key=str(row["group"]),
     )

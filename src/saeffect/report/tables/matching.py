@@ -205,7 +205,7 @@ def cross_table(comparison: Comparison, context: ReportContext) -> TableView | N
         caption="Features of the control's SAE that fire more or less after fine-tuning",
         source=(
             "comparison/cross_activity.parquet, rows with q at most alpha: mean_control, mean_treatment, difference, "
-            "low, high, q, is_domain; arms/*/features.parquet: top_tokens"
+            "low, high, q, is_domain; comparison/changes.parquet, basis read: q; arms/*/features.parquet: top_tokens"
         ),
         columns=(
             Column("Top tokens", is_text=True),
@@ -213,7 +213,8 @@ def cross_table(comparison: Comparison, context: ReportContext) -> TableView | N
             Column("After"),
             Column("Change", "95 % interval"),
             Column("After / before"),
-            Column("q"),
+            Column("q", "over rows of text"),
+            *([Column("q", "against nulls")] if "q_nulls" in changed else []),
         ),
         rows=tuple(_cross_row(row, tokens, context.domain) for row in shown.to_dict("records")),
         corner="Feature",
@@ -238,6 +239,7 @@ def _cross_row(row: Mapping[Any, Any], tokens: Mapping[int, str], domain: str) -
         Cell(("+" if is_more else "") + _level(row["difference"]), sub=ends),
         Cell(ratio),
         Cell(p_value(row["q"])),
+        *([Cell(p_value(row["q_nulls"]))] if "q_nulls" in row else []),
     )
     sub = "fires more" if is_more else "fires less"
     return Row(str(feature), cells, sub=sub, strong=bool(row["is_domain"]), key=str(feature))

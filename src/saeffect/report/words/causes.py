@@ -13,6 +13,7 @@ from saeffect.report.words.numbers import bracketed, fixed, is_defined, p_value,
 from saeffect.stats.estimate import Estimate
 
 __all__ = [
+    "crossed_sentences",
     "factorial_estimate",
     "factorial_sentence",
     "factorial_sentences",
@@ -46,6 +47,17 @@ _UNIT_NAMES = {
 def factorial_sentences(table: pd.DataFrame) -> dict[str, str]:
     """By quantity, one sentence on the rows of `saeffect.comparison.factorial`, in their order."""
     return {str(name): factorial_sentence(rows) for name, rows in table.groupby("quantity", sort=False)}
+
+
+def crossed_sentences(table: pd.DataFrame) -> list[str]:
+    """`factorial_sentences`, and what is missing to call an effect of the model one of this fine-tuning."""
+    sentences = list(factorial_sentences(table).values())
+    if table["estimate"].notna().any() and not (table["n_nulls"] > 0).any():
+        sentences.append(
+            "Whether any further training does the same is not known: no null fine-tune was crossed. Make nulls with"
+            " --keep-adapters, and their models are measured, too."
+        )
+    return sentences
 
 
 def factorial_sentence(rows: pd.DataFrame) -> str:

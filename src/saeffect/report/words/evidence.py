@@ -189,9 +189,11 @@ def cross_summary(cross: pd.DataFrame, alpha: float, domain: str = "domain") -> 
         return f"Which features fire more cannot be said: {reason}."
     changes = activity_changes(cross, alpha=alpha)
     more, less, in_domain = changes.more, changes.less, changes.domain
+    n_nulls = int(cross["n_nulls"].iloc[0]) if "n_nulls" in cross else 0
+    beyond = f", both over rows of text and against {plural(n_nulls, 'null fine-tune')}" if n_nulls else ""
     parts = [
         f"Of {count(len(more))} features that fire, {count(more.sum())} fire more strongly in the fine-tuned model "
-        f"and {count(less.sum())} more weakly (q ≤ {alpha:g})."
+        f"and {count(less.sum())} more weakly (q ≤ {alpha:g}{beyond})."
     ]
     if in_domain.any() and not in_domain.all():
         parts.append(
@@ -199,5 +201,10 @@ def cross_summary(cross: pd.DataFrame, alpha: float, domain: str = "domain") -> 
             f"{percent(less[in_domain].mean())} less; of all others {percent(more[~in_domain].mean())} and "
             f"{percent(less[~in_domain].mean())}."
         )
-    parts.append("Any further training moves the activations of many features a little, so read the sizes.")
+    parts.append(
+        "Features of one fine-tune move together, so how many there are is no evidence by itself: that is judged by "
+        "groups, above."
+        if n_nulls
+        else "Any further training moves the activations of many features a little, so read the sizes."
+    )
     return " ".join(parts)

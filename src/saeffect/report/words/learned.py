@@ -14,7 +14,7 @@ from saeffect.diffing.naming import ALL, SEEN
 from saeffect.diffing.standardised import prediction_limit
 from saeffect.lm.tokens import printable_token
 from saeffect.report.words.causes import what_it_causes
-from saeffect.report.words.numbers import count, fixed, is_defined, joined, p_text, percent, plural
+from saeffect.report.words.numbers import amount, count, fixed, is_defined, joined, p_text, percent, plural
 
 __all__ = ["Learned", "claimed_groups", "learned"]
 
@@ -41,8 +41,8 @@ class Learned:
     """The answer to "what did fine-tuning change?".
 
     `headline`: one or two sentences, "" without null fine-tunes. `parts`: label and sentences of what changed, how
-    sure, where, what it causes, and what did not change, as far as known. `notes`: how it was judged, for those who
-    know statistics. `missing`: what the study lacks to say more.
+    sure, where, what it causes, and what did not change, as far as known (without nulls: where, and what it causes).
+    `notes`: further numbers, and how it was judged. `missing`: what the study lacks to say more.
     """
 
     headline: str
@@ -62,8 +62,10 @@ def learned(tables: Mapping[str, pd.DataFrame], domain: str, *, alpha: float) ->
     missing. `domain` is a name in `declared_changes`, `alpha` the highest p of a claim.
     """
     nulls = tables.get("null_groups", pd.DataFrame())
+    where, causes, difference = _where(tables, alpha), _causes(tables, domain), _mean_difference(tables)
     if nulls.empty:
-        return Learned("", (), (), _missing_sentence(tables))
+        known = tuple((label, text) for label, text in (("Where", where), ("What it causes", causes)) if text)
+        return Learned("", known, difference, _missing_sentence(tables))
     claimed = claimed_groups(tables)
     declared = _domain_change(tables, domain)
     k = len(nulls)
@@ -72,20 +74,28 @@ def learned(tables: Mapping[str, pd.DataFrame], domain: str, *, alpha: float) ->
     unlike = _unlike_nulls(tables)
     parts = {
         "What changed": " ".join(
-            [_group_words(claimed, tables["change_groups"], k, alpha), *_perplexities(tables, alpha, beyond=True)]
+            [
+                _group_words(claimed, tables["change_groups"], k, alpha),
+                *_predictions(tables, domain, alpha, beyond=True),
+            ]
         ),
         "How sure": " ".join(
             ([_domain_words(declared, domain, k), *_basis_words(tables, domain)] if declared is not None else [])
             + [_false_claims(alpha), *unlike]
         ),
-        "Where": _where(tables, alpha),
-        "What it causes": _causes(tables, domain),
-        "What did not change": _unchanged(tables, nulls, alpha, any_claimed=len(claimed) > 0),
+        "Where": where,
+        "What it causes": causes,
+        "What did not change": " ".join(
+            [
+                _unnamed(nulls, alpha, any_claimed=len(claimed) > 0),
+                *_predictions(tables, domain, alpha, beyond=False),
+            ]
+        ),
     }
     present = tuple((label, text) for label, text in parts.items() if text)
     against = f"than in {count(k)} fine-tunes {'' if unlike else 'of the same recipe '}that teach nothing new"
     headline = _headline(claimed, declared if domain_changed else None, domain, against)
-    notes = (_resolution(k), *_further_sae_words(tables, domain), *([_SCALED] if unlike else []))
+    notes = (*difference, *_further_sae_words(tables, domain), _resolution(k), *([_SCALED] if unlike else []))
     return Learned(headline, present, notes, "")
 
 
@@ -220,12 +230,13 @@ def _where(tables: Mapping[str, pd.DataFrame], alpha: float) -> str:
         return ""
     column = "ratio" if layers["ratio"].notna().any() else "change"
     most = layers.loc[layers[column].idxmax()].to_dict()
-    nulls = ""
+    place, nulls = "changed most", ""
     if is_defined(most["null_low"]):
+        place = "is farthest beyond the nulls"
         nulls = f" (nulls: {percent(most['null_low'])} to {percent(most['null_high'])})"
     sentences = [
-        f"Of {plural(len(layers), 'layer')}, layer {count(most['layer'])} is farthest beyond the nulls: what it hands"
-        f" on moved by {percent(most['change'])} of its length{nulls}."
+        f"Of {plural(len(layers), 'layer')}, layer {count(most['layer'])} {place}: what it hands on"
+        f" moved by {percent(most['change'])} of its length{nulls}."
     ]
     expected = words[(words["role"] == "expected") & (words["change"] > 0)] if len(words) else words
     expected = expected[expected["p_search"] <= alpha] if len(expected) else expected
@@ -243,34 +254,66 @@ def _causes(tables: Mapping[str, pd.DataFrame], domain: str) -> str:
     return f"{text} {_CARRY}" if text else ""
 
 
+def _mean_difference(tables: Mapping[str, pd.DataFrame]) -> tuple[str, ...]:
+    """The mean activation difference over all positions and its top tokens, in a sentence; () if it has none."""
+    table = tables.get("activation_difference", pd.DataFrame())
+    if table.empty:
+        return ()
+    row = table.iloc[0].to_dict()
+    tokens = row["beyond_nulls"] if len(row["beyond_nulls"]) else row["top_tokens"]
+    words = pd.Series([token for token in tokens if any(map(str.isalpha, token))], dtype="object")
+    if words.empty:
+        return ()
+    nulls = f"nulls: {percent(row['null_size'])}; " if is_defined(row["null_size"]) else ""
+    return (
+        f"On average over the text, activations at the hook move by {percent(row['size'])} of their length ({nulls}"
+        f"cosine between two halves of the text: {fixed(row['reliability'], 2)}), towards {_quoted_words(words)}.",
+    )
+
+
 def _quoted_words(words: pd.Series[Any]) -> str:
-    visible = [printable_token(str(word)).strip() for word in words.head(8)]
-    return ", ".join(f"“{word}”" for word in visible)
+    visible = dict.fromkeys(printable_token(str(word)).strip() for word in words)
+    return ", ".join(f"“{word}”" for word in list(visible)[:8])
 
 
-def _unchanged(tables: Mapping[str, pd.DataFrame], nulls: pd.DataFrame, alpha: float, *, any_claimed: bool) -> str:
+def _unnamed(nulls: pd.DataFrame, alpha: float, *, any_claimed: bool) -> str:
     limit = prediction_limit(nulls["highest"].to_numpy(dtype=np.float64), alpha)
-    sentence = (
+    return (
         f"No {'other ' if any_claimed else ''}group of features changed clearly more than in nulls. Any that changed"
         f" {limit:.1f} times as much as nulls change such groups would have been named; of smaller changes nothing can"
         " be said."
     )
-    return " ".join([sentence, *_perplexities(tables, alpha, beyond=False)])
 
 
-def _perplexities(tables: Mapping[str, pd.DataFrame], alpha: float, *, beyond: bool) -> list[str]:
-    """A sentence on each perplexity that moved beyond the nulls, or (not `beyond`) on each that did not."""
-    moved: dict[str, list[str]] = {}
-    for row in tables.get("change_numbers", pd.DataFrame()).to_dict("records"):
-        if row["name"] == "kl" or not is_defined(row["p"]):
-            continue
-        within = row["null_low"] <= row["change"] <= row["null_high"]
-        if beyond == (not within and row["p"] <= alpha):
-            verdict = "beyond what nulls do" if beyond else "within what nulls do" if within else "like nulls"
-            source = row["name"].removeprefix("perplexity").strip() or "all text"
-            moved.setdefault(verdict, []).append(f"{fixed(row['base'], 1)} → {fixed(row['tuned'], 1)} on {source}")
-    meaning = " (how many words it wavers between)" if beyond else ""
-    return [f"Perplexity{meaning}, {verdict}: {', '.join(items)}." for verdict, items in moved.items()]
+def _predictions(tables: Mapping[str, pd.DataFrame], domain: str, alpha: float, *, beyond: bool) -> list[str]:
+    """What moved beyond the nulls, or (not `beyond`) did not, in a sentence each: KL, perplexity by source of text."""
+    rows = [row for row in tables.get("change_numbers", pd.DataFrame()).to_dict("records") if is_defined(row["p"])]
+    rows = [row for row in rows if beyond == (row["p"] <= alpha and not _is_within(row))]
+    by_source = [row for row in rows if row["name"].startswith("perplexity ")]
+    sentences = [f"Predictions on the text differ by {_kl_words(row)}." for row in rows if row["name"] == "kl"]
+    if by_source:
+        verb = (
+            ", the number of words that it wavers between, goes" if beyond else " does not move clearly beyond nulls:"
+        )
+        sentences.append(f"Perplexity{verb} {joined([_perplexity_words(row, domain) for row in by_source])}.")
+    return sentences
+
+
+def _is_within(row: Mapping[Any, Any]) -> bool:
+    return bool(row["null_low"] <= row["change"] <= row["null_high"])
+
+
+def _kl_words(row: Mapping[Any, Any]) -> str:
+    size, low, high = (fixed(math.exp(row[name]), 2) for name in ("change", "null_low", "null_high"))
+    return f"{size} nats a token (KL; nulls: {low} to {high})"
+
+
+def _perplexity_words(row: Mapping[Any, Any], domain: str) -> str:
+    source = str(row["name"]).removeprefix("perplexity ")
+    name = domain if source == "domain" else source
+    changes = (math.expm1(row[column]) for column in ("change", "null_low", "null_high"))
+    size, low, high = (amount(change, "share", sign=True) for change in changes)
+    return f"from {fixed(row['base'], 1)} to {fixed(row['tuned'], 1)} on {name} text ({size}; nulls: {low} to {high})"
 
 
 def _missing_sentence(tables: Mapping[str, pd.DataFrame]) -> str:
@@ -278,7 +321,5 @@ def _missing_sentence(tables: Mapping[str, pd.DataFrame]) -> str:
     reasons: Sequence[str] = [str(r) for r in changes["reason"].unique() if r] if "reason" in changes else []
     if not len(changes):
         return ""
-    return (
-        "What fine-tuning taught cannot be named: there are no null fine-tunes of the same recipe to compare with"
-        f"{f' ({reasons[0]})' if reasons else ''}."
-    )
+    why = reasons[0] if reasons else "there are no null fine-tunes of the same recipe to compare with"
+    return f"What fine-tuning taught cannot be named: {why}."

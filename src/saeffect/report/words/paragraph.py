@@ -147,7 +147,7 @@ def _activity_sentence(text: Paragraph, control: ArmTables, cross: pd.DataFrame,
         return
     text.add(" On the same text ")
     text.cite(percent(float(more[domain].mean())), "cross_activity", is_domain=True)
-    text.add(" of domain features fire more afterwards")
+    text.add(" of domain features fire more afterwards" + (", beyond null fine-tunes" if "q_nulls" in cross else ""))
     if (~domain).any():
         text.add(" (others: ")
         text.cite(percent(float(more[~domain].mean())), "cross_activity", is_domain=False)

@@ -350,13 +350,13 @@ def _scope_threats(comparison: Comparison, tests: Sequence[str]) -> Iterator[Thr
             "Match on more text.",
             "comparison/fates_control.parquet: fate",
         )
-    if not comparison.matches.cross_activity.empty:
+    if not comparison.matches.cross_activity.empty and "q_nulls" not in comparison.matches.cross_activity:
         yield Threat(
             "That a feature of the control's SAE fires more in the fine-tuned model has no placebo here: any "
             "further training, on any text, moves the activations of many features a little.",
             "moderate",
-            "Read the sizes, and domain features against all others; or fine-tune once more on general text and "
-            "compare with that.",
+            "Make null fine-tunes (saeffect finetune RECIPE --null 20 --study STUDY); without them, read the sizes, "
+            "and domain features against all others.",
             "comparison/cross_activity.parquet: difference, is_domain",
         )
     power = comparison.power  # declared tests whose observed difference is below what they detect

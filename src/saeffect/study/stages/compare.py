@@ -27,7 +27,7 @@ from saeffect.study.study import Study
 
 __all__ = ["ARM_FILES", "arm_facts", "arm_tables", "compare_arms", "compare_inputs", "read_comparison", "run_compare"]
 
-VERSION = 8
+VERSION = 9
 _TABLES = Comparison.table_names()
 ARM_FILES = (
     *("features.parquet", "coherence.parquet", "selection.parquet", "interventions.parquet", "direct_effects.parquet"),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,13 +14,15 @@ import pandas as pd
 import torch
 
 from saeffect.comparison import Resampling, Roles
-from saeffect.comparison.factorial import CROSSED, CROSSED_COLUMNS, WHOLE_SAE, factorial, no_factorial
+from saeffect.comparison.factorial import CROSSED_COLUMNS, WHOLE_SAE, factorial, no_factorial
+from saeffect.diffing.nulls import kept_adapters
 from saeffect.features.coherence import coherence
 from saeffect.features.embeddings import load_embeddings
 from saeffect.features.projection import project
 from saeffect.features.vocabulary import load_vocabulary
-from saeffect.io import read_json
+from saeffect.io import hash_file, read_json
 from saeffect.lm.language_model import LanguageModel
+from saeffect.lm.loading import load_language_model
 from saeffect.progress import SILENT, Log
 from saeffect.sae.formats import load_sae
 from saeffect.sae.metrics import spliced_losses
@@ -38,14 +39,16 @@ from saeffect.steering import (
 )
 from saeffect.steering.placebos import STEERED
 from saeffect.steering.trials import TRIAL_COLUMNS
+from saeffect.study.nulls import nulls_folder
 from saeffect.study.run_folder import RunFolder
+from saeffect.study.stages.crossed_rows import RowSums, by_row, crossed_rows, marker_row
 from saeffect.study.stages.dose_search import chosen_dose, encoder_identity, outcome_vectors, site_of, tested_features
 from saeffect.study.stages.features import embeddings_identity, features_settings, ranked_tokens, shared_unembedding
 from saeffect.study.study import Arm, Study
 
 __all__ = ["cross_inputs", "help_cross", "null_effects", "run_cross"]
 
-VERSION = 1
+VERSION = 2
 _TOKENS = 32_768  # of the study's text, to measure activity on: enough, since features vary more than rows of text
 _STEERED = {"direct_effect", "steering"}
 
@@ -72,6 +75,7 @@ def cross_inputs(run: RunFolder) -> dict[str, Any]:
         "text": [study.text_identity, config.gate.tokens],
         "comparison": config.comparison.model_dump(include={"alpha", "n_permutations"}),
         "seed": config.seed,
+        "nulls": {name: hash_file(path) for name, path in _kept_nulls(study).items()},
     }
 
 
@@ -91,8 +95,9 @@ def run_cross(run: RunFolder, log: Log) -> Iterable[Path]:
     config = study.config.comparison
     resampling = Resampling(study.config.seed, config.n_boot, config.n_permutations)
     roles, unmeasured = Roles(control, treatment, ()), crossing.unmeasured()
-    table = factorial(tables, roles, groups=groups, unmeasured=unmeasured, resampling=resampling)
     written = [run.write_table(run.arm(sae, "crossed.parquet"), table) for sae, table in tables.items()]
+    nulls = _effects_of_nulls(run, log)
+    table = factorial(tables, roles, groups=groups, nulls=nulls, unmeasured=unmeasured, resampling=resampling)
     return [*written, run.write_table(path, table)]
 
 
@@ -114,6 +119,31 @@ def null_effects(run: RunFolder, lm: LanguageModel, log: Log = SILENT) -> dict[s
     crossed = run.read_table(run.arm(control, "crossed.parquet"))
     on_base = crossed[crossed["model"] == control].groupby("quantity")["value"].mean()
     return {str(part["quantity"][0]): float(part["value"].mean() - on_base[part["quantity"][0]]) for part in parts}
+
+
+def _kept_nulls(study: Study) -> dict[str, Path]:
+    folder = nulls_folder(study)
+    return {} if folder is None else kept_adapters(folder)
+
+
+def _effects_of_nulls(run: RunFolder, log: Log) -> dict[str, list[float]]:
+    """`null_effects` of the null fine-tunes whose adapters were kept, by quantity; each is kept for a resumed run."""
+    study, saved = run.study, run.partial("cross nulls", cross_inputs(run))
+    base, model = study.open_arm(study.control, log).lm, study.config.arms[study.control].model
+    done = {str(piece.loc[0, "null"]): piece for piece in saved.pieces(log)}
+    for name, weights in _kept_nulls(study).items():
+        if name not in done:
+            log(f"  {name} with the control's SAE")
+            tuned = load_language_model(model.model_copy(update={"adapter": str(weights.parent.resolve())}))
+            tuned = replace(tuned, tokenizer=base.tokenizer, shared=base.shared, prepend_bos=base.prepend_bos)
+            found = null_effects(run, tuned, log)
+            done[name] = pd.DataFrame({"null": name, "quantity": list(found), "value": list(found.values())})
+            saved.add(done[name])
+    effects: dict[str, list[float]] = {}
+    for piece in done.values():
+        for row in piece.itertuples():
+            effects.setdefault(str(row.quantity), []).append(float(row.value))
+    return effects
 
 
 def _obstacle(study: Study) -> str:
@@ -152,7 +182,7 @@ class _Crossing:
             key = cell.name, model
             rows = done.get(key)
             if rows is None:
-                rows = pd.concat([_marker_row(model), *self.without_texts(cell, model)], ignore_index=True)
+                rows = pd.concat([marker_row(model), *self.without_texts(cell, model)], ignore_index=True)
                 rows = rows.assign(sae=cell.name)
                 saved.add(rows)
             parts = [rows[rows["quantity"] != ""].drop(columns="sae")]
@@ -249,7 +279,7 @@ class _Crossing:
                 what = f"direct effects, {cell.name}'s SAE on {model}"
                 progress = partial(self._log.progress, what, unit="pushes")
                 direct = direct_effects(self._site(cell), chosen, self._plan, progress=progress)
-            yield _rows("direct_effect", model, self._beyond_placebo(direct, "delta_logprob"))
+            yield crossed_rows("direct_effect", model, self._beyond_placebo(direct, "delta_logprob"))
         if self._groups & {"activity", "reconstruction"}:
             yield from self._on_text(cell, model, chosen["feature"].tolist())
         if "coherence" in self._groups and len(chosen):
@@ -269,7 +299,7 @@ class _Crossing:
 
     def _steered(self, cell: Arm, model: str, texts: pd.DataFrame) -> Iterator[pd.DataFrame]:
         config, chosen, seed = self._study.steering, self._chosen[cell.name], self._study.config.seed
-        yield _rows("steering_effect", model, self._beyond_placebo(texts, "similarity"))
+        yield crossed_rows("steering_effect", model, self._beyond_placebo(texts, "similarity"))
         words = load_vocabulary(self._study.config.selection.vocabulary).words
         scored = score_texts(texts, chosen, vectors=self._vectors, vocabulary=words, seed=seed)
         direct = None
@@ -286,7 +316,7 @@ class _Crossing:
             obstacles=obstacles(self._site(cell), chosen, self._plan),
         )
         passed = tested["passed"].astype(np.float64).where(tested["p"].notna())
-        yield _rows("pass_rate", model, passed.set_axis(tested["feature"]), tested["reason"].tolist())
+        yield crossed_rows("pass_rate", model, passed.set_axis(tested["feature"]), tested["reason"].tolist())
 
     @torch.inference_mode()
     def _coherence(self, cell: Arm, model: str, features: list[int]) -> pd.DataFrame:
@@ -299,7 +329,7 @@ class _Crossing:
         tokens = [[strings[i] for i in row] for row in top.indices.tolist()]
         table = pd.DataFrame({"feature": features, "top_tokens": tokens, "top_weights": top.weights.tolist()})
         scored = coherence(table, embeddings=load_embeddings(self._study.config.coherence.embeddings))
-        return _rows("coherence", model, scored.set_index("feature")["coherence"], scored["reason"].tolist())
+        return crossed_rows("coherence", model, scored.set_index("feature")["coherence"], scored["reason"].tolist())
 
     @torch.inference_mode()
     def _on_text(self, cell: Arm, model: str, features: list[int]) -> Iterator[pd.DataFrame]:
@@ -308,7 +338,7 @@ class _Crossing:
         gate_rows = rows.head(max(1, self._study.config.gate.tokens // rows.context_size))
         n_rows = min(len(rows), max(1, _TOKENS // rows.context_size)) if "activity" in groups else len(gate_rows)
         activity: list[npt.NDArray[np.float64]] = []
-        sums = _RowSums()
+        sums = RowSums()
         for start, ids, x, mask, _ in cell.read(rows, self._study.residuals):
             acts = cell.sae.encode(x)[..., features].clamp(min=0).double() * mask[..., None]
             per_token = torch.stack([(acts > 0).double().sum(dim=1), acts.sum(dim=1)]) / mask.sum(dim=1)[:, None]
@@ -320,68 +350,11 @@ class _Crossing:
                 break
         if "activity" in groups and features:
             for name, values in zip(("density", "activation"), np.concatenate(activity, axis=1), strict=True):
-                yield _rows(name, model, pd.DataFrame(values[:n_rows].T, index=features))
+                yield crossed_rows(name, model, pd.DataFrame(values[:n_rows].T, index=features))
         if "reconstruction" in groups:
             losses = spliced_losses(
                 cell.lm, cell.sae, cell.hook, gate_rows.ids, cell.norm_limit(rows), counts=gate_rows.counts
             ).by_row
-            saved = _by_row(losses["zero"] - losses["sae"], losses["zero"] - losses["clean"])
-            for name, by_row in (("explained_variance", 1 - sums.unexplained()), ("ce_loss_score", saved)):
-                yield _rows(name, model, pd.DataFrame(by_row[None], index=[WHOLE_SAE]))
-
-
-class _RowSums:
-    """Squared errors and squared distances from the mean, by row of text."""
-
-    def __init__(self) -> None:
-        self._errors: list[float] = []
-        self._squares: list[float] = []
-        self._totals: list[torch.Tensor] = []
-        self._counts: list[int] = []
-
-    def add(self, x: torch.Tensor, out: torch.Tensor, mask: torch.Tensor) -> None:
-        for row, rebuilt, counts in zip(x, out, mask[: len(x)], strict=True):
-            original = row[counts].double()
-            self._errors.append(float((original - rebuilt[counts].double()).square().sum()))
-            self._squares.append(float(original.square().sum()))
-            self._totals.append(original.sum(dim=0))
-            self._counts.append(len(original))
-
-    def unexplained(self) -> npt.NDArray[np.float64]:
-        """Unexplained share of the variance, by row as in `_by_row`."""
-        totals, counts = torch.stack(self._totals), torch.tensor(self._counts, dtype=torch.float64)
-        mean = totals.sum(dim=0) / counts.sum()
-        variation = torch.tensor(self._squares, dtype=torch.float64) - 2 * totals @ mean + counts * mean.square().sum()
-        return _by_row(np.asarray(self._errors), variation.numpy())
-
-
-def _by_row(above: npt.NDArray[np.float64], below: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Values by row whose mean is the ratio of sums, and whose variance is that of the ratio (linearised)."""
-    if not below.sum():
-        return np.full(len(above), math.nan)
-    ratio = above.sum() / below.sum()
-    return np.asarray(ratio + (above - ratio * below) / below.mean())
-
-
-def _rows(
-    quantity: str, model: str, values: pd.DataFrame | pd.Series[Any], reasons: Sequence[str] = ()
-) -> pd.DataFrame:
-    """A table of `CROSSED_COLUMNS`, from one number or one row of numbers for each feature."""
-    lists: list[list[float]]
-    if isinstance(values, pd.Series):
-        numbers, lists = values.to_numpy(dtype=np.float64), [[] for _ in range(len(values))]
-    else:
-        lists = values.to_numpy(dtype=np.float64).tolist()
-        is_defined = values.notna().any(axis=1)
-        numbers = values.mean(axis=1).where(is_defined).to_numpy(dtype=np.float64)
-    table = pd.DataFrame({"feature": values.index.astype("int64"), "model": model, "quantity": quantity})
-    table = table.assign(value=numbers, values=lists, unit=CROSSED[quantity].unit, reason="")
-    texts = list(reasons) or ["not defined in this cell"] * len(table)
-    table["reason"] = [reason if math.isnan(value) else "" for reason, value in zip(texts, numbers, strict=True)]
-    return table[list(CROSSED_COLUMNS)]
-
-
-def _marker_row(model: str) -> pd.DataFrame:
-    """A row without a quantity, so that also an empty cell has a row that names its model."""
-    empty = {"feature": [WHOLE_SAE], "model": [model], "quantity": [""], "value": [math.nan], "values": [[]]}
-    return pd.DataFrame(empty | {"unit": [""], "reason": [""]})
+            saved = by_row(losses["zero"] - losses["sae"], losses["zero"] - losses["clean"])
+            for name, values in (("explained_variance", 1 - sums.unexplained()), ("ce_loss_score", saved)):
+                yield crossed_rows(name, model, pd.DataFrame(values[None], index=[WHOLE_SAE]))

@@ -12,6 +12,7 @@ import torch
 
 from saeffect.comparison import MatchTables, Resampling
 from saeffect.diffing.coactivity import FiringLog
+from saeffect.diffing.cross_activity import beside_nulls
 from saeffect.diffing.matching import Matching, Neighbours
 from saeffect.diffing.methods import METHODS, measure_all, table_names
 from saeffect.diffing.pair import ActsOfBoth, ModelPair, ResidualBatch, SaeView
@@ -60,10 +61,12 @@ def matched_tables() -> tuple[str, ...]:
 
 
 def read_matches(run: RunFolder) -> MatchTables:
-    """Read `matched_tables`; a missing one has no columns."""
+    """Read `matched_tables`; a missing one has no columns. Activity is put beside null fine-tunes, if there are any."""
     read = {name: run.table_or_none(run.path("comparison", f"{name}.parquet")) for name in matched_tables()}
     tables = {name: table for name, table in read.items() if table is not None}
     declared = {name: tables.pop(name) for name in MatchTables.names() if name in tables}
+    if "cross_activity" in declared and "changes" in tables:
+        declared["cross_activity"] = beside_nulls(declared["cross_activity"], tables["changes"])
     return MatchTables(**declared, further=tables)
 
 

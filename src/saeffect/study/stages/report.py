@@ -36,7 +36,7 @@ __all__ = [
     "run_report",
 ]
 
-VERSION = 6
+VERSION = 7
 
 
 def report_inputs(run: RunFolder) -> dict[str, Any]:
