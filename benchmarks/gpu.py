@@ -30,14 +30,13 @@ import torch
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "tests"), str(HERE.parent / "scripts")]
 
+from gpu_check import checks  # noqa: E402
 from measure import adam_bytes, encoder_flop  # noqa: E402
 from ours_sae import PlainAutograd  # noqa: E402
 from running import parser_of, write_results  # noqa: E402
 from synthetic import Planted, l1_start, topk_start  # noqa: E402
 
-TOLERANCE = 2e-3  # relative to the largest entry: rounding, carried through 20 steps of Adam
 BESIDE = ("plain autograd", "sae-lens", "sparsify")
-TEXT_TABLES = ("interventions", "dose_search", "effects")  # sampled texts: one rounded draw changes the rest of a text
 
 
 def wait(device: torch.device) -> None:
@@ -58,118 +57,6 @@ def seconds(call: Callable[[], object], device: torch.device, repeats: int) -> f
     return statistics.median(times)
 
 
-# The check: the same on the device and on the CPU.
-
-
-def train_sae(architecture: str, device: torch.device) -> dict[str, torch.Tensor]:
-    """An SAE's weights after 20 steps, and its activations and output on one more batch."""
-    from saeffect.sae.base import ARCHITECTURES
-    from saeffect.sae.training.config import SaeTrainingConfig
-    from saeffect.sae.training.step import TrainingStep, new_sae
-
-    d_in = 32 * (2 if ARCHITECTURES[architecture].sides else 1)
-    settings: dict[str, Any] = {"k": 6} if "k" in ARCHITECTURES[architecture].keys else {}
-    config = SaeTrainingConfig(architecture=architecture, d_sae=128, batch_size=64, dead_window=10, **settings)
-    planted = Planted(d_in, 64)
-    sae = new_sae(config, d_in)
-    sae.initialise(planted.activations(256), config)
-    sae = sae.to(device)
-    step = TrainingStep(sae, config, 20)
-    for number in range(20):
-        step(number, planted.activations(64).to(device))
-    saved = sae.for_inference()
-    x = planted.activations(64).to(device)
-    acts = saved.encode(x)
-    tensors = {"W_enc": saved.W_enc, "W_dec": saved.W_dec, "feature_acts": acts, "sae_out": saved.decode(acts)}
-    return {name: tensor.detach().float().cpu() for name, tensor in tensors.items()}
-
-
-def run_model(folder: Path, device: torch.device) -> dict[str, torch.Tensor]:
-    """A tiny model: activations at three hooks, its top tokens, and texts steered greedily."""
-    from saeffect.config import ModelConfig
-    from saeffect.features.projection import project
-    from saeffect.lm.architectures import unembedding
-    from saeffect.lm.hooks import capture
-    from saeffect.lm.loading import load_language_model
-    from saeffect.steering import Intervention, NoiseCell, Sampling, generate
-    from saeffect.steering.operators import AddVectors
-
-    lm = load_language_model(ModelConfig(path=str(folder / "base"), device=str(device), dtype="float32"))
-    ids = torch.arange(64).view(4, 16) + 1
-    hooks = ("blocks.1.hook_resid_pre", "blocks.1.hook_mlp_out", "blocks.2.attn.hook_z")
-    tensors = {hook: capture(lm, hook, ids) for hook in hooks}
-    rows = torch.randn(96, lm.d_model, generator=torch.Generator().manual_seed(0))
-    top = project(rows, unembedding(lm).to(device), 10)
-    tensors |= {"top tokens": top.indices, "weights": top.weights}
-    steering = Intervention(AddVectors(rows[:8]))
-    greedy = Sampling(max_new_tokens=12, temperature=0.0, top_p=1.0, frequency_penalty=1.0)
-    cells = [NoiseCell(0, "river", i) for i in range(8)]
-    texts = generate(lm, hooks[0], lm.encode_prompt("The river"), cells, greedy, intervention=steering)
-    tensors["steered texts"] = torch.tensor(texts)
-    return {name: tensor.detach().float().cpu() for name, tensor in tensors.items()}
-
-
-def run_tiny_study(folder: Path, device: torch.device, name: str) -> Path:
-    """The run directory `name` of a whole tiny study on a device."""
-    import yaml
-
-    from saeffect.study.run import run_study
-    from saeffect.study.study import Study
-
-    config = yaml.safe_load((folder / "study.yaml").read_text(encoding="utf-8"))
-    for arm in config["arms"].values():
-        arm["model"] = {"path": arm["model"], "device": str(device), "dtype": "float32"}
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(config), encoding="utf-8")
-    run_study(Study.open(path), folder / name)
-    return folder / name
-
-
-def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """Largest difference of any tensor, relative to its largest entry."""
-    return max(float((a[n] - b[n]).abs().max() / a[n].abs().max().clamp_min(1e-12)) for n in a)
-
-
-def checks(device: torch.device) -> Iterator[dict[str, Any]]:
-    """One record a part: name, error, ok, and what went wrong."""
-    from compare_runs import differences
-
-    from saeffect.sae.base import ARCHITECTURES
-    from saeffect.sae.trainable import TrainableSae
-    from tiny_study import make_study
-
-    cpu = torch.device("cpu")
-
-    def part(name: str, run: Callable[[torch.device], dict[str, torch.Tensor]]) -> dict[str, Any]:
-        try:
-            error = largest_difference(run(cpu), run(device))
-        except Exception as problem:  # one part that fails must not hide the others
-            return {"part": name, "ok": False, "error": None, "problem": f"{type(problem).__name__}: {problem}"}
-        return {"part": name, "ok": error <= TOLERANCE, "error": error, "problem": ""}
-
-    for architecture, kind in ARCHITECTURES.items():
-        if issubclass(kind, TrainableSae):
-            yield part(f"training, {architecture}", lambda on, a=architecture: train_sae(a, on))
-    with tempfile.TemporaryDirectory() as folder_name:
-        folder = Path(folder_name)
-        make_study(folder)
-        yield part("hooks, top tokens, steering", lambda on: run_model(folder, on))
-        try:
-            runs = run_tiny_study(folder, cpu, "on-cpu"), run_tiny_study(folder, device, "on-device")
-            lines = [line for line in differences(*runs, rtol=TOLERANCE) if not _of_text(line)]
-            yield {"part": "whole study", "ok": not lines, "error": len(lines), "problem": "; ".join(lines[:5])}
-        except Exception as problem:
-            yield {"part": "whole study", "ok": False, "error": None, "problem": f"{type(problem).__name__}: {problem}"}
-
-
-def _of_text(line: str) -> bool:
-    """Whether a difference is in tables of sampled texts, or in what names the device."""
-    return any(name in line for name in TEXT_TABLES) or "device" in line or "comparison/" in line
-
-
-# The speeds: real shapes.
-
-
 def limits(device: torch.device, quick: bool) -> dict[str, float]:
     """FLOP a second of large products by number format, and bytes a second of a copy."""
     n = 512 if quick else 8192
@@ -185,11 +72,44 @@ def limits(device: torch.device, quick: bool) -> dict[str, float]:
     return rates
 
 
-def training(device: torch.device, rates: dict[str, float], quick: bool) -> Iterator[dict[str, Any]]:
-    """Tokens a second of a training step, ours and plain autograd's, at each shape, and the share of the limit."""
+def our_step(
+    name: str, start: dict[str, torch.Tensor], x: torch.Tensor, settings: dict[str, Any]
+) -> Iterator[tuple[str, float]]:
+    """Tokens a second of our training step by the encoder's dtype, from the given weights and on their device."""
     from saeffect.sae.training.config import SaeTrainingConfig
     from saeffect.sae.training.step import TrainingStep, new_sae
 
+    for encoder in ("float32", "bfloat16"):
+        config = SaeTrainingConfig(
+            architecture=name, d_sae=len(start["W_dec"]), batch_size=len(x), learning_rate=1e-6, encoder_dtype=encoder,
+            dead_after=10**9, chunk=len(x), **settings,
+        )  # fmt: skip
+        sae = new_sae(config, x.shape[1]).to(x.device)
+        with torch.no_grad():
+            for key, tensor in start.items():
+                getattr(sae, key).copy_(tensor)
+        step = TrainingStep(sae, config, 10**7)
+        yield f"saeffect {encoder}", len(x) / seconds(lambda step=step: step(1, x), x.device, 5)
+        del step, sae
+
+
+def limit_of_step(batch: int, d_in: int, d_sae: int, rates: dict[str, float]) -> float:
+    """Tokens a second if only the encoder's product and Adam's pass over the weights took time."""
+    return batch / (encoder_flop(batch, d_in, d_sae) / rates["bfloat16"] + adam_bytes(d_in, d_sae) / rates["bytes"])
+
+
+def crosscoders(device: torch.device, rates: dict[str, float], quick: bool) -> Iterator[dict[str, Any]]:
+    """Tokens a second of a crosscoder's step: inputs of two models."""
+    d_in, batch, d_sae, k = (64, 64, 128, 4) if quick else (2 * 768, 4096, 24_576, 64)
+    planted = Planted(d_in, d_sae)
+    start = {key: tensor.to(device) for key, tensor in topk_start(planted).items()}
+    record: dict[str, Any] = {"what": "step, crosscoder", "d_in": d_in, "d_sae": d_sae, "batch": batch}
+    record["limit"] = limit_of_step(batch, d_in, d_sae, rates)
+    yield record | dict(our_step("crosscoder", start, planted.activations(batch).to(device), {"k": k}))
+
+
+def training(device: torch.device, rates: dict[str, float], quick: bool) -> Iterator[dict[str, Any]]:
+    """Tokens a second of a training step, ours and plain autograd's, at each shape, and the share of the limit."""
     d_in, batch, k = (32, 64, 4) if quick else (768, 4096, 32)
     for d_sae in (128,) if quick else (24_576, 131_072):
         planted = Planted(d_in, d_sae)
@@ -199,22 +119,8 @@ def training(device: torch.device, rates: dict[str, float], quick: bool) -> Iter
             start = {key: tensor.to(device) for key, tensor in start.items()}
             on_device = x.to(device)
             record: dict[str, Any] = {"what": f"step, {name}", "d_in": d_in, "d_sae": d_sae, "batch": batch}
-            products, updates = encoder_flop(batch, d_in, d_sae), adam_bytes(d_in, d_sae)
-            record["limit"] = batch / (products / rates["bfloat16"] + updates / rates["bytes"])
-            for encoder in ("float32", "bfloat16"):
-                settings: dict[str, Any] = {"k": k} if l0 is None else {"l1_coefficient": 5.0}
-                config = SaeTrainingConfig(
-                    architecture=name, d_sae=d_sae, batch_size=batch, learning_rate=1e-6, encoder_dtype=encoder,
-                    dead_after=10**9, chunk=batch, **settings,
-                )  # fmt: skip
-                sae = new_sae(config, d_in).to(device)
-                with torch.no_grad():
-                    for key, tensor in start.items():
-                        getattr(sae, key).copy_(tensor)
-                step = TrainingStep(sae, config, 10**7)
-                elapsed = seconds(lambda step=step, x=on_device: step(1, x), device, 5)
-                record[f"saeffect {encoder}"] = batch / elapsed
-                del step, sae
+            record["limit"] = limit_of_step(batch, d_in, d_sae, rates)
+            record |= our_step(name, start, on_device, {"k": k} if l0 is None else {"l1_coefficient": 5.0})
             with suppress(torch.OutOfMemoryError):
                 plain = PlainAutograd(dict(start), k=k if l0 is None else None, lr=1e-6, l1=5.0)
                 record["plain autograd"] = batch / seconds(lambda p=plain, x=on_device: p(x), device, 5)
@@ -370,7 +276,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "")
     options: argparse.Namespace = parser.parse_args()
     if not options.device:
-        parser.error("there is no GPU here (torch.cuda.is_available() is false); --device cpu --quick tries the file.")
+        said = "there is no GPU here (torch.cuda.is_available() is false); --device cpu --quick tries the file."
+        print(f"gpu.py: {said}", file=sys.stderr)
+        raise SystemExit(2)
     device = torch.device(options.device)
     torch.backends.cuda.matmul.allow_tf32 = False
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -383,7 +291,7 @@ def main() -> None:
     if "speed" in options.parts:
         rates = limits(device, options.quick)
         results |= {"rates": rates, "speed": []}
-        for make in (training, model_speeds):
+        for make in (training, crosscoders, model_speeds):
             for row in make(device, rates, options.quick):
                 results["speed"].append(row)
                 print(json.dumps(row), flush=True)

@@ -23,24 +23,25 @@ _COMPARED = (".parquet", ".csv", ".json")
 _LEFT_OUT = {"manifest.json"}
 
 
-def differences(before: Path, after: Path, *, rtol: float = 0.0) -> Iterator[str]:
+def differences(before: Path, after: Path, *, rtol: float = 0.0, atol: float = 0.0) -> Iterator[str]:
     """One line for each file, column or key that is not the same in both directories.
 
     Args:
         before: A run directory.
         after: Another.
         rtol: Allowed difference of numbers, relative to the larger one; 0 compares every digit.
+        atol: Difference of numbers that is allowed besides.
     """
-    old, new = _files(before), _files(after)
+    old, new, allowed = _files(before), _files(after), (rtol, atol)
     for name in sorted(old.keys() | new.keys()):
         if name not in new:
             yield f"{name}: only in {before}"
         elif name not in old:
             yield f"{name}: only in {after}"
         elif name.endswith(".json"):
-            yield from (f"{name}: {line}" for line in _json_differences(_json(old[name]), _json(new[name]), rtol))
+            yield from (f"{name}: {line}" for line in _json_differences(_json(old[name]), _json(new[name]), allowed))
         else:
-            yield from (f"{name}: {line}" for line in _table_differences(_table(old[name]), _table(new[name]), rtol))
+            yield from (f"{name}: {line}" for line in _table_differences(_table(old[name]), _table(new[name]), allowed))
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -56,7 +57,7 @@ def _table(path: Path) -> pd.DataFrame:
     return pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, dtype=str, keep_default_na=False)
 
 
-def _table_differences(old: pd.DataFrame, new: pd.DataFrame, rtol: float) -> Iterator[str]:
+def _table_differences(old: pd.DataFrame, new: pd.DataFrame, allowed: tuple[float, float]) -> Iterator[str]:
     for column in old.columns.symmetric_difference(new.columns, sort=False):
         yield f"column {column!r} only {'before' if column in old else 'after'}"
     if len(old) != len(new):
@@ -64,34 +65,35 @@ def _table_differences(old: pd.DataFrame, new: pd.DataFrame, rtol: float) -> Ite
         return
     for column in old.columns.intersection(new.columns, sort=False):
         pairs = list(zip(old[column], new[column], strict=True))
-        rows = [row for row, (a, b) in enumerate(pairs) if not _same(a, b, rtol)]
+        rows = [row for row, (a, b) in enumerate(pairs) if not _same(a, b, allowed)]
         if rows:
             a, b = pairs[rows[0]]
             yield f"column {column!r}: {len(rows):,} of {len(old):,} rows, first in row {rows[0]}: {a} → {b}"
 
 
-def _json_differences(old: Any, new: Any, rtol: float, key: str = "") -> Iterator[str]:
+def _json_differences(old: Any, new: Any, allowed: tuple[float, float], key: str = "") -> Iterator[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted(old.keys() | new.keys()):
             inner = f"{key}.{name}" if key else str(name)
             if name not in old or name not in new:
                 yield f"{inner} only {'before' if name in old else 'after'}"
             else:
-                yield from _json_differences(old[name], new[name], rtol, inner)
+                yield from _json_differences(old[name], new[name], allowed, inner)
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         for index, (a, b) in enumerate(zip(old, new, strict=True)):
-            yield from _json_differences(a, b, rtol, f"{key}[{index}]")
-    elif not _same(old, new, rtol):
+            yield from _json_differences(a, b, allowed, f"{key}[{index}]")
+    elif not _same(old, new, allowed):
         yield f"{key}: {old} → {new}"
 
 
-def _same(a: Any, b: Any, rtol: float) -> bool:
+def _same(a: Any, b: Any, allowed: tuple[float, float]) -> bool:
     """Equal values; NaN equals NaN, and lists are compared element by element."""
     if isinstance(a, np.ndarray | list) and isinstance(b, np.ndarray | list):
-        return len(a) == len(b) and all(_same(x, y, rtol) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(_same(x, y, allowed) for x, y in zip(a, b, strict=True))
     if isinstance(a, float | np.floating) and isinstance(b, float | np.floating):
         a, b = float(a), float(b)
-        return a == b or (np.isnan(a) and np.isnan(b)) or abs(a - b) <= rtol * max(abs(a), abs(b))
+        rtol, atol = allowed
+        return a == b or (np.isnan(a) and np.isnan(b)) or abs(a - b) <= atol + rtol * max(abs(a), abs(b))
     if a is pd.NA or b is pd.NA:
         return a is b
     return bool(a == b) or (a is None and b is None)

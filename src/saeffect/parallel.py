@@ -97,7 +97,7 @@ def join() -> int:
         device = device_of_process()
         if device != "cpu":
             torch.cuda.set_device(device)
-        dist.init_process_group("gloo" if device == "cpu" else "nccl")
+        dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
     if world > 1:
         _long_timeout_group(dist.group.WORLD)  # created here, since all processes must create it together
     return world

@@ -175,7 +175,11 @@ def test_contradicting_places_are_refused(more: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("device", "said"),
-    [("cuda:99", "there is no device cuda:99 here: torch finds"), ("gpu", "there is no device 'gpu'")],
+    [
+        ("cuda:99", "there is no device cuda:99 here: torch finds"),
+        ("gpu", "there is no device 'gpu'"),
+        ("mps", "models are run on cpu and cuda alone, not on mps"),
+    ],
 )
 def test_a_device_that_is_not_here(
     device: str, said: str, tiny_llama_folder: Path, complains: Callable[..., Any]

@@ -58,11 +58,20 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def resolve_device(name: str, *, at: str | None = None) -> torch.device:
-    """The device to run on; `auto` is the first GPU if there is one. ConfigError for an invalid name."""
+    """The device to run on; `auto` is the first GPU if there is one. ConfigError for an invalid name, or a kind of
+    device without float64, in which sums are kept.
+    """
     try:
-        return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     except RuntimeError as error:
         raise ConfigError(f"there is no device {name!r}.", at=at, fix="write auto, cpu, cuda, cuda:1, ...") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(
+            f"models are run on cpu and cuda alone, not on {device.type}.",
+            at=at,
+            fix="leave device out, or write cpu: sums are kept in float64, which not every device has.",
+        )
+    return device
 
 
 def usable_device(config: ModelConfig, *, at: str | None = None) -> torch.device:

@@ -132,8 +132,10 @@ class SparseAutoencoder(nn.Module, ABC):
         """Feature activations of pre-activations `[..., d_sae]`, of the same shape, zero where a feature is off."""
 
     def encode(self, x: Tensor) -> Tensor:
-        """`feature_acts`, float32 `[..., d_sae]`, at least 0, of any float `[..., d_in]`; ShapeMismatch for others."""
-        return self.acts(self._normalise(x)[0])
+        """`feature_acts`, float32 `[..., d_sae]`, at least 0, of any float `[..., d_in]`; ShapeMismatch for others.
+        Computed where the SAE is, returned where `x` is.
+        """
+        return self.acts(self._normalise(x)[0]).to(x.device)
 
     def acts(self, sae_in: Tensor) -> Tensor:
         """Feature activations of normalised inputs."""
@@ -166,9 +168,9 @@ class SparseAutoencoder(nn.Module, ABC):
         return self._normalise(x)[2]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Reconstruction, float32 `[..., d_in]`, on the scale of the input."""
+        """Reconstruction, float32 `[..., d_in]`, on the scale of the input and on its device."""
         sae_in, mean, scale = self._normalise(x)
-        return self.decode(self.acts(sae_in)) * scale + mean
+        return (self.decode(self.acts(sae_in)) * scale + mean).to(x.device)
 
     def as_start(self) -> Start:
         """This SAE's weights in the form from which any architecture can start training."""
@@ -180,7 +182,7 @@ class SparseAutoencoder(nn.Module, ABC):
                 f"inputs are {x.shape[-1]} wide, but this SAE has d_in={self.cfg.d_in}.",
                 fix="check model and hook.",
             )
-        x = x.to(self.W_enc.dtype)
+        x = x.to(self.W_enc)
         if self.cfg.centre_input:
             centre = x.mean(dim=-1, keepdim=True)
             return x - centre, centre, 1.0

@@ -88,7 +88,8 @@ def train_from_recipe(
         for name, config in trainings.items()
     }
     _warn_of_duplicates(recipe, log)
-    train_saes(data.source, list(jobs.values()), evaluate=data.while_training, logger=logger, log=log)
+    device = recipe.model.device
+    train_saes(data.source, list(jobs.values()), evaluate=data.while_training, device=device, logger=logger, log=log)
     for name, job in jobs.items() if is_first() else ():
         single = recipe.of_one(name)
         if not card_is_current(single, job.out):
@@ -223,7 +224,7 @@ class _Data:
         """The tuned model's activations `x`, reconstructed by an SAE that also reads the base model's."""
         base, how = capture(self.lms[0], self.recipe.hook, ids).to(x.device), self.recipe.combination
         assert how is not None
-        sae_out = sae(combined(base, x, how).cpu()).to(x.device)
+        sae_out = sae(combined(base, x, how))
         return base + sae_out if how == "difference" else side(sae_out, TUNED)
 
 

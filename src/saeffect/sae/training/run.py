@@ -95,16 +95,18 @@ def _contains(path: Path, cfg: dict[str, Any]) -> bool:
 
 
 class SaeRun:
-    """One job in training; inputs are multiplied by `scale`."""
+    """One job in training, on `device`; inputs are multiplied by `scale`."""
 
-    def __init__(self, job: SaeJob, source: ActivationSource, total_steps: int, scale: float) -> None:
+    def __init__(
+        self, job: SaeJob, source: ActivationSource, total_steps: int, scale: float, device: torch.device
+    ) -> None:
         config = job.config
-        self.job, self.scale, self.folder = job, scale, job.folder(source.identity())
+        self.job, self.scale, self.device, self.folder = job, scale, device, job.folder(source.identity())
         sae = new_sae(config, source.d_in)
         sae.initialise(source.sample(20_000) * scale, config)
         if config.init_from is not None:
             copy_weights(config.init_from, sae, scale, unit_decoder=config.unit_decoder, at="init_from")
-        self.trainer = TrainingStep(sae, config, total_steps)
+        self.trainer = TrainingStep(sae.to(device), config, total_steps)
         self._metrics_every = config.metrics_every or max(30, -(-total_steps // _MAX_LINES))
         self.step = self.trainer.__call__
         self.next_batch = torch.zeros(2, dtype=torch.int64)  # its epoch, its number within the epoch
@@ -156,7 +158,7 @@ class SaeRun:
 
     def _unscaled_sae(self) -> SparseAutoencoder:
         sae_in_training = self.trainer.sae
-        copy = new_sae(self.job.config, sae_in_training.cfg.d_in)
+        copy = new_sae(self.job.config, sae_in_training.cfg.d_in).to(self.device)
         copy.load_state_dict(sae_in_training.state_dict())
         copy.fold_scale(self.scale)
         sae = copy.for_inference()

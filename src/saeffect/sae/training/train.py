@@ -6,10 +6,12 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
+import torch
 from torch import Tensor
 
 from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted
 from saeffect.lm.activations import ActivationSource
+from saeffect.lm.loading import resolve_device
 from saeffect.parallel import Interruption, barrier, from_all, is_first, rank_and_world, stopping
 from saeffect.progress import SILENT, Log
 from saeffect.sae.base import SparseAutoencoder
@@ -27,11 +29,12 @@ def train_saes(
     jobs: Sequence[SaeJob],
     *,
     evaluate: Evaluation | None = None,
+    device: str = "auto",
     logger: LoggerName = "none",
     log: Log = SILENT,
 ) -> list[SparseAutoencoder]:
-    """Train SAEs of one model and hook side by side, in one pass over the activations, and save them; returns the
-    saved SAEs.
+    """Train SAEs of one model and hook side by side, in one pass over the activations, on a device (`auto`: a GPU if
+    there is one), and save them; returns the saved SAEs.
 
     The jobs share batch size, number of steps and order of the data. The scaling of inputs is folded into the weights;
     a figure of the training is saved beside them. A stopped run, also after `kill -9`, resumes from its last checkpoint
@@ -53,7 +56,7 @@ def train_saes(
                 job.complete(source.identity())
     if todo:
         with stopping(f"{', '.join(str(job.out) for job in todo)} keep their last checkpoints"):
-            _train(source, todo, evaluate=evaluate, logger=logger, log=log)
+            _train(source, todo, resolve_device(device, at="device"), evaluate=evaluate, logger=logger, log=log)
     else:
         log("finished before; nothing to do")
     return [load_sae(job.out) for job in jobs]
@@ -67,7 +70,13 @@ def _is_finished(job: SaeJob, source: ActivationSource, log: Log) -> bool:
 
 
 def _train(
-    source: ActivationSource, jobs: Sequence[SaeJob], *, evaluate: Evaluation | None, logger: LoggerName, log: Log
+    source: ActivationSource,
+    jobs: Sequence[SaeJob],
+    device: torch.device,
+    *,
+    evaluate: Evaluation | None,
+    logger: LoggerName,
+    log: Log,
 ) -> None:
     config = jobs[0].config  # batch size, steps and order of the data are the same for all
     _refuse_unlike_jobs(jobs)
@@ -83,12 +92,12 @@ def _train(
         barrier()
         # SAELens' expected_average_only_in: inputs get a mean norm of sqrt(d_in).
         scale = 1.0 if config.normalise_inputs == "none" else math.sqrt(source.d_in) / source.mean_norm
-        runs = [SaeRun(job, source, total, scale) for job in jobs]
+        runs = [SaeRun(job, source, total, scale, device) for job in jobs]
         start = _restore(runs, log)
         interruption = stack.enter_context(Interruption())
         logs = [stack.enter_context(opened) for opened in _open_logs(runs, start.step, logger, log)]
         for position, x in _batches(source, config, total, start):
-            local, stop_requested = x.tensor_split(world)[rank] * scale, interruption.requested
+            local, stop_requested = x.tensor_split(world)[rank].to(device) * scale, interruption.requested
             reports = [run.step(position.step, local, len(x), stop=stop_requested) for run in runs]
             for run, report in zip(runs, reports, strict=True):
                 run.check(report, position.step)
