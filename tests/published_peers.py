@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from saeffect.published import PublishedSae, published_saes
 from saeffect.sae.formats import load_sae
-from saeffect.sae.published import PublishedSae, published_saes
 
 __all__ = ["D", "N", "X", "agree", "drawn", "first", "npz", "pt", "theirs_of"]
 

@@ -27,6 +27,7 @@ GROUND = (
     "io",
     "checksums",
     "parallel",
+    "published",
 )
 FLOORS = (
     (*GROUND, "interruption", "sole_writer"),

@@ -12,8 +12,8 @@ from pathlib import Path
 from saeffect.cli.serve import serve
 from saeffect.lm.finetune import finetune
 from saeffect.progress import SILENT, Log
+from saeffect.published import published_saes as saes
 from saeffect.sae.convert import convert_sae
-from saeffect.sae.published import published_saes as saes
 from saeffect.sae.training.recipe import harvest_from_recipe as harvest
 from saeffect.study.check import check_study as check
 from saeffect.study.diff import DiffRequest, diff_study

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from chat_templates import FAMILIES
 from command_line import call
 from saeffect.diffing import trace, written
 from saeffect.io import read_json
@@ -86,6 +87,25 @@ def test_models_alone_then_the_written_study(here: Path, capsys: pytest.CaptureF
     assert "saeffect run runs/x.yaml" in err
 
 
+def test_chats_are_read_by_the_template(here: Path, capsys: pytest.CaptureFixture[str], without_figures: None) -> None:
+    said = sentences(120)
+    talks = zip(said[::2], said[1::2], strict=True)
+    rows = [{"talk": [{"from": "human", "value": a}, {"from": "gpt", "value": b}]} for a, b in talks]
+    (here / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    command = ["diff", "base", "tuned", "--text", "chats.jsonl", "--field", "talk", "--out", "runs/c"]
+    code, _, err = typed(capsys, *command, "--positions", "assistant")
+    assert (code, "no chat template" in err) == (2, True), err
+    (here / "tuned").unlink()
+    shutil.copytree(here.joinpath("base").resolve().with_name("tuned"), here / "tuned")
+    (here / "tuned" / "chat_template.jinja").write_text(FAMILIES["chatml"], encoding="utf-8")
+    code, out, err = typed(capsys, *command, "--positions", "assistant")
+    assert code == 0, err
+    written = yaml.safe_load((here / "runs/c.yaml").read_text(encoding="utf-8"))
+    assert written["text"]["format"] == "chat" and written["text"]["positions"] == ["assistant"]
+    assert written["text"]["sources"][0]["field"] == "talk"
+    assert "perplexity: " in out
+
+
 def test_one_sae_for_both_models(here: Path, capsys: pytest.CaptureFixture[str], without_figures: None) -> None:
     command = ("diff", "base", "tuned", "--sae", "sae", "--text", "notes.jsonl", "--out", "runs/y")
     code, _, err = typed(capsys, *command)
@@ -157,4 +177,4 @@ def test_wrong_input_is_told_and_leaves_nothing(
     assert said in err
     assert fix in err
     assert "Traceback" not in err
-    assert not (here / "runs/x").exists()
+    assert not (here / "runs").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ import pytest
 from chat_templates import chat_tokenizer
 from command_line import call
 from conftest import SENTENCES
-from learnt_pair import HOOK, activations, learnt, text, trained_sae
+from learnt_pair import HOOK, activations, learnt, read_as, text, trained_sae
 from saeffect.io import read_json
 from saeffect.lm.language_model import LanguageModel
-from saeffect.sae.formats import save_sae
+from saeffect.sae.formats import load_sae, save_sae
+from saeffect.sae.standard import StandardSae
 from tiny_study import make_study
 
 
@@ -72,6 +74,20 @@ def test_a_wrong_hook_is_named_and_mended(
     assert typed(capsys, "gate", "base", "mended", *texts)[0] == 0
 
 
+def test_topk_read_as_relu_and_another_bos(
+    things: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(things)
+    sae = read_as(load_sae("sae"), StandardSae)
+    sae.cfg = replace(sae.cfg, metadata=dict(sae.cfg.metadata) | {"prepend_bos": True, "hook_name": HOOK})
+    save_sae(sae, Path("relu"))
+    code, out, err = typed(capsys, "gate", "base", "relu", "--text", "notes.txt", "--tokens", "1024", "--bos", "never")
+    assert code == 1, out + err
+    assert "TopK read as ReLU" in out
+    assert "active features  " in out, "by position, where it varies"
+    assert "!! the SAE was trained on texts with BOS" in out
+
+
 def test_only_assistant_tokens_of_chats_count(
     things: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,6 +116,13 @@ def test_wrong_input(things: Path, capsys: pytest.CaptureFixture[str], monkeypat
     assert (code, "valid: always, auto, never" in err) == (2, True)
     code, _, err = typed(capsys, "gate", "base", "sae")
     assert (code, "there is no text" in err) == (2, True)
+    Path("talks.jsonl").write_text(json.dumps({"talk": [{"from": "human", "value": "Hello"}]}), encoding="utf-8")
+    code, _, err = typed(capsys, "gate", "base", "sae", "--text", "talks.jsonl")
+    assert (code, "'talk' looks like messages: set format: chat and field: talk (--chat --field talk)" in err) == (
+        2,
+        True,
+    )
+    assert "measuring" not in err, "text is opened first"
 
 
 def test_a_study_has_its_stage_under_this_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,32 @@ def test_models_releases_and_saes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "gemma-scope-2b-pt-res-canonical" in shown and "blocks 0-25" in shown and "transcoders" in shown
     assert "gemma-scope-2b-pt-transcoders " not in shown
     assert call(["saes", "--release", "gpt2-small-res-jb", "--layer", "8"]) == 0
-    first = capsys.readouterr().out.splitlines()[0]
-    assert first == "saelens:gpt2-small-res-jb/blocks.8.hook_resid_pre  blocks.8.hook_resid_pre  l0 60"
+    assert capsys.readouterr().out.splitlines()[:4] == [
+        "saelens:gpt2-small-res-jb/",
+        "  blocks.8.hook_resid_pre  blocks.8.hook_resid_pre  l0 60",
+        "In a study, release and SAE:",
+        "  sae: saelens:gpt2-small-res-jb/blocks.8.hook_resid_pre",
+    ]
     assert call(["saes", "--release", "temporal-sae-gemma-2-2b", "--all"]) == 0
     assert "not read: temporal SAE" in capsys.readouterr().out
     assert call(["saes", "--model", "gemma-2-2c"]) == 2
     assert "similar: google/gemma-2-2b" in capsys.readouterr().err
+
+
+def test_lists_fit_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    for options in ([], ["--model", "gemma-2-2b"], ["--model", "gemma-2-2b", "--layer", "12"]):
+        assert call(["saes", *options]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        too_long = [line for line in lines if len(line) > 80 and "sae: saelens:" not in line]
+        assert len(lines) > 10 and not too_long
+
+
+def test_listing_imports_no_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['saeffect', 'saes']; from saeffect.cli.app import main; main();"
+        "assert not {'torch', 'transformers', 'pandas'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -252,9 +252,13 @@ def test_the_hub_is_asked_for_subset_and_split(monkeypatch: pytest.MonkeyPatch, 
         asked.append((names, options))
         return [{"text": "a"}]
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    config = SimpleNamespace(HF_HUB_OFFLINE=False)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset, config=config))
     assert list(read_corpus(TextSource(path="hf:imdb", subset="plain", split="test[:10%]"))) == ["a"]
     assert asked == [(("imdb", "plain"), {"split": "test[:10%]", "streaming": True})]
+    config.HF_HUB_OFFLINE = True
+    assert list(read_corpus("hf:imdb")) == ["a"]
+    assert asked[1] == (("imdb",), {"split": "train", "streaming": False}), "its cache is read"
     with complains(NotFound, "there is no text file 'imdb'", "hf:name"):
         list(read_corpus("imdb"))
 

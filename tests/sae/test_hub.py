@@ -17,11 +17,11 @@ import saeffect as sx
 from hub_cache import COMMIT, HubCache
 from published_peers import agree, first
 from saeffect.errors import BadFile, ConfigError, IncompatibleSae, NotFound, UnknownName, Unreachable
+from saeffect.published import find_published, list_source, published_saes
 from saeffect.sae import ARCHITECTURES
 from saeffect.sae.base import SaeConfig
 from saeffect.sae.formats import load_sae, read_sae_config, save_sae
 from saeffect.sae.hub import is_sae_name, locate_sae
-from saeffect.sae.published import find_published, list_source, published_saes
 
 D, N = 6, 20
 X = torch.randn(7, D, generator=torch.Generator().manual_seed(3)) + 2.0
@@ -112,9 +112,37 @@ def test_sparsify_s_repositories(hub: HubCache, tmp_path: Path) -> None:
     save_file(saved, folder / "sae.safetensors")
     (folder / "cfg.json").write_text(json.dumps({"d_in": D, "num_latents": N, "k": 3, "expansion_factor": 32}))
     hub.add_folder("EleutherAI/sae-pythia-70m-32k", "layers.3", folder)
+    run = {"model": "EleutherAI/pythia-70m", "ctx_len": 2048, "sae": {"k": 3}}
+    hub.add("EleutherAI/sae-pythia-70m-32k", "config.json", json.dumps(run).encode())
     ours = load_sae("hf:EleutherAI/sae-pythia-70m-32k/layers.3")
     assert ours.cfg.hook_name == "blocks.3.hook_resid_post"
+    assert (ours.cfg.metadata["model_name"], ours.cfg.metadata["context_size"]) == ("EleutherAI/pythia-70m", 2048)
     torch.testing.assert_close(ours(X), load_sae(tmp_path / "sae")(X))
+
+
+def test_a_checkpoint_comes_with_its_scaling(
+    hub: HubCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, complains: Callable[..., Any]
+) -> None:
+    """Without the file beside it, SAELens' checkpoint would be read unscaled."""
+    import huggingface_hub
+
+    asked: list[str] = []
+    original = huggingface_hub.snapshot_download
+
+    def download(repo: str, *, allow_patterns: list[str], **options: Any) -> str:
+        asked.extend(allow_patterns)
+        return str(original(repo, allow_patterns=allow_patterns, **options))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    source = _folder(tmp_path / "sae")
+    (source / "activation_scaler.json").write_text('{"scaling_factor": 2.5}')
+    hub.add_folder(OURS, "a", source)
+    (source / "activation_scaler.json").unlink()
+    torch.testing.assert_close(load_sae(f"hf:{OURS}/a")(X), load_sae(source)(X * 2.5) / 2.5)
+    assert {"a/activation_scaler.json", "a/activation_whitening.safetensors"} <= set(asked)
+    hub.add(OURS, "b/activation_scaler.json", b"{}")
+    with complains(Unreachable, "without an SAE in the folder 'b'"):
+        load_sae(f"hf:{OURS}/b")
 
 
 def test_a_study_names_its_saes(hub: HubCache, tmp_path: Path) -> None:
@@ -251,7 +279,7 @@ def test_unknown_models_and_releases(complains: Callable[..., Any]) -> None:
 
 def test_loading_by_name_does_not_import_sae_lens() -> None:
     code = (
-        "import sys; from saeffect.sae.published import published_saes; from saeffect.sae import hub, convert;"
+        "import sys; from saeffect.published import published_saes; from saeffect.sae import hub, convert;"
         "published_saes(); assert not {'sae_lens', 'transformer_lens', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

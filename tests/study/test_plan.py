@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from saeffect.errors import ConfigError
 from saeffect.lm.loading import resolve_dtype
 from saeffect.steering.sampling import Sampling
 from saeffect.study import rates
+from saeffect.study.check import check_study
 from saeffect.study.plan import Plan, plan_study
 from saeffect.study.run import stage_keys
 from saeffect.study.study import Study
@@ -130,3 +132,11 @@ def test_the_command_is_one_screen(tiny: Study, capsys: pytest.CaptureFixture[st
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith("all ") and max(map(len, lines[-20:])) <= 80
     assert call(["plan", str(tiny.source), "--gpus", "0"]) == 2
+
+
+def test_rows_beyond_the_model_are_refused(tiny: Study, complains: Callable[..., Any]) -> None:
+    text = tiny.config.text.model_copy(update={"context_size": 256})
+    study = Study(tiny.config.model_copy(update={"text": text}), tiny.source)
+    for refuse in (plan_study, check_study):
+        with complains(ConfigError, "rows of text have 256 tokens, but the model of control takes 128"):
+            refuse(study)

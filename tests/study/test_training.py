@@ -60,7 +60,12 @@ def test_arm_recipe_has_model_hook_and_changes(folder: Path) -> None:
     assert placebo.sae.model_copy(update={"seed": 0}) == control.sae
     assert arm_folder(study, "control") == folder / "saes" / "control"
     assert check_training(study) == "training: control topk 64, treatment topk 64, placebo topk 64"
-    assert "training: control topk 64" in check_study(study).lines[0]
+    checked = check_study(study)
+    assert "training: control topk 64" in checked.lines[0]
+    shown = checked.text.index(f"training, general: {folder / 'other.jsonl'}")
+    assert len(checked.text[shown + 1 :]) == 3 and checked.text[shown + 1].startswith("  1  ")
+    elsewhere = opened(folder, training=TRAINING | {"text": [{"name": "general", "path": "./not_here.jsonl"}]})
+    assert "cannot be read here: there is no text file" in check_study(elsewhere).text[-1]
 
 
 def test_a_study_without_the_section_trains_nothing(folder: Path, complains: Any) -> None:

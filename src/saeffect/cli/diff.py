@@ -11,7 +11,7 @@ import typer
 from saeffect.cli.console import ConsoleProgress, show
 from saeffect.paths import user_path
 
-__all__ = ["Base", "Nulls", "Sae", "Texts", "Tuned", "diff"]
+__all__ = ["Base", "Chat", "Field", "Nulls", "Positions", "Sae", "Texts", "Tuned", "diff"]
 
 Base = Annotated[str, typer.Argument(metavar="BASE", help="Hub id, folder, GGUF file, or bundled:<name>.")]
 Tuned = Annotated[str, typer.Argument(metavar="TUNED", help="The same, or a PEFT adapter alone.")]
@@ -23,6 +23,11 @@ Sae = Annotated[
 Texts = Annotated[
     list[str] | None,
     typer.Option(help="Text to read, as path or name=path; give it again for more. By default the bundled text."),
+]
+Field = Annotated[str | None, typer.Option(help="Which field of the text, or a template: '{question}\\n{answer}'.")]
+Chat = Annotated[bool, typer.Option("--chat", help="The text is conversations, as lists of messages.")]
+Positions = Annotated[
+    list[str] | None, typer.Option(metavar="PART", help="Of chats, what counts: user, assistant, special, ...")
 ]
 Nulls = Annotated[str | None, typer.Option(help="Null fine-tunes: folder of traces, or bundled:<name>.")]
 
@@ -38,6 +43,9 @@ def diff(
     tuned: Tuned,
     sae: Sae = None,
     text: Texts = None,
+    field: Field = None,
+    chat: Chat = False,
+    positions: Positions = None,
     vocabulary: Annotated[str | None, typer.Option(help="Words of a domain: bundled name or file.")] = None,
     nulls: Nulls = None,
     out: Annotated[
@@ -50,7 +58,8 @@ def diff(
     from saeffect.study.stages.report import findings
 
     folder = out or Path("runs") / _study_name(tuned)
-    request = DiffRequest(base, tuned, sae, tuple(text or ()), vocabulary, nulls, _study_name(folder.name))
+    options = (field, chat or bool(positions), tuple(positions or ("all",)))
+    request = DiffRequest(base, tuned, sae, tuple(text or ()), vocabulary, nulls, _study_name(folder.name), *options)
     with ConsoleProgress() as log:
         study = diff_study(request, folder.with_name(folder.name + ".yaml"), log)
         if same_model(study):

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from saeffect.cli.console import ConsoleProgress, show, show_table
-from saeffect.cli.diff import Texts
+from saeffect.cli.diff import Chat, Field, Positions, Texts
 from saeffect.cli.run import Out, stage_command
 from saeffect.errors import ConfigError, unknown_name
 from saeffect.lm.tokens import printable_text
@@ -54,13 +54,9 @@ def gate(
         str | None, typer.Option(metavar="MODEL", help="The fine-tuned model, or a PEFT adapter alone.")
     ] = None,
     text: Texts = None,
-    field: Annotated[
-        str | None, typer.Option(help="Which field of the text, or a template: '{question}\\n{answer}'.")
-    ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="The text is conversations, as lists of messages.")] = False,
-    positions: Annotated[
-        list[str] | None, typer.Option(metavar="PART", help="Of chats, what counts: user, assistant, special, ...")
-    ] = None,
+    field: Field = None,
+    chat: Chat = False,
+    positions: Positions = None,
     hook: Annotated[str | None, typer.Option(help="Where to read; by default where the SAE was trained.")] = None,
     bos: Annotated[str, typer.Option(help="Whether texts begin with BOS: auto, always or never.")] = "auto",
     tokens: Annotated[int, typer.Option(help="Tokens to measure on.", min=256)] = 4_096,
@@ -125,10 +121,13 @@ def _show_result(result: PairGate, model: str, sae: str, tuned: str | None) -> N
     show(f"SAE    {sae}: {result.sae.label}, {cfg.d_in:,} × {cfg.d_sae:,}{k}")
     show(f"hook   {result.hook}")
     show(f"model  {model}" + (f"; fine-tuned: {tuned}" if tuned else ""))
-    bos_word = "with" if result.on_text["base"]["prepend_bos"] else "without"
+    has_bos = result.on_text["base"]["prepend_bos"]
+    bos_word, other = ("with", "without") if has_bos else ("without", "with")
     counted = "" if rows.counts is None else f", of which {int(rows.counts.sum()):,} count"
     size = f"{rows.ids.size:,} tokens in rows of {rows.context_size}{counted}"
     show(f"text   {', '.join(rows.names)}: {size}, {bos_word} BOS")
+    if cfg.metadata.get("prepend_bos") not in (None, has_bos):
+        show(f"       !! the SAE was trained on texts {other} BOS, as its cfg.json says (prepend_bos)")
     show()
     _show_table(result)
     show()
@@ -170,8 +169,9 @@ def _show_positions(result: PairGate) -> None:
     for column in grid.columns[1:]:
         column.justify = "right"
     for label, quantity, formatter in _BY_POSITION:
-        if quantity == "sink_share" and not (table[table["first"] > 0][quantity] > 0).any():
-            continue
+        values = table[table["first"] > 0][quantity].dropna()
+        if (quantity == "sink_share" and not (values > 0).any()) or (quantity == "l0" and values.nunique() < 2):
+            continue  # nothing to see, as with TopK, whose l0 is k everywhere
         grid.add_row(label, *[""] * len(names))
         for model in result.fits:
             grid.add_row(f"  {_COLUMNS[model]}", *(formatter(value) for (value,) in _rows_of(table, model, quantity)))
@@ -201,6 +201,7 @@ def _formatter(number_format: str) -> Callable[[float], str]:
 _BY_POSITION: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("explained variance", "explained_variance", _bar),
     ("loss added, nats", "ce_increase", _formatter("{:+.2f}")),
+    ("active features", "l0", _length),
     ("length", "mean_norm", _length),
     ("at sinks", "sink_share", _formatter("{:.0%}")),
 )

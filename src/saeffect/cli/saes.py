@@ -12,11 +12,12 @@ from saeffect.errors import ConfigError
 from saeffect.paths import user_path
 
 if TYPE_CHECKING:
-    from saeffect.sae.published import PublishedSae
+    from saeffect.published import PublishedSae
 
 __all__ = ["convert_sae_command", "saes"]
 
 _KINDS = {"hook_resid_pre": "resid_pre", "hook_resid_post": "resid_post", "hook_resid_mid": "resid_mid"}
+_WIDTH = 80  # of a terminal
 
 
 def saes(
@@ -30,7 +31,7 @@ def saes(
     ] = False,
 ) -> None:
     """Published SAEs: models; or a model's releases; or a release's SAEs."""
-    from saeffect.sae.published import list_source, published_saes
+    from saeffect.published import list_source, published_saes
 
     listed = published_saes(model, release=release, layer=layer, readable=not everything)
     all_kinds = published_saes(model, release=release, layer=layer)
@@ -42,7 +43,7 @@ def saes(
         _show_models(listed)
     n_hidden = len(all_kinds) - len(listed)
     if n_hidden:
-        show(f"{n_hidden:,} transcoders and other kinds that are not read are left out; --all shows them.")
+        show(f"{n_hidden:,} transcoders and other kinds are left out, as they are not read (--all).")
     show(f"From {list_source()}.")
 
 
@@ -82,10 +83,11 @@ def _show_models(saes: list[PublishedSae]) -> None:
         raise ConfigError("no published SAE reads there.", at="--layer", fix="leave --layer out.")
     counts = Counter(sae.model for sae in saes)
     show("Published SAEs by model:")
-    width = max(map(len, counts))
+    rows = []
     for name, n in sorted(counts.items(), key=lambda item: item[0].lower()):
         releases = len({sae.release for sae in saes if sae.model == name})
-        show(f"{name:<{width}}  {n:>6,} in {releases} release{'s' if releases > 1 else ''}")
+        rows.append((name, f"{n:>6,} in {releases} release{'s' if releases > 1 else ''}"))
+    _show_columns(rows)
     show("A model's releases: saeffect saes --model NAME.")
 
 
@@ -93,14 +95,13 @@ def _show_releases(saes: list[PublishedSae]) -> None:
     by_release: dict[str, list[PublishedSae]] = {}
     for sae in saes:
         by_release.setdefault(sae.release, []).append(sae)
-    width = max(map(len, by_release), default=0)
+    rows = []
     for release, group in by_release.items():
         reads = sorted({_KINDS.get(kind := sae.hook.partition(".")[2].partition(".")[2], kind) for sae in group})
         blocks = sorted({int(sae.hook.split(".")[1]) for sae in group if sae.hook})
-        show(
-            f"{release:<{width}}  {len(group):>4,}  {', '.join(filter(None, reads)) or '-'}"
-            f"  blocks {_ranges(blocks)}{_l0(group)}"
-        )
+        where = f"{', '.join(filter(None, reads)) or '-'}  blocks {_ranges(blocks)}"
+        rows.append((release, f"{len(group):>4,}  {where}{_l0(group)}"))
+    _show_columns(rows)
     if by_release:
         first = next(iter(by_release.values()))[0]
         show(f"In a study: sae: {first.name}")
@@ -109,13 +110,29 @@ def _show_releases(saes: list[PublishedSae]) -> None:
         show("None that are read.")
 
 
+def _show_columns(rows: list[tuple[str, str]]) -> None:
+    """Show names and facts in two columns of `_WIDTH` characters; facts go below a name that is too long."""
+    room = _WIDTH - 2 - max((len(facts) for _, facts in rows), default=0)
+    width = max((len(name) for name, _ in rows if len(name) <= room), default=0)
+    for name, facts in rows:
+        fits = len(name) <= width
+        if not fits:
+            show(name)
+        show(f"{name if fits else '':<{width}}  {facts}")
+
+
 def _show_saes(saes: list[PublishedSae]) -> None:
-    width = max((len(sae.name) for sae in saes), default=0)
+    by_release: dict[str, list[PublishedSae]] = {}
     for sae in saes:
-        l0 = f"  l0 {sae.l0:g}" if sae.l0 else ""
-        not_read = f"  not read: {sae.not_read}" if sae.not_read else ""
-        show(f"{sae.name:<{width}}  {sae.hook}{l0}{not_read}".rstrip())
-    if not saes:
+        by_release.setdefault(sae.release, []).append(sae)
+    for group in by_release.values():
+        show(group[0].name.removesuffix(group[0].id))
+        facts = [f"not read: {sae.not_read}" if sae.not_read else sae.hook + _l0([sae]) for sae in group]
+        _show_columns([(f"  {sae.id}", text) for sae, text in zip(group, facts, strict=True)])
+    if saes:
+        show("In a study, release and SAE:")
+        show(f"  sae: {saes[0].name}")
+    else:
         show("None that are read.")
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "interleave",
     "is_held_out",
     "is_local",
+    "is_saved_dataset",
     "read_corpus",
     "read_rows",
     "source_files",
@@ -93,7 +94,7 @@ def read_rows(source: TextSource) -> Iterator[Record]:
     path = user_path(source.path)
     names_dataset = source.path.startswith(_HUB) or source.path.count("/") == 1
     refuse_special(path, "text")
-    if any((path / name).is_file() for name in _SAVED_DATASET):
+    if is_saved_dataset(source):
         yield from _saved_dataset(path, source.split)
     elif is_local(source):
         for file in source_files(source):
@@ -114,6 +115,11 @@ def is_local(source: TextSource) -> bool:
     return not source.path.startswith(_HUB) and (
         user_path(source.path).exists() or _PATTERN.search(source.path) is not None
     )
+
+
+def is_saved_dataset(source: TextSource) -> bool:
+    """Whether a source is a folder that `save_to_disk` of datasets wrote."""
+    return any((user_path(source.path) / name).is_file() for name in _SAVED_DATASET)
 
 
 def source_files(source: TextSource) -> list[Path]:
@@ -193,12 +199,13 @@ def _saved_dataset(path: Path, split: str) -> Iterator[Record]:
 
 
 def _hub_rows(source: TextSource) -> Iterator[Record]:
-    from datasets import load_dataset
+    from datasets import config, load_dataset
 
     name = source.path.removeprefix(_HUB)
     subset = () if source.subset is None else (source.subset,)
+    streaming = not config.HF_HUB_OFFLINE  # offline, what `load_dataset` prepared is read from its cache
     try:
-        for number, row in enumerate(load_dataset(name, *subset, split=source.split, streaming=True), start=1):
+        for number, row in enumerate(load_dataset(name, *subset, split=source.split, streaming=streaming), start=1):
             yield Record(row, f"{name}, row {number}")
     except Exception as error:
         raise NotFound(

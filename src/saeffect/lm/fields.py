@@ -108,7 +108,10 @@ def _missing_field(row: Mapping[str, Any], name: str, at: str) -> BadFile:
     names = [str(key)[:40] for key in sorted(map(str, row))]
     listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") or "nothing"
     fix = "name the one that holds text"
-    if len(names) > 1:
+    chat = next((str(key) for key, value in row.items() if _is_chat(value)), None)
+    if chat is not None:
+        fix = f"{chat!r} looks like messages: set format: chat and field: {chat} (--chat --field {chat})"
+    elif len(names) > 1:
         fix += ', or several: field: "' + "\\n".join(f"{{{key}}}" for key in names[:2]) + '"'
     return BadFile(f"there is no field {name!r} here; it has: {listed}.", at=at, fix=f"{fix}.")
 
@@ -118,14 +121,17 @@ def _string(name: str, value: Any, at: str, *, numbers: bool = False) -> str:
         return value
     if numbers and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return str(value)
-    chat = isinstance(value, list) and bool(value) and all(isinstance(message, Mapping) for message in value)
     raise BadFile(
         f"the field {name!r} holds {kind_of(value)}, not text.",
         at=at,
-        fix="these look like messages: set format: chat."
-        if chat
+        fix="these look like messages: set format: chat (--chat)."
+        if _is_chat(value)
         else "leave out such rows, or name the field that holds text.",
     )
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(message, Mapping) for message in value)
 
 
 def kind_of(value: Any) -> str:

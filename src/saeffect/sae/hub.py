@@ -20,8 +20,10 @@ from saeffect.io import fingerprint, read_json, write_json
 from saeffect.lm.gguf import cache_folder, cached_folder
 from saeffect.paths import user_path
 from saeffect.progress import SILENT
+from saeffect.published import SAELENS, PublishedSae, find_published
+from saeffect.sae.formats.llama_scope import SCALER
+from saeffect.sae.formats.saelens import WHITENING
 from saeffect.sae.formats.state_dicts import PICKLED
-from saeffect.sae.published import SAELENS, PublishedSae, find_published
 
 __all__ = ["HF", "forget", "is_sae_name", "locate_sae"]
 
@@ -40,8 +42,10 @@ _FILES = (
     "model.safetensors",
     "ae.pt",
     "checkpoints/final.safetensors",
+    SCALER,
+    WHITENING,
 )
-_SETTINGS = ("cfg.json", "config.json", "hyperparams.json")
+_SETTINGS = ("cfg.json", "config.json", "hyperparams.json", SCALER, WHITENING)
 _INCOMPLETE = ("sae_lens", "llama_scope_r1_distill")  # layouts whose files must be completed from the list
 # Layouts whose training texts began as the tokenizer does; Qwen's has no BOS token.
 _AS_THE_TOKENIZER = ("dictionary_learning_1", "qwen_scope")
@@ -187,7 +191,7 @@ def _complete_settings(folder: Path, location: _Location, name: str) -> Path:
             if raw.get("normalize_activations") not in ("expected_average_only_in", True):
                 return
         if published.scale:
-            write_json(target / "activation_scaler.json", {"scaling_factor": published.scale})
+            write_json(target / SCALER, {"scaling_factor": published.scale})
 
     return _cache(folder.resolve(), location, name, make)
 

@@ -48,7 +48,7 @@ from saeffect.study.study import Study, require_width
 from saeffect.study.texts import beginning, study_rows
 from saeffect.study.training import arm_recipe, check_training
 
-__all__ = ["CheckResult", "check_study"]
+__all__ = ["CheckResult", "check_context", "check_study"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,7 +258,7 @@ def _check_tokenizers(study: Study) -> list[str]:
         with placed(study.at("text", "sources")):
             separator_id(tokens.tokenizer)
     shapes = _shapes(study)
-    _check_context(study, shapes)
+    check_context(study)
     return lines + _check_embedded(study, shapes)
 
 
@@ -317,9 +317,9 @@ def _check_sizes(study: Study) -> None:
         )
 
 
-def _check_context(study: Study, shapes: dict[str, ModelShape]) -> None:
-    """Refuse rows of the study's or the training text that are longer than a model's positions."""
-    for arm, shape in shapes.items():
+def check_context(study: Study) -> None:
+    """ConfigError if rows of the study's or the training text are longer than a model's positions."""
+    for arm, shape in _shapes(study).items():
         context_sizes = {"text": study.config.text.context_size} if study.config.text.sources else {}
         if study.config.training is not None:
             context_sizes["training"] = arm_recipe(study, arm).context_size

@@ -9,13 +9,13 @@ from saeffect.config import TextSource
 from saeffect.errors import EmptySelection, SaeffectError, placed
 from saeffect.lm.chat import Encoded, has_part, messages_of, segments
 from saeffect.lm.chat_rows import with_system
-from saeffect.lm.corpora import documents_of, find_duplicates, is_local, read_corpus, source_files
+from saeffect.lm.corpora import documents_of, find_duplicates, is_local, is_saved_dataset, read_corpus, source_files
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.text_files import format_of
 from saeffect.lm.tokens import printable_text
 from saeffect.paths import user_path
 from saeffect.study.study import Study
-from saeffect.study.texts import shortage, study_rows
+from saeffect.study.texts import require_rows, shortage, study_rows
 from saeffect.study.training import arm_recipe
 
 __all__ = ["chat_lines", "check_text", "duplicates_in_training", "first_rows", "template_words"]
@@ -39,32 +39,44 @@ def check_text(study: Study) -> str:
     lm = study.reader
     with placed(study.at("text")):
         rows = study_rows(sample, lambda: lm, prepend_bos=lm.prepend_bos)
+        require_rows(rows)
     short = shortage(text, rows) if len(rows) * rows.ids.shape[1] < sample.tokens else ""
     return f"{name}; only {short}" if short else name
 
 
 def first_rows(study: Study) -> list[str]:
-    """For each source of text, a line about its files and one for each of its first three documents."""
-    text = study.config.text
+    """For each source of text, of the study and of its training, a line about its files and one for each of its first
+    three documents. Training text that cannot be read is no error, since the SAEs may come from another machine.
+    """
+    text, lines = study.config.text, list[str]()
     if text.bundled is not None:
         lm = LanguageModel(None, study.tokens.tokenizer, "control", prepend_bos=False)
         sample = text.model_copy(update={"tokens": max(256, 16 * text.context_size)})
         rows = study_rows(sample, lambda: lm, prepend_bos=False)
-        lines = []
         for index, name in enumerate(rows.names):
             lines.append(f"{name}: bundled token ids")
             of_source = rows.ids[rows.sources == index][:_N_SHOWN]
             lines += [_row_line(number, lm.decode(row.tolist())) for number, row in enumerate(of_source, start=1)]
+    else:
+        for index, source in enumerate(text.sources):
+            with placed(study.at("text", "sources", str(index))):
+                lines += _source_lines(source, text.format == "chat")
+    if study.config.training is None:
         return lines
-    lines = []
-    for index, source in enumerate(text.sources):
-        lines.append(f"{source.name}: {_describe_source(source)}")
-        with placed(study.at("text", "sources", str(index))):
-            documents = islice(read_corpus(source, chat=text.format == "chat"), _N_SHOWN)
-            for number, document in enumerate(documents, start=1):
-                turns = messages_of(document) if text.format == "chat" else []
-                chat = " | ".join(f"{turn['role']}: {turn['content']}" for turn in turns)
-                lines.append(_row_line(number, chat or document))
+    recipe = arm_recipe(study, study.control)
+    for source in recipe.text:
+        try:
+            lines += _source_lines(source, recipe.format == "chat", "training, ")
+        except SaeffectError as error:
+            lines += [f"training, {source.name}: {source.path}", f"  cannot be read here: {error.message}"]
+    return lines
+
+
+def _source_lines(source: TextSource, chat: bool, where: str = "") -> list[str]:
+    lines = [f"{where}{source.name}: {_describe_source(source)}"]
+    for number, document in enumerate(islice(read_corpus(source, chat=chat), _N_SHOWN), start=1):
+        turns = messages_of(document) if chat else []
+        lines.append(_row_line(number, " | ".join(f"{turn['role']}: {turn['content']}" for turn in turns) or document))
     return lines
 
 
@@ -85,12 +97,11 @@ def _describe_source(source: TextSource) -> str:
     if not is_local(source):
         subset = f", subset {source.subset}" if source.subset else ""
         return f"dataset {source.path} on the hub, split {source.split}{subset}{field_words}"
+    if is_saved_dataset(source):
+        return f"the saved dataset {source.path}, split {source.split}{field_words}"
     if user_path(source.path).is_file():
         return f"{source.path}{field_words}"
-    try:
-        kinds = Counter(format_of(file) for file in source_files(source))
-    except SaeffectError:
-        return f"the saved dataset {source.path}{field_words}"
+    kinds = Counter(format_of(file) for file in source_files(source))
     counts = ", ".join(f"{n:,} {kind}" for kind, n in sorted(kinds.items()))
     return f"{source.path} ({counts}){field_words}"
 

@@ -13,9 +13,10 @@ import yaml
 
 from saeffect.checksums import has_own_hash, with_hash
 from saeffect.config import ModelConfig, StudyConfig
-from saeffect.errors import BadFile, ConfigError, NotFound, Unreachable
+from saeffect.errors import BadFile, ConfigError, NotFound, Unreachable, placed
 from saeffect.io import atomic_path, read_json
 from saeffect.lm.adapters import ADAPTER_CONFIG
+from saeffect.lm.corpora import read_corpus
 from saeffect.lm.loading import (
     BUNDLED,
     bundled_path,
@@ -34,6 +35,7 @@ __all__ = ["DiffRequest", "diff_study", "same_model", "write_study"]
 
 _BUNDLED_TEXT = "smollm2-sampled"
 _ROWS, _CONTEXT = 240, 80  # of text: those of the trace, and further rows to put features back on
+_CHAT_CONTEXT = 256  # conversations begin with system messages and questions, and rows are read whole
 _BUNDLED_PAIR = ("bundled:smollm2-135m-instruct", "bundled:medical-lora", "bundled:smollm2-control")
 _BUNDLED_NULLS = "bundled:smollm2-medical"
 _HEAD = "# Written by `saeffect diff`; it goes on from here as yours. SHA-256 of the lines below: "
@@ -49,6 +51,9 @@ class DiffRequest:
         sae: An SAE of the base model: folder, bundled:<name>, or on the hub (`saeffect.sae.hub`; org/name/folder too).
         texts: Files, folders or dataset ids, each plain or as name=path; none: the bundled text, for the bundled model.
         nulls: Folder of null fine-tunes' traces, or bundled:<name>; None: the bundled nulls, for the bundled pair.
+        field: Field or template of the texts; None: the default one.
+        chat: Whether the texts are conversations, which the chat template writes.
+        positions: Which tokens of chats count, see docs/chat.md.
     """
 
     base: str
@@ -58,6 +63,9 @@ class DiffRequest:
     vocabulary: str | None = None
     nulls: str | None = None
     name: str = "diff"
+    field: str | None = None
+    chat: bool = False
+    positions: tuple[str, ...] = ("all",)
 
 
 def diff_study(request: DiffRequest, source: Path, log: Log = SILENT) -> Study:
@@ -68,7 +76,10 @@ def diff_study(request: DiffRequest, source: Path, log: Log = SILENT) -> Study:
     base = _model_keys(request.base, None, "BASE")
     tuned = _model_keys(request.tuned, base, "TUNED")
     sae = None if request.sae is None else _sae(request.sae)
-    hook = _middle_hook(base, log) if sae is None else None
+    shape = model_shape(locate_model(ModelConfig(**base), log=log, at="BASE"))
+    # Without an SAE, the residual stream halfway through the model.
+    hook = f"blocks.{(shape.n_layers if shape else 2) // 2}.hook_resid_pre" if sae is None else None
+    context = _CONTEXT if not request.chat else min(_CHAT_CONTEXT, (shape and shape.n_positions) or _CHAT_CONTEXT)
     arms = {
         role: {"role": role, "model": model, "sae": sae, "hook": hook}
         for role, model in (("control", base), ("treatment", tuned))
@@ -77,7 +88,7 @@ def diff_study(request: DiffRequest, source: Path, log: Log = SILENT) -> Study:
         "name": request.name,
         "title": f"What fine-tuning changed: {request.name}",
         "arms": {role: {key: value for key, value in arm.items() if value is not None} for role, arm in arms.items()},
-        "text": _text_keys(request, base),
+        "text": _text_keys(request, base, context),
         "gate": {"tokens": 2_048},
         "selection": {"vocabulary": _path(request.vocabulary)},
         "steering": None,
@@ -87,7 +98,13 @@ def diff_study(request: DiffRequest, source: Path, log: Log = SILENT) -> Study:
     nulls = request.nulls or (_BUNDLED_NULLS if is_bundled else None)
     if nulls is not None:
         values["nulls"] = _path(nulls)
-    return Study(StudyConfig.read(values, at="the command"), source)
+    if request.chat:
+        values |= {"changes": {"tokens_per_row": context}, "put_back": {"tokens_per_row": context}}
+    config = StudyConfig.read(values, at="the command")
+    for text in config.text.sources:  # before models are loaded, which may take minutes
+        with placed("--text"):
+            next(read_corpus(text, chat=request.chat))
+    return Study(config, source)
 
 
 def same_model(study: Study) -> bool:
@@ -174,17 +191,17 @@ def _sae(text: str) -> str:
     return HF + text
 
 
-def _middle_hook(base: Mapping[str, Any], log: Log) -> str:
-    """The residual stream halfway through the model: the hook of a study without SAEs."""
-    shape = model_shape(locate_model(ModelConfig(**base), log=log, at="BASE"))
-    return f"blocks.{(shape.n_layers if shape else 2) // 2}.hook_resid_pre"
-
-
-def _text_keys(request: DiffRequest, base: Mapping[str, Any]) -> dict[str, Any]:
+def _text_keys(request: DiffRequest, base: Mapping[str, Any], context: int) -> dict[str, Any]:
+    size = {"tokens": _ROWS * _CONTEXT, "context_size": context}
     if request.texts:
-        return {"sources": _sources(request.texts), "tokens": _ROWS * _CONTEXT, "context_size": _CONTEXT}
+        field = {} if request.field is None else {"field": request.field}
+        sources = [source | field for source in _sources(request.texts)]
+        chat = {"format": "chat", "positions": request.positions} if request.chat else {}
+        return {"sources": sources, **size, **chat}
+    if request.chat:
+        raise ConfigError("there are no conversations.", at="--chat", fix="give them: --text chats.jsonl.")
     if base["path"].startswith(BUNDLED):
-        return {"bundled": _BUNDLED_TEXT, "tokens": _ROWS * _CONTEXT, "context_size": _CONTEXT}
+        return {"bundled": _BUNDLED_TEXT, **size}
     raise ConfigError(
         "there is no text for the models to read.",
         at="--text",

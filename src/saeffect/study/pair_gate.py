@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from saeffect.config import BosRule, GateConfig, ModelConfig, TextConfig
+from saeffect.config import BosRule, GateConfig, ModelConfig
 from saeffect.errors import ConfigError, SaeffectError, Undefined
 from saeffect.lm.activations import NormLimit, TokenRows, first_limit
 from saeffect.lm.architectures import hook_width
@@ -49,13 +49,10 @@ WARM_START = Change(
 
 @dataclass(frozen=True)
 class GateRequest:
-    """Arguments of `saeffect gate`; models and texts as for `saeffect diff`.
+    """Arguments of `saeffect gate`; models and texts as in `DiffRequest`.
 
     Attributes:
         hook: Where the SAE reads; None: where its cfg.json says, else where it fits best.
-        field: Field or template of the texts; None: the default one.
-        chat: Whether the texts are conversations, which the chat template writes.
-        positions: Which tokens of chats count, see docs/chat.md.
         tokens: Number of tokens to measure on.
     """
 
@@ -145,13 +142,15 @@ def gate_pair(request: GateRequest, limits: GateConfig | None = None, log: Log =
 
     Raises `SaeffectError` for missing files, an SAE of another width, or models with different tokenizers.
     """
-    diff_request = DiffRequest(request.model, request.tuned or request.model, request.sae, request.texts, name="gate")
+    texts = {key: getattr(request, key) for key in ("texts", "field", "chat", "positions")}
+    diff_request = DiffRequest(request.model, request.tuned or request.model, request.sae, name="gate", **texts)
     study = diff_study(diff_request, Path("the command"), log)
     control, treatment = study.pair
     folder = study.sae_folder(control)
     sae = load_sae(folder, at="SAE")
     context = min(int(sae.cfg.metadata.get("context_size") or _CONTEXT), _CONTEXT)
-    text = _text_config(request, study.config.text, context)
+    tokens = max(request.tokens, 2 * context)
+    text = study.config.text.model_copy(update={"bos": request.bos, "tokens": tokens, "context_size": context})
     study = Study(study.config.model_copy(update={"text": text}), study.source)
     models = {"base": study.open_model(control, log)}
     lm = models["base"]
@@ -172,17 +171,6 @@ def gate_pair(request: GateRequest, limits: GateConfig | None = None, log: Log =
             require_module_output(lm, sae.cfg.module_path, at="SAE")
     tokenizers = {} if text.bundled else _other_tokenizers(sae, lm)
     return judge_pair(models, sae, hook, rows, limits=limits, tokenizers=tokenizers, log=log)
-
-
-def _text_config(request: GateRequest, text: TextConfig, context: int) -> TextConfig:
-    """The study's text with the options of the request. ConfigError: positions without chats, or bundled chats."""
-    sources = [source.model_dump(exclude_unset=True) for source in text.sources]
-    field = {} if request.field is None else {"field": request.field}
-    values: dict[str, Any] = (
-        {"sources": [source | field for source in sources]} if sources else {"bundled": text.bundled}
-    )
-    values |= {"format": "chat" if request.chat else "text", "positions": request.positions, "bos": request.bos}
-    return TextConfig.read(values | {"tokens": max(request.tokens, 2 * context), "context_size": context}, at="--text")
 
 
 def judge_pair(

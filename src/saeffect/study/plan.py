@@ -30,6 +30,7 @@ from saeffect.lm.residuals import Residuals, machine_memory
 from saeffect.progress import SILENT, Log
 from saeffect.sae.base import SaeConfig
 from saeffect.steering.sampling import Sampling
+from saeffect.study.check import check_context
 from saeffect.study.finished import html_of
 from saeffect.study.nulls import nulls_folder
 from saeffect.study.rates import PROMPT, DiskRates, ModelRates, StageCost, encode_seconds, product_rate, table_speed
@@ -86,14 +87,14 @@ def plan_study(study: Study, *, gpus: int = 1, out: Path | None = None, log: Log
         out: Run directory, whose disk is measured.
 
     Raises:
-        ConfigError: Fewer than one device.
+        ConfigError: Fewer than one device, or rows of text that are longer than a model's positions.
         SaeffectError: A model or SAE that is neither there nor can be trained; see `Study.open_arm`.
     """
     if gpus < 1:
         raise ConfigError(f"a study needs at least one device. Got {gpus}.", at="--gpus", fix="for example --gpus 8.")
+    check_context(study)
     planner = _Planner(study, gpus, out or Path("runs") / study.config.name, log)
-    rows = [stage.row() for stage in planner.stages()]
-    return Plan(pd.DataFrame(rows), tuple(planner.lines()), gpus)
+    return Plan(pd.DataFrame([stage.row() for stage in planner.stages()]), tuple(planner.lines()), gpus)
 
 
 class _Planner:
@@ -178,9 +179,7 @@ class _Planner:
 
     def stages(self) -> Iterator[StageCost]:
         """In the order of `run_study`."""
-        for arm in self._arms if self._saes else ():
-            if self._is_trained_first(arm):
-                yield self._train(arm)
+        yield from (self._train(arm) for arm in self._arms if self._saes and self._is_trained_first(arm))
         yield self._start()
         if not self._saes:
             yield from (self._trace(), self._changes(), self._fixed("report", _REPORT / 3, disk=_RUN_BYTES / 4))

@@ -14,25 +14,14 @@ import torch
 from torch import Tensor
 
 from saeffect.errors import BadFile, IncompatibleSae
+from saeffect.published import named_by_path
 from saeffect.sae.base import SaeConfig, SparseAutoencoder
 from saeffect.sae.formats.weights import fill, read_npz, read_weights, tensor_shapes
 from saeffect.sae.jumprelu import JumpReluSae
 
-__all__ = ["GemmaScope", "named_by_path"]
+__all__ = ["GemmaScope"]
 
 _NAMES = {"w_enc": "W_enc", "b_enc": "b_enc", "w_dec": "W_dec", "b_dec": "b_dec", "threshold": "threshold"}
-# Hook by a part of the path: of Gemma Scope's repositories, of Gemma Scope 2's folders.
-_SITES = {
-    "res": "hook_resid_post",
-    "mlp": "hook_mlp_out",
-    "att": "attn.hook_z",
-    "resid_post": "hook_resid_post",
-    "mlp_out": "hook_mlp_out",
-    "attn_out": "attn.hook_z",
-}
-_FIRST = re.compile(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att)\b")
-_SECOND = re.compile(r"gemma-scope-2-(\d+[mb])-(pt|it)\b")
-_SITE = re.compile(r"/(resid_post|mlp_out|attn_out)(?:_all)?/")
 _CONTEXT = 1024
 
 
@@ -90,27 +79,3 @@ class GemmaScope:
             tensors |= {"W_enc": tensors["W_enc"] / scale}
             tensors |= {name: tensors[name] * scale for name in ("W_dec", "b_dec")}
         return fill(JumpReluSae(cfg), tensors, self.weights, where)
-
-
-def named_by_path(path: str) -> dict[str, Any]:
-    """`model_name` and `hook_name`, as far as a path with forward slashes contains them.
-
-    Example:
-        >>> named_by_path("google/gemma-scope-9b-it-res/layer_20/width_16k/average_l0_47")
-        {'model_name': 'google/gemma-2-9b-it', 'hook_name': 'blocks.20.hook_resid_post'}
-    """
-    metadata: dict[str, Any] = {}
-    layer, site = re.search(r"layer_(\d+)", path), None
-    if first := _FIRST.search(path):
-        metadata["model_name"] = f"google/gemma-2-{first[1]}{'-it' if first[2] == 'it' else ''}"
-        site = _SITES[first[3]]
-        if "/embedding/" in f"{path}/":
-            return metadata | {"hook_name": "blocks.0.hook_resid_pre", "of_embedding": True}
-    elif second := _SECOND.search(path):
-        # The smallest base model has no suffix on the hub.
-        plain = second[1] == "270m" and second[2] == "pt"
-        metadata["model_name"] = f"google/gemma-3-{second[1]}{'' if plain else '-' + second[2]}"
-        site = _SITES[match[1]] if (match := _SITE.search(f"{path}/")) else None
-    if layer and site:
-        metadata["hook_name"] = f"blocks.{layer[1]}.{site}"
-    return metadata

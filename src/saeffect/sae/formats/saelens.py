@@ -19,10 +19,11 @@ from saeffect.sae.base import ARCHITECTURES, SaeConfig, SparseAutoencoder
 from saeffect.sae.formats.weights import by_side, fill, is_count, joined, read_weights, sides_of
 from saeffect.sae.trainable import TrainableSae
 
-__all__ = ["SPARSITY", "WEIGHTS", "config", "load", "matches", "read_sparsity", "save_sae", "weights"]
+__all__ = ["SPARSITY", "WEIGHTS", "WHITENING", "config", "load", "matches", "read_sparsity", "save_sae", "weights"]
 
 WEIGHTS = weights = "sae_weights.safetensors"
 SPARSITY = "sparsity.safetensors"
+WHITENING = "activation_whitening.safetensors"  # beside a checkpoint that was trained on whitened inputs
 # SAELens treats a file without a version as from before 6.0 and drops its metadata, also the hook's name.
 _LAYOUT_VERSION = "6.0.0"
 _TOP_LEVEL_METADATA = (
@@ -274,7 +275,7 @@ def _with_negatives(name: str, tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def _fold_scaling(sae: SparseAutoencoder, folder: Path, where: str) -> SparseAutoencoder:
     """Fold in the scaling of inputs, which a checkpoint of an unfinished run stores in a separate file."""
-    if (folder / "activation_whitening.safetensors").is_file():
+    if (folder / WHITENING).is_file():
         raise IncompatibleSae(
             "this checkpoint was trained on whitened inputs, which is not supported.",
             at=where,

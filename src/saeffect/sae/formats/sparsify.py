@@ -1,4 +1,6 @@
-"""SAEs on disk as EleutherAI's sparsify writes them: `cfg.json` and `sae.safetensors`. TopK only; not written."""
+"""SAEs on disk as EleutherAI's sparsify writes them: `cfg.json` and `sae.safetensors`, and beside the folders of a run
+its `config.json`. TopK only; not written.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from saeffect.errors import BadFile, IncompatibleSae
+from saeffect.io import read_json
 from saeffect.lm.hooks import hook_of_module
 from saeffect.sae.base import SaeConfig, SparseAutoencoder
 from saeffect.sae.formats.weights import fill, is_count, read_weights
@@ -54,8 +57,19 @@ def config(folder: Path, raw: Any, where: str) -> SaeConfig:
             fix="check that it is an SAE's.",
         )
     metadata: dict[str, Any] = {"trained_by": "sparsify", "hookpoint": folder.resolve().name}
-    hook_name = hook_of_module(metadata["hookpoint"])
-    return SaeConfig("topk", d_in, d_sae, k=k, metadata=metadata | ({"hook_name": hook_name} if hook_name else {}))
+    recorded = _read_run(folder) | {"hook_name": hook_of_module(metadata["hookpoint"])}
+    metadata |= {key: value for key, value in recorded.items() if value}
+    return SaeConfig("topk", d_in, d_sae, k=k, metadata=metadata)
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    """Model and context size, from the `config.json` of the run that wrote the folder, if it is there."""
+    path = folder.resolve().parent / "config.json"
+    raw = read_json(path) if path.is_file() else None
+    if not isinstance(raw, dict) or not isinstance(raw.get("model"), str):
+        return {}
+    context = raw.get("ctx_len")
+    return {"model_name": raw["model"], "context_size": context if is_count(context) else None}
 
 
 def load(folder: Path, raw: Any, where: str) -> SparseAutoencoder:

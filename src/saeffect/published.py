@@ -1,6 +1,7 @@
 """The list of published SAEs: their names, locations on the hub, and facts that their files leave out.
 
-It is a copy of SAELens' list, `bundled/published_saes.json.gz`, updated by scripts/refresh_published_saes.py.
+It is a copy of SAELens' list, `bundled/published_saes.json.gz`, updated by scripts/refresh_published_saes.py. It lies
+outside of `saeffect.sae`, which imports torch, so that listing names takes no seconds.
 """
 
 from __future__ import annotations
@@ -16,9 +17,8 @@ from typing import Any
 
 from saeffect.errors import UnknownName, unknown_name
 from saeffect.paths import BUNDLED_FOLDER
-from saeffect.sae.formats.gemma_scope import named_by_path
 
-__all__ = ["SAELENS", "PublishedSae", "find_published", "list_source", "published_saes"]
+__all__ = ["SAELENS", "PublishedSae", "find_published", "list_source", "named_by_path", "published_saes"]
 
 SAELENS = "saelens:"
 _UNREADABLE = {
@@ -28,6 +28,18 @@ _UNREADABLE = {
     "temporal": "temporal SAE, which reads many tokens at once",
 }
 _MANY = 8
+# Hook by a part of the path: of Gemma Scope's repositories, of Gemma Scope 2's folders.
+_SITES = {
+    "res": "hook_resid_post",
+    "mlp": "hook_mlp_out",
+    "att": "attn.hook_z",
+    "resid_post": "hook_resid_post",
+    "mlp_out": "hook_mlp_out",
+    "attn_out": "attn.hook_z",
+}
+_FIRST = re.compile(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att)\b")
+_SECOND = re.compile(r"gemma-scope-2-(\d+[mb])-(pt|it)\b")
+_SITE = re.compile(r"/(resid_post|mlp_out|attn_out)(?:_all)?/")
 
 
 @dataclass(frozen=True)
@@ -136,6 +148,30 @@ def find_published(
 def list_source() -> str:
     """The origin of the list."""
     return _read_list()[0]
+
+
+def named_by_path(path: str) -> dict[str, Any]:
+    """`model_name` and `hook_name`, as far as a path with forward slashes contains them.
+
+    Example:
+        >>> named_by_path("google/gemma-scope-9b-it-res/layer_20/width_16k/average_l0_47")
+        {'model_name': 'google/gemma-2-9b-it', 'hook_name': 'blocks.20.hook_resid_post'}
+    """
+    metadata: dict[str, Any] = {}
+    layer, site = re.search(r"layer_(\d+)", path), None
+    if first := _FIRST.search(path):
+        metadata["model_name"] = f"google/gemma-2-{first[1]}{'-it' if first[2] == 'it' else ''}"
+        site = _SITES[first[3]]
+        if "/embedding/" in f"{path}/":
+            return metadata | {"hook_name": "blocks.0.hook_resid_pre", "of_embedding": True}
+    elif second := _SECOND.search(path):
+        # The smallest base model has no suffix on the hub.
+        plain = second[1] == "270m" and second[2] == "pt"
+        metadata["model_name"] = f"google/gemma-3-{second[1]}{'' if plain else '-' + second[2]}"
+        site = _SITES[match[1]] if (match := _SITE.search(f"{path}/")) else None
+    if layer and site:
+        metadata["hook_name"] = f"blocks.{layer[1]}.{site}"
+    return metadata
 
 
 @functools.cache
