@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fake_cuda import fake_cuda
 from saeffect.diffing.put_back import (
     BothRead,
     FeatureSet,
@@ -107,6 +108,17 @@ def test_features_and_what_is_left_over_are_the_activation(keys: Any) -> None:
             mean = one.mean(dim=-1, keepdim=True) if keys else 0.0
             left.append(one - sae(one) + bias + mean)
     assert torch.allclose(x - (by_features[0] - by_features[1]) - (left[0] - left[1]), other, atol=1e-4)
+
+
+def test_the_same_on_a_gpu(
+    pair: tuple[LanguageModel, LanguageModel, BothRead], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (_, tuned, both), sae = pair, _random_sae().requires_grad_(requires_grad=False)
+    sets = sets_of_changed(both, sae, sizes=(4,))
+    with fake_cuda(monkeypatch):
+        there = replace(tuned, model=copy.deepcopy(tuned.model).to("cuda"))
+        found = _table(there, sae, both, sets)
+    pd.testing.assert_frame_equal(found, _table(tuned, sae, both, sets), rtol=1e-3, atol=1e-5)
 
 
 def test_no_features_do_nothing(pair: tuple[LanguageModel, LanguageModel, BothRead]) -> None:

@@ -50,6 +50,12 @@ def folder(tmp_path: Path) -> Path:
     return run
 
 
+def test_a_run_directory_is_no_study_file(folder: Path) -> None:
+    (folder / "manifest.json").write_text("{}")
+    with pytest.raises(BadFile, match=r"this is a run directory(.|\n)*open_run"):
+        sx.Study.open(folder)
+
+
 def test_tables_and_figures_by_name(folder: Path) -> None:
     results = sx.open_run(folder)
     assert set(results.tables) == {"table1", "control/features"}

@@ -189,7 +189,7 @@ def outcomes(
         if set(range(rows.start, rows.stop)) <= set(done):
             continue
         with torch.inference_mode(), fused(lm):
-            table = _measure_batch(rest, sae, both, measured_sets, edited, rows)
+            table = _measure_batch(rest, sae.on(lm.device), both, measured_sets, edited, rows)
         yield table
         log.progress(f"features put back into {lm.name}", rows.stop, n, "rows")
 
@@ -199,7 +199,9 @@ def _measure_batch(
 ) -> pd.DataFrame:
     ids = torch.from_numpy(both.rows.ids[rows].astype(np.int64))
     own, other = (both.tuned, both.base) if edited == "tuned" else (both.base, both.tuned)
-    x, x_other, mask = own[rows].float(), other[rows].float(), both.mask[rows][..., None]
+    device = sae.W_dec.device
+    x, x_other = own[rows].float().to(device), other[rows].float().to(device)
+    mask = both.mask[rows][..., None].to(device)
     whole = rest.logits(ids, torch.where(mask, x_other, x))
     scores = _Scores(whole[:, :-1], ids[:, 1:])
     results = {
@@ -208,9 +210,9 @@ def _measure_batch(
     }
     del whole
     change = (scaled_acts(sae, x) - scaled_acts(sae, x_other)) * mask
-    directions = sae.directions(torch.arange(sae.cfg.d_sae))
+    directions = sae.directions(torch.arange(sae.cfg.d_sae, device=device))
     for feature_set in sets:
-        put = x - (change * feature_set.mask(rows, sae.cfg.d_sae)[:, None]) @ directions
+        put = x - (change * feature_set.mask(rows, sae.cfg.d_sae)[:, None].to(device)) @ directions
         results[feature_set.name, feature_set.n, feature_set.kind] = scores.of(rest.logits(ids, put)[:, :-1])
     frames = []
     for (name, n, kind), (loss, kl) in results.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -131,7 +130,9 @@ class SparseAutoencoder(nn.Module, ABC):
         if device.type == self.W_dec.device.type:
             return self
         if device not in self._copies:
-            self._copies[device] = copy.deepcopy(self).to(device)
+            there = type(self)(self.cfg).to(device).eval().requires_grad_(requires_grad=False)
+            there.load_state_dict(self.state_dict())
+            self._copies[device] = there
         return self._copies[device]
 
     @classmethod

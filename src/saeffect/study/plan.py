@@ -143,12 +143,9 @@ class _Planner:
 
     @cached_property
     def _encode(self) -> float:
-        """Seconds a token of the largest SAE, on the CPU."""
-        return self._encode_on("cpu")
-
-    def _encode_on(self, device: torch.device | str) -> float:
+        """Seconds a token of the largest SAE, on the control model's device."""
         largest = max(self._saes.values(), key=lambda sae: sae.d_sae)
-        return encode_seconds(largest.d_in, largest.d_sae, largest.k or 1, device)
+        return encode_seconds(largest.d_in, largest.d_sae, largest.k or 1, self._models[self._control].device)
 
     @cached_property
     def _product(self) -> float:
@@ -235,8 +232,7 @@ class _Planner:
         if recipe.activations == "shards":
             stage.disk = (tokens + recipe.held_out_tokens) * sae.d_in * m.dtype.itemsize
             stage.seconds += stage.disk / self._disk.write
-        encode = self._encode if m.device.type == "cpu" else self._encode_on(m.device)
-        stage.encode(steps * config.batch_size, sae, encode, _PASSES * 2)
+        stage.encode(steps * config.batch_size, sae, self._encode, _PASSES * 2)
         stage.seconds /= self._gpus
         stage.memory += 4 * 8 * sae.d_in * sae.d_sae  # weights, gradients and both moments
         # The SAE, and the checkpoints: weights and both moments in float32, one more while the newest is written.

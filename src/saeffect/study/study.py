@@ -62,13 +62,19 @@ class Study:
         Raises:
             NotFound: No such file, or a path in it that exists only relative to the current folder.
             UnknownName: No such bundled study, or an unknown key in the file.
-            BadFile: Not YAML, or not a mapping.
+            BadFile: Not YAML, or not a mapping; a run directory.
             ConfigError: A value is out of range, a repeated key, or an impossible path.
         """
         bundled, names = str(path).startswith(BUNDLED), [BUNDLED + name for name in bundled_studies()]
         if bundled and path not in names:
             raise unknown_name("bundled study", path, names)
         source = _BUNDLED_STUDIES / f"{str(path).removeprefix(BUNDLED)}.yaml" if bundled else user_path(path)
+        if (source / "manifest.json").is_file():
+            raise BadFile(
+                "this is a run directory, not a study file.",
+                at=str(path),
+                fix="give the study.yaml in it; in Python, saeffect.open_run gives its tables and figures.",
+            )
         # Paths in a bundled study are the user's; nothing is written into the package.
         folder = Path() if bundled else None
         raw = read_config_file(source, "study", relative_to=folder, fix=f"bundled studies: {', '.join(names)}.")
