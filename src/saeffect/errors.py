@@ -71,8 +71,9 @@ class SaeffectError(Exception):
         return "\n".join(lines)
 
     def placed(self, at: str) -> SaeffectError:
-        """The same error, with `at` in front of its place."""
-        self.at = f"{at}, {self.at}" if self.at else at
+        """The same error, with `at` in front of its place, if that does not begin with the same file."""
+        if not (self.at or "").startswith(f"{at.partition(', ')[0]}, "):
+            self.at = f"{at}, {self.at}" if self.at else at
         return self
 
 

@@ -120,6 +120,13 @@ def test_one_null_is_not_enough(files: Path, tmp_path: Path, capsys: Any) -> Non
     assert "one null shows no spread" in capsys.readouterr().out
 
 
+def test_a_foreign_tokenizer_is_refused_in_one_place(files: Path, capsys: Any) -> None:
+    make_model(files / "foreign", 3, extra=["zebra quagga okapi"] * 300)
+    budget(files, **GROUP)
+    assert call(command(files, tuned="foreign")) == 2
+    assert "at:  the command, arms.treatment.model\n" in capsys.readouterr().err
+
+
 def test_models_that_predict_the_same_are_refused(files: Path, capsys: Any) -> None:
     shutil.copytree(files / "base", files / "renamed")
     (files / "renamed" / "notes.json").write_text("{}", encoding="utf-8")

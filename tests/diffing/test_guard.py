@@ -92,6 +92,7 @@ def test_holm_over_rules_and_own_level_of_within_nulls() -> None:
     one = judged(budget(a={}, b={"within_nulls": 0.99}), trace(3), nulls(20), a=GROUP, b=GROUP)
     assert many["group g0"].p_corrected == pytest.approx(min(1, 10 * many["group g0"].p))
     assert (one["group a"].level, one["group b"].level) == (0.05, pytest.approx(0.01))
+    assert one["group b"].allowed == "may neither rise nor fall beyond 99 % of nulls"
 
 
 @pytest.mark.parametrize(

@@ -175,9 +175,10 @@ def _test_group(
     rule, group, (score, *others) = budget.groups[name], groups[name], scores[name]
     n = len(others)
     at_least = f" by a factor of {rule.at_least:g}" if rule.at_least > 1 else ""
+    beyond = "" if rule.within_nulls is None else f" beyond {100 * rule.within_nulls:g} % of nulls"
     verdict = Verdict(
         f"group {name}",
-        _ALLOWED[rule.may] + at_least,
+        _ALLOWED[rule.may] + at_least + beyond,
         "unjudged",
         limit=rule.at_least,
         nulls=n,

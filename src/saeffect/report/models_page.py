@@ -16,6 +16,7 @@ from markupsafe import Markup
 from saeffect.diffing.trace import OPENINGS, SAMPLES, Trace
 from saeffect.io import atomic_path
 from saeffect.report.html import page_environment, page_style
+from saeffect.report.words.numbers import p_text, plural
 
 __all__ = ["ModelsPage", "first_findings", "is_same", "more_expected", "word_tokens", "write_models_page"]
 
@@ -152,7 +153,7 @@ def _claimed_group_lines(groups: pd.DataFrame | None) -> list[str]:
         return []
     claimed = groups[groups["claimed"].astype(bool)]
     return [
-        f"{row.direction} than in any null fine-tune: {row.name} ({row.n_features} features; q {row.q:.2g})"
+        f"{row.direction} than in any null fine-tune: {row.name} ({plural(row.n_features, 'feature')}; {p_text(row.p)})"
         for row in claimed.head(_MAX_ITEMS).itertuples(index=False)
     ]
 

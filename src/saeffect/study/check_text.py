@@ -15,7 +15,7 @@ from saeffect.lm.text_files import format_of
 from saeffect.lm.tokens import printable_text
 from saeffect.paths import user_path
 from saeffect.study.study import Study
-from saeffect.study.texts import shortage, study_rows
+from saeffect.study.texts import require_rows, shortage, study_rows
 from saeffect.study.training import arm_recipe
 
 __all__ = ["chat_lines", "check_text", "duplicates_in_training", "first_rows", "template_words"]
@@ -39,6 +39,7 @@ def check_text(study: Study) -> str:
     lm = study.reader
     with placed(study.at("text")):
         rows = study_rows(sample, lambda: lm, prepend_bos=lm.prepend_bos)
+        require_rows(rows)
     short = shortage(text, rows) if len(rows) * rows.ids.shape[1] < sample.tokens else ""
     return f"{name}; only {short}" if short else name
 

@@ -21,7 +21,7 @@ from saeffect.config_chat import ChatKeys, as_chat
 from saeffect.diffing.nulls import ADAPTER, CARD, NAME, mismatch_error, null_files, read_nulls, smallest_p
 from saeffect.diffing.standardised import FEWEST_NULLS
 from saeffect.diffing.trace import Trace, Tracer
-from saeffect.errors import BadFile, ConfigError, EmptySelection, InUse, SaeffectError, placed
+from saeffect.errors import BadFile, ConfigError, InUse, SaeffectError, placed
 from saeffect.io import atomic_path, read_json, sole_writer, versions, write_json
 from saeffect.lm.activations import NormLimit, TokenRows, first_limit
 from saeffect.lm.chat_rows import lm_for_chats
@@ -35,7 +35,7 @@ from saeffect.progress import SILENT, Log
 from saeffect.sae.formats import load_sae
 from saeffect.steering import NoiseCell, Sampling, generate
 from saeffect.study.study import Study
-from saeffect.study.texts import study_rows
+from saeffect.study.texts import require_rows, study_rows
 
 __all__ = [
     "NullsResult",
@@ -142,12 +142,8 @@ def study_tracer(study: Study, log: Log = SILENT) -> Tracer:
     EmptySelection for a text of one row.
     """
     control, rows = study.control, study.rows()
-    if len(rows) < 2:
-        raise EmptySelection(
-            f"the text has one row of {rows.context_size} tokens; expected at least two.",
-            at=study.at("text"),
-            fix="give more text, or shorter rows: text.context_size.",
-        )
+    with placed(study.at("text")):
+        require_rows(rows)
     traced = traced_rows(rows, study.config.changes)
     if study.has_saes:
         arm = study.open_arm(control, log)

@@ -27,7 +27,7 @@ from saeffect.lm.tokens import find_bos_id, tokens_added_before
 from saeffect.progress import SILENT, Log
 from saeffect.sae.base import SparseAutoencoder
 
-__all__ = ["Arm", "ReadRows", "beginning", "first_texts", "shortage", "study_rows"]
+__all__ = ["Arm", "ReadRows", "beginning", "first_texts", "require_rows", "shortage", "study_rows"]
 
 
 def study_rows(text: TextConfig, model: Callable[[], LanguageModel], *, prepend_bos: bool | None) -> TokenRows:
@@ -39,6 +39,15 @@ def study_rows(text: TextConfig, model: Callable[[], LanguageModel], *, prepend_
     if text.bundled is None:
         return _packed(text, model())
     return _bundled(text, None if prepend_bos is False else model().bos_id)
+
+
+def require_rows(rows: TokenRows) -> None:
+    """EmptySelection for a single row: nothing could be said of its scatter."""
+    if len(rows) < 2:
+        raise EmptySelection(
+            f"the text has one row of {rows.context_size} tokens; expected at least two.",
+            fix="give more text, or shorter rows: text.context_size.",
+        )
 
 
 def shortage(text: TextConfig, rows: TokenRows) -> str:

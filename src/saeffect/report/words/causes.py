@@ -135,15 +135,25 @@ _PREDICTION_PHRASES = {
 
 
 def what_it_causes(table: pd.DataFrame, subject: str, source: str = "domain") -> str:
-    """`put_back_sentence` of a text; if the loss has no share there, first that of the model's own writing."""
+    """`put_back_sentence` of a text; if the loss has no share there, that of the predictions, and of the loss on the
+    model's own writing.
+    """
     loss, predictions = (put_back_row(table, measure, _N_FEATURES, source=source) for measure in ("loss", "kl"))
-    written = put_back_sentence(table, subject=subject, source=OWN_WRITING)
-    if not written or loss is None or is_defined(loss["low"]):
+    written = put_back_row(table, "loss", _N_FEATURES, source=OWN_WRITING)
+    if written is None or loss is None or is_defined(loss["low"]):
         return put_back_sentence(table, subject=subject, source=source)
-    if predictions is None or not is_defined(predictions["low"]):
-        return written
-    matched = _matched_clause(table, predictions, {"source": source})
-    return f"{written} Of what it does to the predictions on {subject} text they carry {_share(predictions)}{matched}."
+    if predictions is None or not is_defined(predictions["low"]) or not is_defined(written["low"]):
+        return put_back_sentence(table, subject=subject, source=OWN_WRITING)
+    text, own = (text_name(where, subject) for where in (source, OWN_WRITING))
+    first, second = (
+        f"{_share(row)}{{}}{_matched_clause(table, row, {'source': row['source']})}." for row in (predictions, written)
+    )
+    return (
+        f"The {plural(int(written['n_features']), 'feature')} that changed most carry"
+        f" {first.format(f' of what fine-tuning does at this layer to the predictions on {text} (KL)')}"
+        f" Of what it does to the loss on {own} ({fixed(abs(written['whole']))} nats a token) they carry"
+        f" {second.format('')}"
+    )
 
 
 def text_name(source: str, subject: str) -> str:

@@ -14,7 +14,7 @@ from saeffect.diffing.naming import ALL, SEEN
 from saeffect.diffing.standardised import prediction_limit
 from saeffect.lm.tokens import printable_token
 from saeffect.report.words.causes import what_it_causes
-from saeffect.report.words.numbers import amount, count, fixed, is_defined, joined, p_value, percent, plural
+from saeffect.report.words.numbers import amount, count, fixed, is_defined, joined, p_text, percent, plural
 
 __all__ = ["Learned", "claimed_groups", "learned"]
 
@@ -26,19 +26,28 @@ _BASES = {
 }
 _MAX_IN_HEADLINE = 3  # groups in the headline
 _MAX_IN_SENTENCE = 6  # groups in the sentence below
+_CARRY = (
+    "Features carry what is undone by setting them back to the base model's values; matched ones are others that fire"
+    " as often and as strongly."
+)
+_SCALED = (
+    "Changes are divided by how far their fine-tune moved features as a whole, which makes up for a weaker training of"
+    " the nulls but not for one of another kind."
+)
 
 
 @dataclass(frozen=True)
 class Learned:
     """The answer to "what did fine-tuning change?".
 
-    `headline`: one sentence, "" without null fine-tunes. `parts`: label and sentences of what changed, how sure, where,
-    what it causes, and what did not change, as far as known (without nulls: where, and what it causes). `missing`: what
-    the study lacks to say more.
+    `headline`: one or two sentences, "" without null fine-tunes. `parts`: label and sentences of what changed, how
+    sure, where, what it causes, and what did not change, as far as known (without nulls: where, and what it causes).
+    `notes`: further numbers, and how it was judged. `missing`: what the study lacks to say more.
     """
 
     headline: str
     parts: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
     missing: str
 
 
@@ -53,32 +62,41 @@ def learned(tables: Mapping[str, pd.DataFrame], domain: str, *, alpha: float) ->
     missing. `domain` is a name in `declared_changes`, `alpha` the highest p of a claim.
     """
     nulls = tables.get("null_groups", pd.DataFrame())
-    causes = what_it_causes(tables["put_back"], domain) if "put_back" in tables else ""
+    where, causes, difference = _where(tables, alpha), _causes(tables, domain), _mean_difference(tables)
     if nulls.empty:
-        parts = {"Where": _where(tables, alpha), "What it causes": causes}
-        return Learned("", tuple(part for part in parts.items() if part[1]), _missing_sentence(tables))
+        known = tuple((label, text) for label, text in (("Where", where), ("What it causes", causes)) if text)
+        return Learned("", known, difference, _missing_sentence(tables))
     claimed = claimed_groups(tables)
     declared = _domain_change(tables, domain)
     k = len(nulls)
     domain_changed = declared is not None and is_defined(declared["p"]) and declared["p"] <= alpha
     domain_changed = domain_changed and not _p_of_all_bases(tables, domain) > alpha
+    unlike = _unlike_nulls(tables)
     parts = {
         "What changed": " ".join(
-            [_group_words(claimed, tables["change_groups"], k), *_predictions(tables, domain, alpha, beyond=True)]
+            [
+                _group_words(claimed, tables["change_groups"], k, alpha),
+                *_predictions(tables, domain, alpha, beyond=True),
+            ]
         ),
         "How sure": " ".join(
             ([_domain_words(declared, domain, k), *_basis_words(tables, domain)] if declared is not None else [])
-            + [_resolution(k, alpha), *_unlike_nulls(tables)]
+            + [_false_claims(alpha), *unlike]
         ),
-        "Where": _where(tables, alpha),
+        "Where": where,
         "What it causes": causes,
-        "What did not change": _unchanged(tables, nulls, domain, alpha),
+        "What did not change": " ".join(
+            [
+                _unnamed(nulls, alpha, any_claimed=len(claimed) > 0),
+                *_predictions(tables, domain, alpha, beyond=False),
+            ]
+        ),
     }
     present = tuple((label, text) for label, text in parts.items() if text)
-    against = (
-        f"than in {count(k)} fine-tunes {'' if _unlike_nulls(tables) else 'of the same recipe '}that teach nothing new"
-    )
-    return Learned(_headline(claimed, declared if domain_changed else None, domain, against), present, "")
+    against = f"than in {count(k)} fine-tunes {'' if unlike else 'of the same recipe '}that teach nothing new"
+    headline = _headline(claimed, declared if domain_changed else None, domain, against)
+    notes = (*difference, *_further_sae_words(tables, domain), _resolution(k), *([_SCALED] if unlike else []))
+    return Learned(headline, present, notes, "")
 
 
 def _domain_change(tables: Mapping[str, pd.DataFrame], domain: str) -> Mapping[Any, Any] | None:
@@ -91,10 +109,10 @@ def _headline(claimed: pd.DataFrame, change: Mapping[Any, Any] | None, domain: s
     names = joined([_quoted(row) for row in claimed.head(_MAX_IN_HEADLINE).to_dict("records")]) if len(claimed) else ""
     if change is not None:
         verb = "taught the model" if change["z"] > 0 else "took from the model"
-        examples = f", first of all those about {names}" if names else ""
+        examples = f" The groups of features that changed most: {names}." if names else ""
         return (
             f"Fine-tuning {verb} the domain {domain}: its {plural(int(change['n_features']), 'feature')} changed more"
-            f" {against}{examples}."
+            f" {against}.{examples}"
         )
     if names:
         return f"Fine-tuning changed features about {names}: they moved more {against}."
@@ -106,27 +124,22 @@ def _quoted(row: Mapping[Any, Any]) -> str:
     return f"“{row['name']}”{less}"
 
 
-def _group_words(claimed: pd.DataFrame, groups: pd.DataFrame, n_nulls: int) -> str:
+def _group_words(claimed: pd.DataFrame, groups: pd.DataFrame, n_nulls: int, alpha: float) -> str:
     if claimed.empty:
         top = groups.iloc[0]
         return (
             f"The group that moved most, {_quoted(top.to_dict())}, is not clearly beyond what null fine-tunes reach"
-            f" (p = {p_value(top['p'])}, over {plural(n_nulls, 'null')})."
+            f" ({p_text(top['p'])}, over {plural(n_nulls, 'null')})."
         )
-    shown = claimed.head(_MAX_IN_SENTENCE).to_dict("records")
-    p = [f"p {_p_text(row['p'])}" for row in shown]
-    same = f", each with {p[0]}" if len(shown) > 1 and len(set(p)) == 1 else ""
-    sizes = [f"{_quoted(row)}, {plural(int(row['n_features']), 'feature')}" for row in shown]
-    items = sizes if same else [f"{size}, {value}" for size, value in zip(sizes, p, strict=True)]
-    more = f" and {count(len(claimed) - _MAX_IN_SENTENCE)} more" if len(claimed) > _MAX_IN_SENTENCE else ""
+    items = [_quoted(row) for row in claimed.head(_MAX_IN_SENTENCE).to_dict("records")]
+    if len(claimed) > _MAX_IN_SENTENCE:
+        items.append(f"{count(len(claimed) - _MAX_IN_SENTENCE)} more ([[table:learned]])")
     share = float(claimed["share"].sum())
-    total = f" Together they hold {percent(share)} of all change of mean activation." if is_defined(share) else ""
-    return f"Groups of features that changed beyond all nulls{same}: {'; '.join(items)}{more}.{total}"
-
-
-def _p_text(p: float) -> str:
-    text = p_value(p)
-    return text if text.startswith("<") else f"= {text}"
+    total = f" They hold {percent(share)} of all change in how strongly features fire." if is_defined(share) else ""
+    return (
+        f"{plural(len(claimed), 'group')} of features changed clearly more than groups do in nulls"
+        f" (p at most {alpha:g}): {joined(items)}.{total}"
+    )
 
 
 def _domain_words(row: Mapping[Any, Any], domain: str, n_nulls: int) -> str:
@@ -134,9 +147,9 @@ def _domain_words(row: Mapping[Any, Any], domain: str, n_nulls: int) -> str:
         return f"The domain {domain} as a whole cannot be judged: {row['reason']}."
     size, low, high = (f"{row[name]:+.2f}".replace("-", "−") for name in ("z", "null_low", "null_high"))
     return (
-        f"The {plural(int(row['n_features']), 'feature')} of the domain {domain}, chosen by the vocabulary beforehand,"
-        f" changed by {size} on average, in units of what a null does to a feature (nulls: {low} to {high};"
-        f" p {_p_text(row['p'])}, {plural(n_nulls, 'null')})."
+        f"The {plural(int(row['n_features']), 'feature')} of the domain {domain}, chosen by its vocabulary beforehand,"
+        f" changed by {size} on average; in {plural(n_nulls, 'null')} it is {low} to {high} ({p_text(row['p'])};"
+        " 1 is what nulls typically do to one feature)."
     )
 
 
@@ -152,7 +165,7 @@ def _p_of_all_bases(tables: Mapping[str, pd.DataFrame], domain: str) -> float:
 
 
 def _basis_words(tables: Mapping[str, pd.DataFrame], domain: str) -> list[str]:
-    """The bases that show a change of the domain alone, and the evidence of other SAEs."""
+    """Which kinds of evidence show a change of the domain alone."""
     rows = _domain_evidence(tables, domain)
     own = rows[rows.index.isin(_BASES) & rows["p"].notna()]
     if own.empty:
@@ -161,14 +174,19 @@ def _basis_words(tables: Mapping[str, pd.DataFrame], domain: str) -> list[str]:
     shown = f": {joined(agree)}" if agree else ""
     others = f"; not {joined(disagree)}" if agree and disagree else ""
     verb = "shows" if len(agree) == 1 else "show"
-    sentences = [f"Of {count(len(own))} bases {count(len(agree))} {verb} this alone{shown}{others}."]
+    return [f"Of {count(len(own))} kinds of evidence {count(len(agree))} {verb} this alone{shown}{others}."]
+
+
+def _further_sae_words(tables: Mapping[str, pd.DataFrame], domain: str) -> list[str]:
+    """What other SAEs show of the domain."""
+    rows, sentences = _domain_evidence(tables, domain), []
     further = rows[rows.index.str.startswith("difference in ")]
     tested = further[further["p"].notna()]
     if len(tested):
         n = int(tested["agrees"].sum())
         sentences.append(
             f"The mean activation difference shows it in {count(n)} of {plural(len(tested), 'further SAE')} of the base"
-            f" model; with {'it' if len(tested) == 1 else 'them'}, p {_p_text(_p_of_all_bases(tables, domain))}."
+            f" model; with {'it' if len(tested) == 1 else 'them'}, {p_text(_p_of_all_bases(tables, domain))}."
         )
     untested = [name.removeprefix("difference in ") for name in further.index[further["reason"] == SEEN]]
     if untested:
@@ -178,11 +196,14 @@ def _basis_words(tables: Mapping[str, pd.DataFrame], domain: str) -> list[str]:
     return sentences
 
 
-def _resolution(n_nulls: int, alpha: float) -> str:
+def _false_claims(alpha: float) -> str:
+    return f"Of fine-tunes that teach nothing, about one in {round(1 / alpha)} would be said to teach something."
+
+
+def _resolution(n_nulls: int) -> str:
     return (
-        f"Each p counts the search over all groups; at {alpha:g}, about one null fine-tune in {round(1 / alpha)} would"
-        f" be claimed to have taught something. With {count(n_nulls)} nulls no count of nulls gives less than"
-        f" {1 / (n_nulls + 1):.3f}; what is smaller rests on the nulls' scores being log-normal."
+        f"Each p of a group counts the search over all groups. With {plural(n_nulls, 'null')} no count of nulls gives"
+        f" less than {1 / (n_nulls + 1):.3f}; what is smaller rests on the nulls' scores being log-normal."
     )
 
 
@@ -195,9 +216,7 @@ def _unlike_nulls(tables: Mapping[str, pd.DataFrame]) -> list[str]:
     if len(different):
         listed = joined([f"{row.setting} is {row.nulls} instead of {row.tuned}" for row in different.itertuples()])
         sentences.append(
-            f"The nulls were not trained quite as the fine-tune was: {listed}. Changes are divided by how far their"
-            " fine-tune moved features as a whole, which makes up for a weaker training but not for one of another"
-            " kind; nulls of the fine-tune's own recipe would decide it."
+            f"The nulls were not quite trained as the fine-tune was ({listed}); nulls of its recipe would settle it."
         )
     if len(unknown):
         names = "the recipe" if len(unknown) == len(recipe) else joined(list(unknown))
@@ -211,43 +230,45 @@ def _where(tables: Mapping[str, pd.DataFrame], alpha: float) -> str:
         return ""
     column = "ratio" if layers["ratio"].notna().any() else "change"
     most = layers.loc[layers[column].idxmax()].to_dict()
-    beyond, nulls = "Farthest", ""
+    place, nulls = "changed most", ""
     if is_defined(most["null_low"]):
-        beyond, nulls = (
-            "Farthest beyond the nulls",
-            f" (nulls: {percent(most['null_low'])} to {percent(most['null_high'])})",
-        )
+        place = "is farthest beyond the nulls"
+        nulls = f" (nulls: {percent(most['null_low'])} to {percent(most['null_high'])})"
     sentences = [
-        f"{beyond} at layer {count(most['layer'])}, where the residual stream moved by"
-        f" {percent(most['change'])} of its length{nulls}.",
-        *_mean_difference(tables),
+        f"Of {plural(len(layers), 'layer')}, layer {count(most['layer'])} {place}: what it hands on"
+        f" moved by {percent(most['change'])} of its length{nulls}."
     ]
     expected = words[(words["role"] == "expected") & (words["change"] > 0)] if len(words) else words
     expected = expected[expected["p_search"] <= alpha] if len(expected) else expected
     if len(expected):
-        sentences.append(f"Words expected more, beyond all nulls: {_quoted_words(expected['token'])}.")
+        sentences.append(f"Words it expects clearly more than nulls do: {_quoted_words(expected['token'])}.")
     written = tables.get("written_words", pd.DataFrame())
     more_written = written[(written["change"] > 0) & (written["p_search"] <= alpha)] if len(written) else written
     if len(more_written):
-        sentences.append(f"Words that come up after openings that name nothing: {_quoted_words(more_written['word'])}.")
+        sentences.append(f"Words it writes more, given no subject: {_quoted_words(more_written['word'])}.")
     return " ".join(sentences)
 
 
-def _mean_difference(tables: Mapping[str, pd.DataFrame]) -> list[str]:
-    """The mean activation difference over all positions and its top tokens, in a sentence; [] if it has none."""
+def _causes(tables: Mapping[str, pd.DataFrame], domain: str) -> str:
+    text = what_it_causes(tables["put_back"], domain) if "put_back" in tables else ""
+    return f"{text} {_CARRY}" if text else ""
+
+
+def _mean_difference(tables: Mapping[str, pd.DataFrame]) -> tuple[str, ...]:
+    """The mean activation difference over all positions and its top tokens, in a sentence; () if it has none."""
     table = tables.get("activation_difference", pd.DataFrame())
     if table.empty:
-        return []
+        return ()
     row = table.iloc[0].to_dict()
     tokens = row["beyond_nulls"] if len(row["beyond_nulls"]) else row["top_tokens"]
     words = pd.Series([token for token in tokens if any(map(str.isalpha, token))], dtype="object")
     if words.empty:
-        return []
+        return ()
     nulls = f"nulls: {percent(row['null_size'])}; " if is_defined(row["null_size"]) else ""
-    return [
+    return (
         f"On average over the text, activations at the hook move by {percent(row['size'])} of their length ({nulls}"
-        f"cosine between two halves of the text: {fixed(row['reliability'], 2)}), towards {_quoted_words(words)}."
-    ]
+        f"cosine between two halves of the text: {fixed(row['reliability'], 2)}), towards {_quoted_words(words)}.",
+    )
 
 
 def _quoted_words(words: pd.Series[Any]) -> str:
@@ -255,13 +276,13 @@ def _quoted_words(words: pd.Series[Any]) -> str:
     return ", ".join(f"“{word}”" for word in list(visible)[:8])
 
 
-def _unchanged(tables: Mapping[str, pd.DataFrame], nulls: pd.DataFrame, domain: str, alpha: float) -> str:
+def _unnamed(nulls: pd.DataFrame, alpha: float, *, any_claimed: bool) -> str:
     limit = prediction_limit(nulls["highest"].to_numpy(dtype=np.float64), alpha)
-    sentence = (
-        f"A group would have been named had it changed {limit:.1f} times as much as nulls change such groups; of what"
-        " changed less, nothing can be said."
+    return (
+        f"No {'other ' if any_claimed else ''}group of features changed clearly more than in nulls. Any that changed"
+        f" {limit:.1f} times as much as nulls change such groups would have been named; of smaller changes nothing can"
+        " be said."
     )
-    return " ".join([sentence, *_predictions(tables, domain, alpha, beyond=False)])
 
 
 def _predictions(tables: Mapping[str, pd.DataFrame], domain: str, alpha: float, *, beyond: bool) -> list[str]:
@@ -271,8 +292,10 @@ def _predictions(tables: Mapping[str, pd.DataFrame], domain: str, alpha: float, 
     by_source = [row for row in rows if row["name"].startswith("perplexity ")]
     sentences = [f"Predictions on the text differ by {_kl_words(row)}." for row in rows if row["name"] == "kl"]
     if by_source:
-        parts = joined([_perplexity_words(row, domain) for row in by_source])
-        sentences.append(f"Perplexity {'goes' if beyond else 'does not move clearly beyond the nulls:'} {parts}.")
+        verb = (
+            ", the number of words that it wavers between, goes" if beyond else " does not move clearly beyond nulls:"
+        )
+        sentences.append(f"Perplexity{verb} {joined([_perplexity_words(row, domain) for row in by_source])}.")
     return sentences
 
 

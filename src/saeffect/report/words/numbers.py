@@ -24,6 +24,7 @@ __all__ = [
     "is_defined",
     "is_true",
     "joined",
+    "p_text",
     "p_value",
     "percent",
     "plural",
@@ -114,6 +115,12 @@ def p_value(p: SupportsFloat) -> str:
         ('0.031', '< 0.001')
     """
     return "< 0.001" if float(p) < 0.001 else fixed(p, 3)
+
+
+def p_text(p: SupportsFloat) -> str:
+    """A p in a sentence: "p = 0.031", "p < 0.001"."""
+    text = p_value(p)
+    return f"p {text}" if text.startswith("<") else f"p = {text}"
 
 
 def interval(low: SupportsFloat, high: SupportsFloat, digits: int = 3) -> str:

@@ -15,10 +15,12 @@ from saeffect.io import read_json
 from saeffect.progress import SILENT, Log
 from saeffect.report import ReportContext, SteeringResults, write_figures, write_report, write_tables
 from saeffect.report.models_page import ModelsPage, first_findings, is_same, word_tokens, write_models_page
+from saeffect.report.words.learned import learned
 from saeffect.report.words.numbers import plural
 from saeffect.steering.outcomes import OUTCOMES
 from saeffect.steering.placebos import control_label
 from saeffect.study.run_folder import RunFolder
+from saeffect.study.stages.changes import CHANGE_TABLES
 from saeffect.study.stages.compare import ARM_FILES, arm_tables, compare_inputs, read_comparison
 from saeffect.study.stages.dose_search import chosen_dose
 from saeffect.study.stages.select import stored_verdicts
@@ -212,19 +214,24 @@ def run_models_report(run: RunFolder, log: Log = SILENT) -> Iterable[Path]:
 
 
 def findings(run: RunFolder, log: Log = SILENT) -> tuple[str, ...]:
-    """The findings of the stage "changes", as lines of text; none if the models predict the same."""
+    """The findings of the stage "changes", as lines of text, what was learned first; none if the models predict the
+    same.
+    """
     trace, study = read_trace(run), run.study
     if is_same(trace):
         return ()
     control = study.control
     lm = study.open_model(control, log)
     features = run.read_table(run.arm(control, "features.parquet")) if study.has_saes else None
+    tables = {name: run.table_or_none(run.path("comparison", f"{name}.parquet")) for name in CHANGE_TABLES}
+    present = {name: table for name, table in tables.items() if table is not None}
+    headline = learned(present, study.config.selection.subject, alpha=study.config.comparison.alpha).headline
     lines = first_findings(
         trace,
         lm.token_strings(),
         lm.plain_tokens().numpy(),
         top_tokens=[] if features is None else features["top_tokens"].tolist(),
-        groups=run.table_or_none(run.path("comparison", "change_groups.parquet")),
+        groups=present.get("change_groups"),
         decode=lm.decode,
     )
-    return tuple(lines)
+    return (headline, *lines) if headline else tuple(lines)
