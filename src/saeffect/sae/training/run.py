@@ -18,6 +18,7 @@ from saeffect.lm.activations import ActivationSource
 from saeffect.lm.checkpoint import TrainingFolder
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.formats import SPARSITY, WEIGHTS, load_sae, save_sae
+from saeffect.sae.hub import locate_sae
 from saeffect.sae.trainable import TrainableSae
 from saeffect.sae.training.config import SaeTrainingConfig
 from saeffect.sae.training.figure import FIGURES, save_training_figure
@@ -71,7 +72,7 @@ class SaeJob:
             mode="json",
             exclude={"metrics_every", "evaluate_every", "checkpoint_every", "keep_checkpoints", "init_from"},
         )
-        start = None if self.config.init_from is None else hash_folder(self.config.init_from)
+        start = None if self.config.init_from is None else hash_folder(locate_sae(self.config.init_from))
         return fingerprint([config, start, activations, self.dtype])
 
 
