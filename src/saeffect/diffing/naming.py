@@ -82,7 +82,8 @@ def name_changes(
     changes = _changes_by_basis(trace, basis)
     declared = declared or {}
     if len(nulls) < FEWEST_NULLS:
-        reason = f"{len(nulls)} null fine-tunes; {FEWEST_NULLS} or more are needed to say what is usual"
+        n = f"{len(nulls)} null fine-tune{'' if len(nulls) == 1 else 's'}"
+        reason = f"{n}; {FEWEST_NULLS} or more are needed to say what is usual"
         return {
             "changes": changes.assign(z=np.nan, reason=reason),
             "change_groups": _empty_table(_GROUP_COLUMNS),

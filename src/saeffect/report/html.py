@@ -165,6 +165,7 @@ def _content(
         "context": context,
         "title": context.title or f"What fine-tuning changed: {context.study}",
         "answer": comparison.answer,
+        "one_sae": any(arm.facts.same_sae for arm in context.arms.values()),
         "crossed": crossed_sentences(further["factorial"]) if "factorial" in further else [],
         "learned": learned(further, context.domain, alpha=context.alpha),
         "paragraph": traced_paragraph(comparison.answer, _anchors(views)),

@@ -68,6 +68,14 @@ def test_a_flaw_and_a_missing_placebo_are_serious(arms):
     assert "role: placebo" in " ".join(table["remedy"])
 
 
+def test_one_sae_for_both_models_needs_no_placebo(arms):
+    table = checked(
+        compared({"control": arms["control"], "treatment": with_facts(arms["treatment"], same_sae=True)}).threats
+    )
+    assert severity_of(table, "One SAE reads both models") == "moderate"
+    assert not table["threat"].str.contains("There is no placebo arm").any()
+
+
 @pytest.mark.parametrize(
     ("facts", "words", "severity"),
     [

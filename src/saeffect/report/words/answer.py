@@ -27,10 +27,7 @@ from saeffect.steering.outcomes import OUTCOMES
 
 __all__ = ["with_answer"]
 
-_ONE_SAE = (
-    "One SAE reads both models, so there are no two dictionaries to compare; how the models use its features is in the"
-    " table of changes."
-)
+_ONE_SAE = "One SAE reads both models: what changed is how they use its features, and no second SAE is compared."
 
 
 def with_answer(

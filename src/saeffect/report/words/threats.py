@@ -60,7 +60,7 @@ def threats(arms: Mapping[str, ArmTables], roles: Roles, comparison: Comparison,
         *_design_threats(comparison.design),
         *_text_threats(arms),
         *_gate_threats(arms),
-        *_noise_threats(declared),
+        *_noise_threats(declared, one_sae=arms[roles.treatment].facts.same_sae),
         *_seed_threats(arms, roles),
         *_testing_threats(arms, comparison.table1.set_index("arm")),
         *_undefined_similarity_threats(arms),
@@ -157,8 +157,15 @@ def _gate_threats(arms: Mapping[str, ArmTables]) -> Iterator[Threat]:
         )
 
 
-def _noise_threats(declared: Sequence[Judgement]) -> Iterator[Threat]:
-    if declared and all(not judgement.retraining and judgement.seeds is None for judgement in declared):
+def _noise_threats(declared: Sequence[Judgement], *, one_sae: bool) -> Iterator[Threat]:
+    if one_sae:
+        yield Threat(
+            "One SAE reads both models, so what only an SAE of the fine-tuned model would show is not looked for.",
+            "moderate",
+            "Train an SAE of the fine-tuned model and give it to the treatment.",
+            "comparison/design.parquet: seed",
+        )
+    elif declared and all(not judgement.retraining and judgement.seeds is None for judgement in declared):
         yield Threat(
             "There is no placebo arm (the control's model with an SAE of another seed), "
             "so SAE noise is unknown and no difference can be credited to fine-tuning.",
