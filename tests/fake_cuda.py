@@ -69,6 +69,8 @@ class _OnCuda(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.device:
+            return _CUDA if _is_cuda(args[0]) else func(*args, **kwargs)
         if func in (torch.tensor, torch.as_tensor) and _is_cuda(kwargs.get("device")):
             return func(*args, **{**kwargs, "device": "cpu"}).to(_CUDA)
         if func is Tensor.__setitem__ and isinstance(args[0], FakeCudaTensor) and not isinstance(args[2], Tensor):

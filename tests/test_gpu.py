@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fake_cuda import fake_cuda
 from saeffect import Study, load_sae, train_sae
 from saeffect.sae.training.run import SaeRun
 from saeffect.study.notebook import steer
+from saeffect.study.pair_gate import GateRequest, gate_pair
 from saeffect.study.stages.features import extract_features
 from saeffect.study.stages.gate import measure_gate
 from tiny_study import HOOK, make_study
@@ -49,6 +51,33 @@ def test_an_arm_is_measured_and_steered_alike(folder: Path, monkeypatch: pytest.
     )
     pd.testing.assert_frame_equal(features, own_features, rtol=1e-4)
     pd.testing.assert_frame_equal(trials, own_trials, rtol=1e-4)
+
+
+def test_the_gate_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = GateRequest(
+        str(folder / "base"),
+        str(folder / "saes" / "control"),
+        texts=(str(folder / "text.jsonl"),),
+        hook=HOOK,
+        tokens=256,
+    )
+    with fake_cuda(monkeypatch):
+        on_gpu = gate_pair(request).table()["base"]
+    own = gate_pair(request).table()["base"]  # in another dtype, where the processor has one
+    assert on_gpu.notna().equals(own.notna())
+    assert on_gpu["ce_clean"] == pytest.approx(own["ce_clean"], rel=0.05)
+    assert on_gpu["l0"] == own["l0"]
+
+
+def test_a_copy_on_the_gpu_follows_its_sae(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sae = load_sae(folder / "saes" / "control").requires_grad_(requires_grad=False)
+    with fake_cuda(monkeypatch):
+        there = sae.on(torch.device("cuda", 0))
+        assert (there.W_dec.device.type, sae.W_dec.device.type) == ("cuda", "cpu")
+        assert sae.on(torch.device("cuda", 0)) is there
+        assert sae.on(sae.W_dec.device) is sae
+        other = copy.copy(sae)
+        assert other.on(torch.device("cuda", 0)) is not there
 
 
 def test_saes_are_trained_on_the_models_device(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,7 +207,7 @@ class Tracer:
         firing = FiringLog(self.sae.cfg.d_sae)
         for start, ids, x in self.residuals.batches(self.base, self.hook, self.rows):
             mask = kept_positions(x, self.limit, self.rows.counts_of(start, len(ids)))
-            firing.update(self.sae.encode(x.float())[mask])
+            firing.update(self.sae.on(self.base.device).encode(x.float())[mask])
         return firing
 
     @cached_property
@@ -246,7 +246,7 @@ class Tracer:
                 x = capture(self.base, self.hook, ids).float().cpu()
             mask = kept_positions(x, self.limit)
             mask[:, : len(prompt)] = False
-            acts = self.sae.encode(x)[mask].clamp(min=0)
+            acts = self.sae.on(self.base.device).encode(x)[mask].clamp(min=0)
             total, fired, n = total + acts.sum(dim=0), fired + (acts > 0).sum(dim=0), n + len(acts)
         return torch.stack([total / n, fired / n]).numpy().astype(np.float32)
 
@@ -292,7 +292,8 @@ class _Sums:
         mask = kept_positions(x[0], tracer.limit, counts) & kept_positions(x[1], tracer.limit)
         self._norm += float(x[0][mask].norm(dim=1).double().sum())
         if tracer.sae is not None:
-            acts = [tracer.sae.encode(residual).clamp(min=0)[mask] for residual in x]
+            sae = tracer.sae.on(tracer.base.device)
+            acts = [sae.encode(residual).clamp(min=0)[mask] for residual in x]
             self._features += torch.stack([a.sum(dim=0) for a in acts] + [(a > 0).sum(dim=0) for a in acts]).double()
         difference = (x[1] - x[0]) * mask[..., None]
         for half in (0, 1):

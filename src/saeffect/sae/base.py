@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -117,9 +118,21 @@ class SparseAutoencoder(nn.Module, ABC):
     def __init__(self, cfg: SaeConfig) -> None:
         super().__init__()
         self.cfg = cfg
+        self._copies: dict[torch.device, SparseAutoencoder] = {}
         # dtype is explicit, since torch's default changes while another thread loads a model in half precision.
         for name, shape in self.shapes(cfg).items():
             setattr(self, name, nn.Parameter(torch.zeros(shape, dtype=torch.float32)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_copies": {}}  # a changed copy of this SAE has copies of its own
+
+    def on(self, device: torch.device) -> SparseAutoencoder:
+        """This SAE on a device: itself, or a copy, which is kept."""
+        if device.type == self.W_dec.device.type:
+            return self
+        if device not in self._copies:
+            self._copies[device] = copy.deepcopy(self).to(device)
+        return self._copies[device]
 
     @classmethod
     def shapes(cls, cfg: SaeConfig) -> dict[str, tuple[int, ...]]:

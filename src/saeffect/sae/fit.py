@@ -163,11 +163,11 @@ def measure_fit(
         rows = slice(positions.n_rows, positions.n_rows + len(x))
         on = None if counts is None else torch.from_numpy(counts[rows])
         kept = kept_positions(x, limit, on)
-        sae_in = x.float().to(sae.W_dec.device)
-        feature_acts, sae_out = sae.encode(sae_in), sae(sae_in)
+        sae_in, there = x.float(), sae.on(x.device)
+        feature_acts, sae_out = there.encode(sae_in), there(sae_in)
         sums.add(sae_in[kept], sae_out[kept], feature_acts[kept])
         fired.logical_or_((feature_acts[kept] > 0).any(0).cpu())
-        positions.add(sae_in, sae_out, feature_acts, kept, on)
+        positions.add(sae_in.cpu(), sae_out.cpu(), feature_acts.cpu(), kept.cpu(), on)
         return sae_out
 
     losses = spliced_losses(lm, reconstruct, hook, ids, limit, counts=counts)

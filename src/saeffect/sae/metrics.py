@@ -76,7 +76,7 @@ class ReconstructionSums:
         self.n_tokens += len(x)
         self._squared_in += float(x.square().sum())
         self._squared_error += float((x - y).square().sum())
-        self._total += x.sum(0)
+        self._total += x.sum(0).cpu()
         self._ratio += float((y.norm(dim=1) / x.norm(dim=1).clamp_min(1e-12)).sum())
         if feature_acts is not None:
             self._active += float((feature_acts > 0).sum())
@@ -167,7 +167,7 @@ def spliced_losses(
     """
     rest = Rest(lm, hook)
     replacements: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-        "sae": (lambda _, x: sae(x)) if isinstance(sae, SparseAutoencoder) else sae,
+        "sae": (lambda _, x: sae.on(x.device)(x)) if isinstance(sae, SparseAutoencoder) else sae,
         "zero": lambda _, x: torch.zeros_like(x),
     }
     totals = dict.fromkeys(("clean", *replacements), 0.0)

@@ -112,19 +112,18 @@ class SetFeatures:
         if x.shape[0] != self.n_rows:
             raise ShapeMismatch(f"activations of {x.shape[0]} rows met {self.n_rows} rows of features to set.")
         dtype = torch.promote_types(x.dtype, torch.float32)
-        x_sae = x.to(self.sae.W_dec.device)  # the SAE stays where it was loaded, whatever the model runs on
-        features, targets = self.features.to(x_sae.device), self.targets.to(x_sae.device)
+        sae, features, targets = self.sae.on(x.device), self.features.to(x.device), self.targets.to(x.device)
         ids = features.clamp_min(0)
         # One position of all rows at a time: the activations of all features on a long prompt do not fit in memory.
-        change = torch.empty(*x.shape[:2], features.shape[1], device=x_sae.device)
+        change = torch.empty(*x.shape[:2], features.shape[1], device=x.device)
         for position in range(x.shape[1]):
-            acts = self.sae.encode(x_sae[:, position]).gather(1, ids)
+            acts = sae.encode(x[:, position]).gather(1, ids)
             change[:, position] = targets - acts
         change *= (features != NO_FEATURE)[:, None, :]
-        change *= (x_sae.to(dtype).norm(dim=-1) <= self.norm_limit)[:, :, None]
-        along = self.sae.directions(ids) if self.along is None else self.along.to(x_sae.device)
-        moved = torch.einsum("rpf,rfd->rpd", change, along) * self.sae.output_scale(x_sae)
-        return (x.to(dtype) + moved.to(x.device, dtype)).to(x.dtype)
+        change *= (x.to(dtype).norm(dim=-1) <= self.norm_limit)[:, :, None]
+        along = sae.directions(ids) if self.along is None else self.along.to(x.device)
+        moved = torch.einsum("rpf,rfd->rpd", change, along) * sae.output_scale(x)
+        return (x.to(dtype) + moved.to(dtype)).to(x.dtype)
 
 
 @dataclass(frozen=True, eq=False)

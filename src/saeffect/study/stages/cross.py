@@ -340,11 +340,12 @@ class _Crossing:
         activity: list[npt.NDArray[np.float64]] = []
         sums = RowSums()
         for start, ids, x, mask, _ in cell.read(rows, self._study.residuals):
-            acts = cell.sae.encode(x)[..., features].clamp(min=0).double() * mask[..., None]
+            sae = cell.sae.on(cell.lm.device)
+            acts = sae.encode(x)[..., features].clamp(min=0).double() * mask[..., None]
             per_token = torch.stack([(acts > 0).double().sum(dim=1), acts.sum(dim=1)]) / mask.sum(dim=1)[:, None]
             activity.append(per_token.numpy())
             if "reconstruction" in groups and start < len(gate_rows):
-                sums.add(x[: len(gate_rows) - start].float(), cell.sae(x[: len(gate_rows) - start].float()), mask)
+                sums.add(x[: len(gate_rows) - start].float(), sae(x[: len(gate_rows) - start].float()), mask)
             self._log.progress(f"{cell.name}'s SAE on {model}", start + len(ids), n_rows, "rows")
             if start + len(ids) >= n_rows:
                 break

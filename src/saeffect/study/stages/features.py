@@ -137,7 +137,8 @@ def extract_features(
 def _batches(arm: Arm, rows: TokenRows, residuals: Residuals, log: Log) -> Iterator[ActivationBatch]:
     for start, ids, x, kept, sources in arm.read(rows, residuals, log, f"features {arm.name}"):
         n_bos = arm.lm.n_bos(rows.ids[start])  # BOS is no text, so it is left out of contexts too
-        yield ActivationBatch(ids[:, n_bos:], arm.sae.encode(x[:, n_bos:]), sources, kept[:, n_bos:])
+        acts = arm.sae.on(arm.lm.device).encode(x[:, n_bos:].to(arm.lm.device))
+        yield ActivationBatch(ids[:, n_bos:], acts, sources, kept[:, n_bos:])
 
 
 COHERENCE_VERSION = 1
@@ -285,5 +286,6 @@ def _seed_features(study: Study, arm: Arm, seed: SeedSae, log: Log) -> pd.DataFr
     activity = ActivityAccumulator(len(table), rows.names)
     for _, ids, x, kept, names in arm.read(rows, study.residuals, log, f"seeds {seed.name}"):
         sources = np.repeat(names, ids.shape[1])
-        activity.update(seed.sae.encode(x[kept]), sources[kept.flatten().numpy()].tolist())
+        acts = seed.sae.on(arm.lm.device).encode(x[kept].to(arm.lm.device))
+        activity.update(acts, sources[kept.flatten().numpy()].tolist())
     return table.merge(activity.result()[["feature", "density", "mean_activation", "max_activation"]], on="feature")

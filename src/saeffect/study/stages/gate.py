@@ -135,10 +135,10 @@ def measure_gate(arm: Arm, rows: TokenRows, config: GateConfig) -> dict[str, Any
     norms: list[float] = []
 
     def add(x: Tensor) -> None:
-        x = x.cpu().float()
-        feature_acts = arm.sae.encode(x)
-        sums.add(x, arm.sae(x), feature_acts)
-        fired.logical_or_((feature_acts > 0).any(0))
+        x, sae = x.float(), arm.sae.on(x.device)
+        feature_acts = sae.encode(x)
+        sums.add(x, sae(x), feature_acts)
+        fired.logical_or_((feature_acts > 0).any(0).cpu())
         norms.append(float(x.norm(dim=1).sum()))
 
     losses = spliced_losses(arm.lm, arm.sae, arm.hook, head.ids, limit, seen=add, counts=head.counts)

@@ -156,7 +156,8 @@ class _FiringLogs:
         for _, _, x, mask, _ in arm.read(rows, self._study.residuals, self._log, f"activations {arm.name}"):
             counted.append(mask.flatten().numpy())
             for name, sae in saes.items():
-                self.by_sae[name].update(sae.encode(x).flatten(0, 1))
+                acts = sae.on(arm.lm.device).encode(x.to(arm.lm.device))
+                self.by_sae[name].update(acts.flatten(0, 1))
         return np.concatenate(counted)
 
     def common(self, counted: Mapping[str, BoolArray]) -> dict[str, FiringLog]:
@@ -175,7 +176,7 @@ class _FiringLogs:
             tokens = slice(start * width, (start + len(ids)) * width)
             acts = torch.from_numpy(control_acts[tokens].toarray()).view(len(ids), width, -1)
             mask = kept_positions(x, limit) & torch.from_numpy(counted[tokens]).view(len(ids), width)
-            yield ActsOfBoth(acts, sae.encode(x), mask)
+            yield ActsOfBoth(acts, sae.on(treatment.lm.device).encode(x), mask)
             self._log.progress(f"cross-activity {treatment.name}", start + len(ids), len(rows), "rows")
 
     @torch.inference_mode()

@@ -220,7 +220,7 @@ class _SteeringTest:
         place = rows.names.index("general") if "general" in rows.names else None
         seen = 0
         for start, ids, x, mask, _ in arm.read(rows, self._run.study.residuals):
-            acts = arm.sae.encode(x)[..., features]
+            acts = arm.sae.on(arm.lm.device).encode(x)[..., features]
             sources = torch.from_numpy(np.asarray(rows.sources[start : start + len(ids)]))
             general = torch.ones_like(sources, dtype=torch.bool) if place is None else sources == place
             sums.add(x[mask].float(), acts[mask], general[:, None].expand(ids.shape)[mask])

@@ -157,8 +157,8 @@ class Side:
         """Activations of the features, [rows, features]; 0 at attention sinks, where the SAE does not apply."""
         assert self._site is not None and self._site.sae is not None
         sae = self._site.sae
-        acts = sae.encode(x.to(sae.W_dec.device))[:, self._features]
-        acts[x.to(acts.device).float().norm(dim=1) > self._site.norm_limit] = 0.0
+        acts = sae.on(x.device).encode(x)[:, self._features]
+        acts[x.float().norm(dim=1) > self._site.norm_limit] = 0.0
         return [[round(value, 4) for value in row] for row in acts.tolist()]
 
     def result(self) -> dict[str, Any]:
