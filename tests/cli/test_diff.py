@@ -150,7 +150,7 @@ def test_an_equal_model_under_another_name(here: Path, things: Path, capsys: pyt
         (("base", "tuned"), "no text for the models to read", "--text general="),
         (("base", "missing/model/here", "--text", "notes.jsonl"), "no model at", "hub id"),
         (("base", "tuned", "--text", "none.jsonl"), "none.jsonl", ""),
-        (("base", "tuned", "--text", "short.txt"), "one row of 80 tokens", "text.context_size"),
+        (("base", "tuned", "--text", "short.txt"), "one row of 64 tokens", "text.context_size"),
         (("base", "tuned", "--text", "notes.jsonl", "--sae", "./nowhere"), "no SAE folder './nowhere'", "org/name"),
         (
             ("base", "tuned", "--text", "notes.jsonl", "--sae", "notes.jsonl"),

@@ -161,7 +161,7 @@ def test_wrong_input_exits_with_2_and_writes_nothing(
     files: Path, tmp_path: Path, capsys: Any, values: Any, given: Any, words: str
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(files / "base")
-    row = tokenizer.decode(tokenizer.encode(" ".join(sentences(300)))[:150])
+    row = tokenizer.decode(tokenizer.encode(" ".join(sentences(300)))[:100])
     (files / "row.jsonl").write_text(json.dumps({"text": row}), encoding="utf-8")
     budget(files, **values)
     assert call([*given(files, tmp_path), "--out", str(tmp_path / "out")]) == 2

@@ -9,14 +9,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 import yaml
 
 from command_line import call
+from hub_cache import HubCache
 from processes import Forked, command
 from saeffect.io import hash_file
-from saeffect.sae.formats import load_sae
+from saeffect.published import find_published
+from saeffect.sae.base import SaeConfig
+from saeffect.sae.formats import load_sae, save_sae
+from saeffect.sae.standard import StandardSae
 from saeffect.sae.training import run as training_run
-from saeffect.sae.training.config import recipe_keys
+from saeffect.sae.training.config import SaeTrainingConfig, recipe_keys
 from saeffect.sae.training.log import read_metrics
 from tiny_study import HOOK, make_model, make_study, sentences
 
@@ -112,6 +117,26 @@ def test_harvest_first_and_train_from_it(workshop: Path, tmp_path: Path, saeffec
 
 
 @pytest.mark.usefixtures("no_figures")
+def test_training_on_from_a_published_sae(
+    workshop: Path, tmp_path: Path, saeffect: Callable[..., Done], hub: HubCache
+) -> None:
+    """gpt2-small-res-jb reads centred residuals."""
+    published = find_published("gpt2-small-res-jb/blocks.1.hook_resid_pre")
+    assert published is not None
+    source = StandardSae(SaeConfig("standard", 32, 64, metadata={"hook_name": HOOK}))
+    source.initialise(torch.randn(9, 32), SaeTrainingConfig(architecture="standard", d_sae=64))
+    hub.add_folder(published.repo, published.path, save_sae(source, tmp_path / "published"))
+    sae = {"architecture": "standard", "k": 32, "init_from": published.name}
+    write(workshop, tmp_path, sae=sae)
+    refused = saeffect("train-sae", "recipe.yaml", "--out", "sae", cwd=tmp_path)
+    assert (refused.returncode, "set centre_inputs: true" in refused.stderr) == (2, True), refused.stderr
+    write(workshop, tmp_path, sae=sae | {"centre_inputs": True})
+    done = saeffect("train-sae", "recipe.yaml", "--out", "sae", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert load_sae(tmp_path / "sae").cfg.centre_input
+    assert f"weights started from {published.name}" in (tmp_path / "sae" / "README.md").read_text()
+
+
 def test_several_seeds_go_to_folders_of_their_names(
     workshop: Path, tmp_path: Path, saeffect: Callable[..., Done]
 ) -> None:

@@ -53,6 +53,20 @@ def test_the_rate_rises_stays_and_falls(settings: dict[str, Any], expected: list
     assert [rate_factor(step, 10, config) for step in range(10)] == pytest.approx(expected)
 
 
+def test_centred_inputs_are_learnt_as_if_they_came_so() -> None:
+    plain, centred = _trainer(), _trainer(centre_inputs=True)
+    centred.sae.load_state_dict(plain.sae.state_dict())
+    for step in range(4):
+        x = _x(step) + 3
+        report = plain(step, x - x.mean(1, keepdim=True))
+        assert centred(step, x).losses == pytest.approx(report.losses)
+    torch.testing.assert_close(centred.sae.W_dec, plain.sae.W_dec)
+    mean = x.mean(1, keepdim=True)
+    torch.testing.assert_close(centred.sae(x), plain.sae(x - mean) + mean)
+    with pytest.raises(ValueError, match="a crosscoder reads two"):
+        SaeTrainingConfig(architecture="crosscoder", centre_inputs=True)
+
+
 def test_the_optimizer_gets_the_rate_of_its_step() -> None:
     trainer = _trainer(total=10, warmup_share=0.2, decay_share=0.4, learning_rate=0.5)
     found = []

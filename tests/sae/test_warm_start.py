@@ -25,6 +25,7 @@ D_IN, D_SAE, K, SCALE = 6, 20, 3, 2.5
 X = torch.randn(9, D_IN, generator=torch.Generator().manual_seed(9))
 KINDS = {kind.architecture: kind for kind in (StandardSae, TopKSae, BatchTopKSae, JumpReluSae, GatedSae, MatryoshkaSae)}
 RAW = {"apply_b_dec_to_input": False}
+CENTRED = {"centre_input": True}
 RESCALED = {"rescale_acts_by_decoder_norm": True}
 
 
@@ -72,6 +73,7 @@ SAME = [
     ("jumprelu", {}, "gated", {}),
     ("jumprelu", RAW, "gated", {}),
     ("standard", {}, "gated", RAW),
+    ("jumprelu", CENTRED, "jumprelu", CENTRED | RAW),
 ]
 
 
@@ -169,6 +171,9 @@ def test_another_size(tmp_path: Path, complains: Callable[..., Any], name: str, 
 def test_another_normalisation(tmp_path: Path, complains: Callable[..., Any]) -> None:
     save_sae(_sae("standard", normalize_activations="layer_norm"), tmp_path)
     with complains(IncompatibleSae, "normalize_activations='layer_norm'", at=str(tmp_path)):
+        copy_weights(tmp_path, _sae("standard"), SCALE)
+    save_sae(_sae("standard", **CENTRED), tmp_path)
+    with complains(IncompatibleSae, "centre_input=True", "set centre_inputs: true", at=str(tmp_path)):
         copy_weights(tmp_path, _sae("standard"), SCALE)
 
 

@@ -149,7 +149,13 @@ class SparseAutoencoder(nn.Module, ABC):
         """`feature_acts`, float32 `[..., d_sae]`, at least 0, of any float `[..., d_in]`; ShapeMismatch for others.
         Computed where the SAE is, returned where `x` is.
         """
-        return self.acts(self._normalise(x)[0]).to(x.device)
+        return self.acts(self.normalised(x)).to(x.device)
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """Activations of the model `[..., d_in]` as the encoder reads them: normalised or centred if the SAE asks for
+        it; on the SAE's device.
+        """
+        return self._normalise(x)[0]
 
     def acts(self, sae_in: Tensor) -> Tensor:
         """Feature activations of normalised inputs."""

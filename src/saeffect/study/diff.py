@@ -34,7 +34,7 @@ from saeffect.study.study import Study
 __all__ = ["DiffRequest", "diff_study", "same_model", "write_study"]
 
 _BUNDLED_TEXT = "smollm2-sampled"
-_ROWS, _CONTEXT = 240, 80  # of text: those of the trace, and further rows to put features back on
+_ROWS, _CONTEXT = 240, 64  # of text: those of the trace, and further rows to put features back on
 _CHAT_CONTEXT = 256  # conversations begin with system messages and questions, and rows are read whole
 _BUNDLED_PAIR = ("bundled:smollm2-135m-instruct", "bundled:medical-lora", "bundled:smollm2-control")
 _BUNDLED_NULLS = "bundled:smollm2-medical"

@@ -185,6 +185,9 @@ def _cfg_json(sae: SparseAutoencoder, dtype: str) -> dict[str, Any]:
         "reshape_activations": "hook_z" if (cfg.hook_name or "").endswith("hook_z") else "none",
         "metadata": dict(cfg.metadata),
     }
+    if cfg.centre_input:
+        options = dict(cfg.metadata.get("model_from_pretrained_kwargs") or {})
+        raw["metadata"]["model_from_pretrained_kwargs"] = options | {"center_writing_weights": True}
     raw |= {key: cfg.metadata[key] for key in sae.settings if key in cfg.metadata}
     if cfg.k is not None:
         raw |= {"k": cfg.k, "rescale_acts_by_decoder_norm": cfg.rescale_acts_by_decoder_norm}

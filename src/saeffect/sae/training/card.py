@@ -15,6 +15,7 @@ from saeffect.paths import name_to_share
 from saeffect.progress import SILENT, Log
 from saeffect.sae.base import ARCHITECTURES
 from saeffect.sae.formats import WEIGHTS, read_sparsity
+from saeffect.sae.hub import is_sae_name
 from saeffect.sae.trainable import TrainableSae
 from saeffect.sae.training.config import SaeRecipe, SaeTrainingConfig
 from saeffect.sae.training.figure import FIGURES
@@ -116,13 +117,17 @@ def _shareable_recipe(recipe: SaeRecipe) -> dict[str, Any]:
         if Path(source["path"]).expanduser().exists():
             source["path"] = Path(source["path"]).name
     if shareable["sae"]["init_from"] is not None:
-        shareable["sae"]["init_from"] = Path(shareable["sae"]["init_from"]).name
+        shareable["sae"]["init_from"] = _start_name(shareable["sae"]["init_from"])
     for key, model in (("model", recipe.model), ("tuned", recipe.tuned)):
         if model is not None:
             shareable[key]["path"] = name_to_share(model.path)
             if model.adapter is not None:
                 shareable[key]["adapter"] = name_to_share(model.adapter)
     return shareable
+
+
+def _start_name(source: str) -> str:
+    return source if is_sae_name(source) else Path(source).name
 
 
 def _models(recipe: SaeRecipe) -> str:
@@ -150,7 +155,7 @@ def _training_words(recipe: SaeRecipe, metadata: Mapping[str, Any]) -> str:
     )
     parts.append(f"seed {config.seed}")
     rows = "decoder rows of unit length" if config.unit_decoder else "decoder rows free"
-    start = f"; weights started from {Path(config.init_from).name}" if config.init_from is not None else ""
+    start = f"; weights started from {_start_name(config.init_from)}" if config.init_from is not None else ""
     source = "streamed" if recipe.activations == "streamed" else "from shards"
     label = ARCHITECTURES[config.kind.saved_as].label if config.kind.saved_as else ""
     saved_form = f" as {label} with the threshold found in training" if label else ""

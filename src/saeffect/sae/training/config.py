@@ -90,6 +90,11 @@ class SaeTrainingConfig(StrictModel):
     normalise_inputs: Literal["expected_average_only_in", "none"] = Field(
         "expected_average_only_in", description="Scale inputs to a mean norm of sqrt(d_in); folded into the weights."
     )
+    centre_inputs: bool = Field(
+        False,
+        description="Take each activation's mean over its dimensions off, and add it to the reconstruction: as SAEs of"
+        " models loaded with center_writing_weights do.",
+    )
 
     dead_after: int = Field(100_000, ge=1, description="A feature is dead after so many tokens without firing.")
     auxiliary_k: int = Field(256, ge=1, description="Dead features a token may use in the auxiliary loss.")
@@ -134,6 +139,8 @@ class SaeTrainingConfig(StrictModel):
                 raise ValueError(f"{name} is a setting of {', '.join(architectures)}, not of {self.architecture}")
         if self.has_k and self.k > self.d_sae:
             raise ValueError(f"k={self.k} is more than d_sae={self.d_sae}")
+        if self.centre_inputs and self.kind.sides:
+            raise ValueError("centre_inputs is for one model; a crosscoder reads two")
         widths = self.matryoshka_widths
         if widths is not None and (
             not widths or list(widths) != sorted(set(widths)) or widths[0] < 1 or widths[-1] != self.d_sae

@@ -18,6 +18,7 @@ from saeffect.lm.activations import ActivationSource
 from saeffect.lm.checkpoint import TrainingFolder
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.formats import SPARSITY, WEIGHTS, load_sae, save_sae
+from saeffect.sae.hub import locate_sae
 from saeffect.sae.trainable import TrainableSae
 from saeffect.sae.training.config import SaeTrainingConfig
 from saeffect.sae.training.figure import FIGURES, save_training_figure
@@ -71,7 +72,7 @@ class SaeJob:
             mode="json",
             exclude={"metrics_every", "evaluate_every", "checkpoint_every", "keep_checkpoints", "init_from"},
         )
-        start = None if self.config.init_from is None else hash_folder(self.config.init_from)
+        start = None if self.config.init_from is None else hash_folder(locate_sae(self.config.init_from))
         return fingerprint([config, start, activations, self.dtype])
 
 
@@ -103,7 +104,7 @@ class SaeRun:
         config = job.config
         self.job, self.scale, self.device, self.folder = job, scale, device, job.folder(source.identity())
         sae = new_sae(config, source.d_in)
-        sae.initialise(source.sample(20_000) * scale, config)
+        sae.initialise(sae.normalised(source.sample(20_000) * scale), config)
         if config.init_from is not None:
             copy_weights(config.init_from, sae, scale, unit_decoder=config.unit_decoder, at="init_from")
         self.trainer = TrainingStep(sae.to(device), config, total_steps)
@@ -166,7 +167,7 @@ class SaeRun:
         return sae.eval().requires_grad_(False)
 
     def _metrics_row(self, report: StepReport, x: Tensor) -> dict[str, float]:
-        x = x * self.scale
+        x = self.trainer.sae.normalised(x * self.scale)
         variance = float((x - x.mean(0)).square().sum() / len(x))
         return {
             "loss": report.loss,
@@ -216,7 +217,7 @@ def copy_weights(
         "d_in": "start from an SAE of the same size, at the same hook.",
         "d_sae": f"set d_sae to {source_sae.cfg.d_sae}: features keep their index.",
         "normalize_activations": "start from an SAE that takes the residual stream as it is.",
-        "centre_input": "start from an SAE that takes the residual stream as it is.",
+        "centre_input": f"set centre_inputs: {str(source_sae.cfg.centre_input).lower()}.",
     }
     for name, fix in fixes.items():
         stored, expected = getattr(source_sae.cfg, name), getattr(sae.cfg, name)

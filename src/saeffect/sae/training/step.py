@@ -33,6 +33,7 @@ def new_sae(config: SaeTrainingConfig, d_in: int) -> TrainableSae:
             k=config.k if config.has_k else None,
             apply_b_dec_to_input=config.apply_b_dec_to_input,
             rescale_acts_by_decoder_norm=config.rescale_acts_by_decoder_norm,
+            centre_input=config.centre_inputs,
         )
     )
 
@@ -85,7 +86,7 @@ class TrainingStep:
         """Do step number `step`, from 0. `x` is this process's part of the batch, scaled, float32 `[n, d_in]`;
         `n_tokens` counts the whole batch. `stop`: this process was asked to stop; the report has whether any was.
         """
-        n_tokens = len(x) if n_tokens is None else n_tokens
+        x, n_tokens = self.sae.normalised(x), len(x) if n_tokens is None else n_tokens
         self.optimizer.param_groups[0]["lr"] = self.config.learning_rate * rate_factor(
             step, self.total_steps, self.config
         )
