@@ -50,10 +50,17 @@ def folder(tmp_path: Path) -> Path:
     return run
 
 
-def test_a_run_directory_is_no_study_file(folder: Path) -> None:
+def test_a_study_opened_from_its_run_gives_tables_and_figures(folder: Path) -> None:
     (folder / "manifest.json").write_text("{}")
-    with pytest.raises(BadFile, match=r"this is a run directory(.|\n)*open_run"):
-        sx.Study.open(folder)
+    study = sx.Study.open(folder)
+    assert study.config.name == "mine"
+    assert study.tables["table1"]["tested"].tolist() == [3, 4]
+    assert study.figures["contrasts"].svg == "<svg></svg>"
+
+
+def test_a_study_that_has_not_run_has_no_tables(folder: Path) -> None:
+    with pytest.raises(NotFound, match=r"when it has run(.|\n)*Study\.open\('runs/"):
+        sx.Study.open(folder / "study.yaml").tables
 
 
 def test_tables_and_figures_by_name(folder: Path) -> None:

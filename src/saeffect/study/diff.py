@@ -89,7 +89,7 @@ def diff_study(request: DiffRequest, source: Path, log: Log = SILENT) -> Study:
         "title": f"What fine-tuning changed: {request.name}",
         "arms": {role: {key: value for key, value in arm.items() if value is not None} for role, arm in arms.items()},
         "text": _text_keys(request, base, context),
-        "gate": {"tokens": 2_048},
+        "gate": {"tokens": 1_024},
         "selection": {"vocabulary": _path(request.vocabulary)},
         "steering": None,
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
@@ -15,15 +15,14 @@ from saeffect.errors import ConfigError, NotFound, Undefined, unknown_name
 from saeffect.io import read_json
 from saeffect.lm.tokens import printable_text
 from saeffect.paths import user_path
-from saeffect.study.run_folder import RunFolder, read_table
+from saeffect.study.results import Picture, run_figures, run_tables
+from saeffect.study.run_folder import RunFolder
 from saeffect.study.study import Study
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["FinishedRun", "Picture", "html_of", "open_run"]
-
-_TABLE_FOLDERS = ("comparison", "steering")
+__all__ = ["FinishedRun", "html_of", "open_run"]
 
 
 def open_run(folder: Path | str) -> FinishedRun:
@@ -46,21 +45,6 @@ def open_run(folder: Path | str) -> FinishedRun:
             fix="give a run directory, such as runs/<name>; saeffect run makes one.",
         )
     return FinishedRun(path)
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure of the report, which a notebook displays; `svg` is its source, `path` its file."""
-
-    name: str
-    path: Path
-
-    @property
-    def svg(self) -> str:
-        return self.path.read_text(encoding="utf-8")
-
-    def _repr_svg_(self) -> str:
-        return self.svg
 
 
 @dataclass(frozen=True)
@@ -88,16 +72,13 @@ class FinishedRun:
 
     @cached_property
     def tables(self) -> Mapping[str, pd.DataFrame]:
-        """Every table by name, such as "contrasts", "table1", "dose_search"; those of an arm as "control/features"."""
-        paths = {path.stem: path for name in _TABLE_FOLDERS for path in sorted((self.folder / name).glob("*.parquet"))}
-        paths |= {f"{path.parent.name}/{path.stem}": path for path in sorted(self.folder.glob("arms/*/*.parquet"))}
-        return _LazyMapping(self.folder, "table", paths, read_table)
+        """Every table by name, as `run_tables`."""
+        return run_tables(self.folder)
 
     @cached_property
     def figures(self) -> Mapping[str, Picture]:
-        """Every figure of the report by name, such as "learned" or "contrasts"."""
-        paths = {path.stem: path for path in sorted((self.folder / "figures").glob("*.svg"))}
-        return _LazyMapping(self.folder, "figure", paths, lambda path: Picture(path.stem, path))
+        """Every figure of the report by name, as `run_figures`."""
+        return run_figures(self.folder)
 
     def draw(self, name: str, ax: Axes | None = None) -> list[Axes]:
         """Redraw a figure of the report with matplotlib and return its axes, to be changed: `axes[0].figure`.
@@ -144,30 +125,6 @@ class FinishedRun:
                 parts.append(f"<h4>{heading}</h4>{table.to_html(float_format='{:.3g}'.format, border=0)}")
         parts.append(f"<p>{len(self.tables)} tables, {len(self.figures)} figures, {_text(str(self.folder))}</p>")
         return "\n".join(parts)
-
-
-class _LazyMapping(Mapping[str, Any]):
-    """Values by name, each read on access; `UnknownName` lists the names."""
-
-    def __init__(self, folder: Path, kind: str, paths: Mapping[str, Path], read: Any) -> None:
-        self._folder, self._kind, self._paths, self._read = folder, kind, paths, read
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self._paths:
-            raise unknown_name(self._kind, name, self._paths, at=str(self._folder))
-        return self._read(self._paths[name])
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._paths
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._paths)
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __repr__(self) -> str:
-        return f"{self._kind}s: {', '.join(self._paths)}"
 
 
 def html_of(lines: Iterable[str], *tables: pd.DataFrame) -> str:

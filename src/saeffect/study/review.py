@@ -13,7 +13,7 @@ from saeffect.io import fingerprint
 from saeffect.review.queue import Queue, fingerprint_tokens, make_queue
 from saeffect.review.store import NOT_BLIND, STORE, Verdict, VerdictStore
 from saeffect.review.verdicts import ADJUDICATION, BLIND, COLUMNS, read_verdicts, write_verdicts
-from saeffect.study.run_folder import read_table
+from saeffect.study.results import read_table
 
 __all__ = ["Standing", "export_verdicts", "import_verdicts", "read_queue", "standing_verdicts", "store_digest"]
 

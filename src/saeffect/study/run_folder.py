@@ -17,9 +17,10 @@ import pandas as pd
 import yaml
 
 from saeffect.checksums import add_sealed, has_own_hash, is_sealed, with_hash
-from saeffect.errors import BadFile, ConfigError, NotFound, first_line
+from saeffect.errors import BadFile, ConfigError, NotFound
 from saeffect.io import atomic_path, fingerprint, hash_file, read_json, remove_leftovers, versions, write_json
 from saeffect.progress import SILENT, Log
+from saeffect.study.results import read_table
 from saeffect.study.study import Study
 
 __all__ = ["PartialTable", "RunFolder", "delete_pieces", "read_manifest", "read_table"]
@@ -232,17 +233,6 @@ class RunFolder:
         damaged = [key for key in manifest["stages"] if key not in usable]
         self.damage = tuple(f"manifest.json is damaged at {key!r}: this stage is done again" for key in damaged)
         return {"study": manifest["study"], "stages": usable}
-
-
-def read_table(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
-    """A table of a run directory, or some of its columns; NotFound if there is none, BadFile if it is broken."""
-    try:
-        return pd.read_parquet(path, columns=columns)
-    except FileNotFoundError as error:
-        raise NotFound(f"there is no {path.name}.", at=str(path), fix="run the stage before this one.") from error
-    except Exception as error:  # pyarrow raises many kinds
-        fix = "delete it and run again."
-        raise BadFile(f"this table cannot be read: {first_line(error).rstrip('.')}.", at=str(path), fix=fix) from error
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

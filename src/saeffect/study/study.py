@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+import pandas as pd
+
 from saeffect.config import ArmConfig, ModelConfig, SteeringConfig, StudyConfig
 from saeffect.config_chat import prompt_text
 from saeffect.config_file import read_config_file
@@ -38,12 +40,14 @@ from saeffect.sae.base import ARCHITECTURES, SaeConfig
 from saeffect.sae.formats import load_sae, read_sae_config, sae_identity
 from saeffect.sae.hub import is_sae_name, locate_sae
 from saeffect.steering import check_names
+from saeffect.study.results import Picture, run_figures, run_tables
 from saeffect.study.texts import Arm, first_texts, study_rows
 from saeffect.study.tokens import StudyTokens, TokenizerDifference, study_tokens
 
 __all__ = ["Arm", "Study", "bundled_studies", "require_width"]
 
 _BUNDLED_STUDIES = BUNDLED_FOLDER / "studies"
+_MANIFEST = "manifest.json"  # what makes a folder a run directory
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,32 +59,45 @@ class Study:
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """Read a study file, or a bundled study (`bundled:smollm2-medical`).
+        """Read a study file, the one in a run directory, or a bundled study (`bundled:smollm2-medical`).
 
         Paths are relative to the file's folder; in a bundled study, to the current folder.
 
         Raises:
             NotFound: No such file, or a path in it that exists only relative to the current folder.
             UnknownName: No such bundled study, or an unknown key in the file.
-            BadFile: Not YAML, or not a mapping; a run directory.
+            BadFile: Not YAML, or not a mapping.
             ConfigError: A value is out of range, a repeated key, or an impossible path.
         """
         bundled, names = str(path).startswith(BUNDLED), [BUNDLED + name for name in bundled_studies()]
         if bundled and path not in names:
             raise unknown_name("bundled study", path, names)
         source = _BUNDLED_STUDIES / f"{str(path).removeprefix(BUNDLED)}.yaml" if bundled else user_path(path)
-        if (source / "manifest.json").is_file():
-            raise BadFile(
-                "this is a run directory, not a study file.",
-                at=str(path),
-                fix="give the study.yaml in it; in Python, saeffect.open_run gives its tables and figures.",
-            )
+        if (source / _MANIFEST).is_file():
+            source /= "study.yaml"
         # Paths in a bundled study are the user's; nothing is written into the package.
         folder = Path() if bundled else None
         raw = read_config_file(source, "study", relative_to=folder, fix=f"bundled studies: {', '.join(names)}.")
         if not isinstance(raw, dict):
             raise BadFile("a study file is a mapping of keys to values.", at=str(source))
         return cls._validate(raw, source)
+
+    @property
+    def tables(self) -> Mapping[str, pd.DataFrame]:
+        """The tables of the run from whose directory the study was opened, as `run_tables`; NotFound for others."""
+        return run_tables(self._run)
+
+    @property
+    def figures(self) -> Mapping[str, Picture]:
+        """The figures of the run from whose directory the study was opened, as `run_figures`; NotFound for others."""
+        return run_figures(self._run)
+
+    @property
+    def _run(self) -> Path:
+        if not (self.source.parent / _MANIFEST).is_file():
+            fix = "run it, and open its run directory: Study.open('runs/<name>')."
+            raise NotFound("a study has tables and figures when it has run.", at=str(self.source), fix=fix)
+        return self.source.parent
 
     @classmethod
     def of(cls, config: StudyConfig | Mapping[str, Any], *, name: str = "study.yaml") -> Self:

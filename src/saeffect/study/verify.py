@@ -24,7 +24,8 @@ import pandas as pd
 from saeffect.errors import ConfigError, NotFound, SaeffectError
 from saeffect.io import hash_file, read_json, versions
 from saeffect.progress import SILENT, Log
-from saeffect.study.run_folder import RunFolder, read_manifest, read_table
+from saeffect.study.results import read_table
+from saeffect.study.run_folder import RunFolder, read_manifest
 from saeffect.study.stages.compare import run_compare
 from saeffect.study.stages.dose_search import chosen_dose
 from saeffect.study.stages.features import run_coherence

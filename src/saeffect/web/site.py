@@ -181,7 +181,7 @@ class Site:
 
         Example: `site.table("arms", "control", "features.parquet")`.
         """
-        from saeffect.study.run_folder import read_table
+        from saeffect.study.results import read_table
 
         file = self.path(*parts)
         if not file.is_file():
