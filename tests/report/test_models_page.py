@@ -63,13 +63,13 @@ def test_named_groups_come_in_place_of_raw_changes(trace: Trace) -> None:
             "name": ["fever, cough", "train"],
             "direction": ["more", "less"],
             "n_features": [4, 2],
-            "q": [0.01, 0.4],
+            "p": [0.01, 0.4],
             "claimed": [True, False],
         }
     )
     lines = first_findings(trace, TOKENS, PLAIN, top_tokens=[[" a"]] * 4, groups=groups)
     assert [line for line in lines if "feature" in line] == [
-        "more than in any null fine-tune: fever, cough (4 features; q 0.01)"
+        "more than in any null fine-tune: fever, cough (4 features; p = 0.010)"
     ]
 
 

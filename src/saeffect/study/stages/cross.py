@@ -136,8 +136,8 @@ def _effects_of_nulls(run: RunFolder, log: Log) -> dict[str, list[float]]:
             log(f"  {name} with the control's SAE")
             tuned = load_language_model(model.model_copy(update={"adapter": str(weights.parent.resolve())}))
             tuned = replace(tuned, tokenizer=base.tokenizer, shared=base.shared, prepend_bos=base.prepend_bos)
-            found = null_effects(run, tuned, log)
-            done[name] = pd.DataFrame({"null": name, "quantity": list(found), "value": list(found.values())})
+            changes = null_effects(run, tuned, log)
+            done[name] = pd.DataFrame({"null": name, "quantity": list(changes), "value": list(changes.values())})
             saved.add(done[name])
     effects: dict[str, list[float]] = {}
     for piece in done.values():
