@@ -26,6 +26,7 @@ from saeffect.io import atomic_path, write_json
 from saeffect.progress import Log
 
 _HERE = Path(__file__).parent
+_PEER = _HERE / "modeldiffr.json"
 _STARTED = time.monotonic()
 
 
@@ -57,11 +58,13 @@ def main() -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """One line a fine-tune, as Markdown."""
+    """One line a fine-tune, as Markdown; what peer_modeldiffr.py measured in the last column."""
     lines = [
-        "| fine-tune | KL | claimed, the clearest first | its own concept: place, p | top of the mean difference |",
-        "|---|---|---|---|---|",
+        "| fine-tune | KL | claimed, the clearest first | its own concept: place, p | top of the mean difference |"
+        " modeldiffr: new, lost, shifted features |",
+        "|---|---|---|---|---|---|",
     ]
+    peer = json.loads(_PEER.read_text(encoding="utf-8"))["features"] if _PEER.is_file() else {}
     for row in rows:
         claims = "; ".join(row["claims"][:3]) or "nothing"
         if len(row["claims"]) > 3:
@@ -69,7 +72,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         mark = "" if row["null"] else (" ✓" if row["right"] else "")
         rank = "" if row["null"] else ("not found" if row["place"] is None else f"{row['place']}, {row['p']:.2g}")
         lens = ", ".join(row["logit_lens"][:4]).replace("|", "\\|") + (" ✓" if row["logit_lens_right"] else "")
-        lines.append(f"| {row['name']} | {row['kl']:.3f} | {claims}{mark} | {rank} | {lens} |")
+        counts = peer.get(row["name"])
+        beside = "not run" if counts is None else ", ".join(str(counts[name]) for name in ("new", "lost", "shifted"))
+        lines.append(f"| {row['name']} | {row['kl']:.3f} | {claims}{mark} | {rank} | {lens} | {beside} |")
     return "\n".join(lines) + "\n"
 
 
