@@ -276,8 +276,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "")
     options: argparse.Namespace = parser.parse_args()
     if not options.device:
-        said = "there is no GPU here (torch.cuda.is_available() is false); --device cpu --quick tries the file."
-        print(f"gpu.py: {said}", file=sys.stderr)
+        problem = "there is no GPU here (torch.cuda.is_available() is false); --device cpu --quick tries the file."
+        print(f"gpu.py: {problem}", file=sys.stderr)
         raise SystemExit(2)
     device = torch.device(options.device)
     torch.backends.cuda.matmul.allow_tf32 = False

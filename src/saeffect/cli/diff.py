@@ -58,8 +58,18 @@ def diff(
     from saeffect.study.stages.report import findings
 
     folder = out or Path("runs") / _study_name(tuned)
-    options = (field, chat or bool(positions), tuple(positions or ("all",)))
-    request = DiffRequest(base, tuned, sae, tuple(text or ()), vocabulary, nulls, _study_name(folder.name), *options)
+    request = DiffRequest(
+        base,
+        tuned,
+        sae,
+        tuple(text or ()),
+        vocabulary,
+        nulls,
+        _study_name(folder.name),
+        field=field,
+        chat=chat or bool(positions),
+        positions=tuple(positions or ("all",)),
+    )
     with ConsoleProgress() as log:
         study = diff_study(request, folder.with_name(folder.name + ".yaml"), log)
         if same_model(study):

@@ -145,14 +145,12 @@ def what_it_causes(table: pd.DataFrame, subject: str, source: str = "domain") ->
     if predictions is None or not is_defined(predictions["low"]) or not is_defined(written["low"]):
         return put_back_sentence(table, subject=subject, source=OWN_WRITING)
     text, own = (text_name(where, subject) for where in (source, OWN_WRITING))
-    first, second = (
-        f"{_share(row)}{{}}{_matched_clause(table, row, {'source': row['source']})}." for row in (predictions, written)
-    )
+    beside, own_beside = (_matched_clause(table, row, {"source": row["source"]}) for row in (predictions, written))
     return (
-        f"The {plural(int(written['n_features']), 'feature')} that changed most carry"
-        f" {first.format(f' of what fine-tuning does at this layer to the predictions on {text} (KL)')}"
+        f"The {plural(int(written['n_features']), 'feature')} that changed most carry {_share(predictions)} of what"
+        f" fine-tuning does at this layer to the predictions on {text} (KL){beside}."
         f" Of what it does to the loss on {own} ({fixed(abs(written['whole']))} nats a token) they carry"
-        f" {second.format('')}"
+        f" {_share(written)}{own_beside}."
     )
 
 

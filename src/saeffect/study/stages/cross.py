@@ -128,10 +128,13 @@ def _kept_nulls(study: Study) -> dict[str, Path]:
 
 def _effects_of_nulls(run: RunFolder, log: Log) -> dict[str, list[float]]:
     """`null_effects` of the null fine-tunes whose adapters were kept, by quantity; each is kept for a resumed run."""
-    study, saved = run.study, run.partial("cross nulls", cross_inputs(run))
+    study = run.study
+    if not (nulls := _kept_nulls(study)):
+        return {}
+    saved = run.partial("cross nulls", cross_inputs(run))
     base, model = study.open_arm(study.control, log).lm, study.config.arms[study.control].model
     done = {str(piece.loc[0, "null"]): piece for piece in saved.pieces(log)}
-    for name, weights in _kept_nulls(study).items():
+    for name, weights in nulls.items():
         if name not in done:
             log(f"  {name} with the control's SAE")
             tuned = load_language_model(model.model_copy(update={"adapter": str(weights.parent.resolve())}))
@@ -176,7 +179,7 @@ class _Crossing:
     def cell_rows(self) -> Iterator[tuple[str, pd.DataFrame]]:
         """The rows of each cell, with the name of its SAE's arm; all but steered texts are kept for a resumed run."""
         texts = self.all_texts()
-        saved = self._run.partial("cross", cross_inputs(self._run))
+        saved = self._run.partial("cross", self._inputs)
         done = {tuple(piece.loc[0, ["sae", "model"]]): piece for piece in saved.pieces(self._log)}
         for cell, model in self.cells():
             key = cell.name, model
@@ -205,7 +208,7 @@ class _Crossing:
         if trials is not None:
             return trials[list(TRIAL_COLUMNS)]
         # Every process reads the same pieces, and takes its share of what is missing.
-        saved = self._run.partial(f"cross {cell.name} {model}", cross_inputs(self._run))
+        saved = self._run.partial(f"cross {cell.name} {model}", self._inputs)
         return run_trials(
             self._site(cell),
             self._chosen[cell.name],
@@ -215,6 +218,10 @@ class _Crossing:
             on_chunk=saved.add,
             progress=partial(self._log.progress, f"steer {cell.name}'s SAE on {model}", unit="texts"),
         )
+
+    @cached_property
+    def _inputs(self) -> dict[str, Any]:
+        return cross_inputs(self._run)
 
     @cached_property
     def _chosen(self) -> dict[str, pd.DataFrame]:
