@@ -16,7 +16,7 @@ from saeffect.diffing.trace import NEW_TOKENS, OPENINGS, SAMPLES, Trace
 from saeffect.errors import EmptySelection, Undefined
 from saeffect.lm.language_model import LanguageModel
 from saeffect.stats.multiplicity import benjamini_hochberg
-from saeffect.steering.generate import Progress, generate
+from saeffect.steering.generate import Progress, continue_prompts
 from saeffect.steering.operators import AddVectors, Intervention
 from saeffect.steering.sampling import NoiseCell, Sampling
 
@@ -113,22 +113,22 @@ def difference_steering(
     sampling = Sampling(max_new_tokens=NEW_TOKENS, temperature=0.8, top_p=1.0, frequency_penalty=0.0)
     cells = [(t, dose, sample) for t in traces for dose in doses for sample in range(SAMPLES)]
     vectors = torch.stack([difference_vector(t, dose) for t, dose, _ in cells])
-    records = []
-    for number, opening in enumerate(OPENINGS):
-        outputs = generate(
-            base,
-            hook,
-            base.encode_prompt(opening),
-            [NoiseCell(seed, opening, sample) for *_, sample in cells],
-            sampling,
-            intervention=Intervention(AddVectors(vectors), "all"),
-            batch_size=96,
-        )
-        for (t, dose, sample), ids in zip(cells, outputs, strict=True):
-            row = {"fine_tune": t.name, "is_null": t is not trace, "dose": float(dose)}
-            records.append({**row, "opening": opening, "sample": sample, "text": base.decode(ids)})
-        if progress is not None:
-            progress(number + 1, len(OPENINGS))
+    rows = [(opening, *cell) for opening in OPENINGS for cell in cells]
+    outputs = continue_prompts(
+        base,
+        [base.encode_prompt(opening) for opening, *_ in rows],
+        [NoiseCell(seed, opening, sample) for opening, *_, sample in rows],
+        sampling,
+        hook=hook,
+        intervention=Intervention(AddVectors(vectors.repeat(len(OPENINGS), 1)), "all"),
+        batch_size=96,
+        progress=progress,
+    )
+    records = [
+        {"fine_tune": t.name, "is_null": t is not trace, "dose": float(dose), "opening": opening, "sample": sample}
+        | {"text": base.decode(ids)}
+        for (opening, t, dose, sample), ids in zip(rows, outputs, strict=True)
+    ]
     table = pd.DataFrame(records)
     order = {t.name: number for number, t in enumerate(traces)}
     return table.sort_values(["fine_tune", "dose"], key=lambda c: c.map(order) if c.name == "fine_tune" else c,

@@ -349,8 +349,10 @@ class _Planner:
         n_own = math.ceil(math.ceil(features / at_once) / self._gpus) * at_once  # of the process that has most
         for n_left in range(min(features, n_own), 0, -at_once):
             rows = samples + min(n_left, at_once) * n_texts
-            for _ in range(prompts):
-                stage.write(m, rows, config.max_new_tokens, sampling, alike=self._hook(arm)[1])
+            together = max(1, config.batch_size // rows) if config.positions == "all" else 1
+            for first in range(0, prompts, together):
+                n_rows = rows * min(together, prompts - first)
+                stage.write(m, n_rows, config.max_new_tokens, sampling, alike=self._hook(arm)[1])
             stage.read(m, prompts * rows * (PROMPT + config.max_new_tokens), m.n_layers, logits=1)
         effects = prompts * features * conditions * doses
         stage.read(m, effects * PROMPT, m.n_layers)
