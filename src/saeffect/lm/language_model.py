@@ -258,7 +258,7 @@ _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 # Queries a matrix product: enough for full speed, few enough that little masked work is done.
 _BLOCK = 128
-_PIECE = 1024  # outputs of a product: their weights fit into a core's cache
+_PIECE = 512  # outputs of a product: their weights fit into a core's cache
 # Arguments of attention functions that have no effect on a packed pass without a cache.
 _HARMLESS = ("dropout", "scaling", "is_causal", "position_ids", "cache_position", "use_cache", "output_attentions")
 
