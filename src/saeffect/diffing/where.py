@@ -18,7 +18,7 @@ from torch import Tensor
 from saeffect.diffing.matched_null import strata
 from saeffect.diffing.null_ranks import null_range, null_reason, pooled_rank_p, rank_p, rise_scores, search_p
 from saeffect.diffing.trace import Trace
-from saeffect.diffing.written import openings, written_words
+from saeffect.diffing.written import difference_size, openings, written_words
 from saeffect.errors import ConfigError, ShapeMismatch
 from saeffect.lm.activations import TokenRows
 from saeffect.lm.architectures import heads_to_residual, unembedding
@@ -94,7 +94,7 @@ def change_overall(trace: Trace, nulls: Sequence[Trace], *, alpha: float = 0.05)
         "divergence on text": lambda t: t.numbers["kl"],
         "divergence after openings": lambda t: float(t.openings.mean()),
         "residual stream": lambda t: float(t.layers.mean()),
-        "mean difference": lambda t: float(np.linalg.norm(t.halves.mean(axis=0))) / t.numbers["norm"],
+        "mean difference": difference_size,
     }
     values = np.array([[measure(t) for measure in quantities.values()] for t in (trace, *nulls)])
     table = pd.DataFrame({"quantity": list(quantities), "change": values[0], **null_range(values[1:])})

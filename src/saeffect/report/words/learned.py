@@ -13,7 +13,7 @@ import pandas as pd
 from saeffect.diffing.naming import ALL, SEEN
 from saeffect.diffing.standardised import prediction_limit
 from saeffect.lm.tokens import printable_token
-from saeffect.report.words.causes import what_it_causes
+from saeffect.report.words.causes import what_a_push_writes, what_it_causes
 from saeffect.report.words.numbers import amount, count, fixed, is_defined, joined, p_text, percent, plural
 
 __all__ = ["Learned", "claimed_groups", "learned"]
@@ -62,7 +62,7 @@ def learned(tables: Mapping[str, pd.DataFrame], domain: str, *, alpha: float) ->
     missing. `domain` is a name in `declared_changes`, `alpha` the highest p of a claim.
     """
     nulls = tables.get("null_groups", pd.DataFrame())
-    where, causes, difference = _where(tables, alpha), _causes(tables, domain), _mean_difference(tables)
+    where, causes, difference = _where(tables, alpha), _causes(tables, domain, alpha), _mean_difference(tables)
     if nulls.empty:
         known = tuple((label, text) for label, text in (("Where", where), ("What it causes", causes)) if text)
         return Learned("", known, difference, _missing_sentence(tables))
@@ -249,9 +249,11 @@ def _where(tables: Mapping[str, pd.DataFrame], alpha: float) -> str:
     return " ".join(sentences)
 
 
-def _causes(tables: Mapping[str, pd.DataFrame], domain: str) -> str:
-    text = what_it_causes(tables["put_back"], domain) if "put_back" in tables else ""
-    return f"{text} {_CARRY}" if text else ""
+def _causes(tables: Mapping[str, pd.DataFrame], domain: str, alpha: float) -> str:
+    carried = what_it_causes(tables["put_back"], domain) if "put_back" in tables else ""
+    pushed = what_a_push_writes(tables["difference_words"], alpha) if "difference_words" in tables else ""
+    pushed += " The texts are in [[table:pushed]]." if pushed else ""
+    return " ".join(filter(None, (carried, _CARRY if carried else "", pushed)))
 
 
 def _mean_difference(tables: Mapping[str, pd.DataFrame]) -> tuple[str, ...]:
