@@ -141,8 +141,8 @@ def activation_difference(
     norm of the mean difference over the base model's mean residual norm; `reliability`, the cosine of the means over
     two halves of the text (NaN for a half); `likeness`, the cosine with the mean of the nulls' differences: near 1, it
     is what the recipe always does. Of each the nulls' median, `null_<name>`, and `p_<name>`, the rank among the nulls
-    (low likenesses are extreme). `top_tokens`; `beyond_nulls`, the same after the direction of the nulls' mean is projected
-    out; `reason`.
+    (low likenesses are extreme). `top_tokens`; `beyond_nulls`, the same after the direction of the nulls' mean is
+    projected out; `reason`.
     """
     traces = (trace, *nulls)
     parts: list[tuple[str, str, list[npt.NDArray[np.float32]]]] = [(_ALL, "", [t.halves for t in traces])]
