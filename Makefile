@@ -119,6 +119,8 @@ INSTALL := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt
 	$(PYTHON) -c '$(VERSION)'
 	$(PYTHON) -m venv .venv
 	$(INSTALL) --editable .
+	@# Its modules are compiled and the embedded model is fetched, if it can be.
+	-@$(BIN)/saeffect check bundled:smollm2-medical >/dev/null
 	@touch $@
 
 .venv/.installed-test: pyproject.toml constraints.txt

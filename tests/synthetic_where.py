@@ -16,6 +16,31 @@ def with_tables(tables: dict[str, pd.DataFrame]) -> Any:
     return SimpleNamespace(matches=SimpleNamespace(further=tables))
 
 
+def push_tables(*, nulls: bool = True) -> dict[str, pd.DataFrame]:
+    """The tables of the stage "push": at 0.5, the fine-tune's push brings fever up in every second text."""
+    said = {"tuned": ["a fever.", "of <fever>."], "null-1": ["a sea.", "of it."], "null-2": ["a house.", "of that."]}
+    rows = [("", False, 0.0, 0, np.nan, opening, text) for opening, text in (("\n", "a hat."), ("The", "of us."))]
+    for name in [*said][: None if nulls else 1]:
+        size = {"tuned": 0.12, "null-1": 0.02, "null-2": 0.04}[name]
+        for opening, text in zip(("\n", "The"), said[name], strict=True):
+            rows.append((name, name != "tuned", 0.5, 0, size, opening, text))
+    columns = ["fine_tune", "is_null", "dose", "sample", "size", "opening", "text"]
+    words = pd.DataFrame(
+        {
+            "dose": 0.5,
+            "word": ["fever", "of"],
+            "rate": [0.5, 0.4],
+            "base_rate": [0.02, 0.3],
+            "null_high": [0.04, 0.5] if nulls else np.nan,
+            "change": [2.0, 0.1],
+            "p": [0.001, 0.4] if nulls else np.nan,
+            "p_search": [0.05, 0.8] if nulls else np.nan,
+            "reason": "" if nulls else NO_NULLS,
+        }
+    )
+    return {"difference_texts": pd.DataFrame(rows, columns=columns), "difference_words": words}
+
+
 def where_tables(*, nulls: bool = True) -> dict[str, pd.DataFrame]:
     """The tables of `saeffect.diffing.where.where_changed` that pictures and lines read."""
 
@@ -75,6 +100,7 @@ def where_tables(*, nulls: bool = True) -> dict[str, pd.DataFrame]:
                 "position": ["all"],
                 "size": 0.12,
                 "null_size": 0.04 if nulls else np.nan,
+                "text": "",
                 "reliability": 0.93,
                 "top_tokens": [[" Usually", "--", "Usually", " fever"]],
                 "beyond_nulls": [[" Usually", "--", "Usually", " fever"] if nulls else []],

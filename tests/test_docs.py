@@ -88,7 +88,17 @@ def test_study_files_and_their_parts_are_valid(page: Path) -> None:
             StudyConfig.read(values, at=page.name)
             continue
         for key, value in values.items():
-            if key in ("gate", "features", "coherence", "selection", "steering", "comparison", "put_back", "changes"):
+            if key in (
+                "gate",
+                "features",
+                "coherence",
+                "selection",
+                "steering",
+                "comparison",
+                "put_back",
+                "push",
+                "changes",
+            ):
                 whole = {"name": "x", "arms": _ARMS, "text": {"bundled": "smollm2-sampled"}, key: value}
                 StudyConfig.read(whole, at=page.name)
 

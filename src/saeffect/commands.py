@@ -43,6 +43,7 @@ __all__ = [
     "match",
     "changes",
     "put_back",
+    "push",
     "steer",
     "cross",
     "compare",
@@ -68,6 +69,6 @@ def diff(request: DiffRequest, out: Path | str, log: Log = SILENT) -> RunFolder:
     return run(diff_study(request, Path(out).with_suffix(".yaml"), log), out, log=log)
 
 
-features, coherence, select, match, changes, put_back, steer, cross, compare, report = (
+features, coherence, select, match, changes, put_back, push, steer, cross, compare, report = (
     partial(run, stages=(stage,)) for stage in STAGES if stage != "gate"
 )

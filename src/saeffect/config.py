@@ -24,6 +24,7 @@ __all__ = [
     "GateConfig",
     "InterventionConfig",
     "ModelConfig",
+    "PushConfig",
     "PutBackConfig",
     "SCRIPTS",
     "SamplingConfig",
@@ -295,6 +296,29 @@ class PutBackConfig(StrictModel):
         return self
 
 
+class PushConfig(StrictModel):
+    """What the base model writes when it is pushed along the mean activation difference, and along that of nulls."""
+
+    doses: tuple[float, ...] = Field(
+        (0.15,),
+        min_length=1,
+        description="How far it is pushed, in mean residual norms of the base model. Far pushes leave no words.",
+    )
+    nulls: int = Field(
+        19,
+        ge=0,
+        description="Null fine-tunes along whose mean differences it is pushed, too: the first. With 19 p can be 0.05.",
+    )
+    samples: int = Field(2, ge=1, le=4, description="Texts for each opening, dose and fine-tune.")
+
+    @model_validator(mode="after")
+    def _check_doses(self) -> Self:
+        if min(self.doses) <= 0:
+            raise ValueError(f"doses: a push is longer than 0, not {min(self.doses):g}")
+        all_different("number in doses", self.doses)
+        return self
+
+
 class StudyConfig(StrictModel):
     """A whole study: its YAML file has these keys."""
 
@@ -317,6 +341,9 @@ class StudyConfig(StrictModel):
     changes: ChangesConfig = Field(ChangesConfig(), description="What both models read to find what changed.")
     put_back: PutBackConfig | None = Field(
         PutBackConfig(), description="What the changed features cause, or `null` for a study without it."
+    )
+    push: PushConfig | None = Field(
+        None, description="What the mean activation difference makes the base model write; none: not tried."
     )
     steering: SteeringConfig | None = Field(
         default_factory=lambda: SteeringConfig.model_validate({}),

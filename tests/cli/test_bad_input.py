@@ -165,6 +165,10 @@ CASES: dict[str, tuple[Change, str, str]] = {
         "NotFound",
         "no.jsonl",
     ),
+    "a push of no length": (_set("push", to={"doses": [0.0]}), "ConfigError", "a push is longer than 0, not 0"),
+    "a push without end": (_set("push", to={"doses": [float("inf")]}), "ConfigError", "push.doses.0"),
+    "a push without doses": (_set("push", to={"doses": []}), "ConfigError", "push.doses"),
+    "a push twice": (_set("push", to={"doses": [1, 1.0]}), "ConfigError", "the number in doses 1.0 is there twice"),
     "a dose twice": (_set("steering", to={"doses": [0.3, 0.3], "search_prompts": ["A"]}), "ConfigError", "doses"),
     "a negative dose": (_set("steering", to={"doses": [-1.0]}), "ConfigError", "doses"),
     "a test prompt searched on": (

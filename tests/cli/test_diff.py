@@ -13,6 +13,7 @@ from chat_templates import FAMILIES
 from command_line import call
 from saeffect.diffing import trace, written
 from saeffect.io import read_json
+from saeffect.study.stages import push
 from tiny_study import make_model, make_sae, sentences
 
 
@@ -34,6 +35,7 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _short_traces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trace, "OPENINGS", trace.OPENINGS[:3])
     monkeypatch.setattr(written, "OPENINGS", trace.OPENINGS[:3])
+    monkeypatch.setattr(push, "OPENINGS", trace.OPENINGS[:3])
     monkeypatch.setattr(trace, "NEW_TOKENS", 4)
 
 
@@ -85,6 +87,17 @@ def test_models_alone_then_the_written_study(here: Path, capsys: pytest.CaptureF
     assert code == 2
     assert "not as `saeffect diff` wrote it" in err
     assert "saeffect run runs/x.yaml" in err
+
+
+def test_a_push_comes_after_the_first_findings(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = typed(capsys, "diff", "base", "tuned", "--text", "notes.jsonl", "--push", "--out", "runs/x")
+    assert code == 0, err
+    assert list(read_json(here / "runs/x/manifest.json")["stages"]) == ["trace", "changes", "push", "report"]
+    assert yaml.safe_load((here / "runs/x.yaml").read_text(encoding="utf-8"))["push"] == {}
+    page = (here / "runs/x/report.html").read_text(encoding="utf-8")
+    assert "by 0.15 mean residual norms, the base model writes" in page
+    assert "pushed along the fine-tune" in page and "along a null" not in page
+    assert (here / "runs/x/comparison/difference_words.parquet").is_file()
 
 
 def test_chats_are_read_by_the_template(here: Path, capsys: pytest.CaptureFixture[str], without_figures: None) -> None:

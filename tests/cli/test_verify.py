@@ -21,7 +21,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, without_figures: None) ->
     folder = tmp_path_factory.mktemp("verify")
     steering = {"prompts": ["The river", "My doctor said"], "max_features": 3, "samples": 1, "max_new_tokens": 6}
     few = {"n_boot": 40, "n_permutations": 100}
-    make_study(folder, arms=TWO_ARMS, comparison=few, steering=steering | {"doses": [0.5], "baselines": []})
+    push = {"doses": [0.5], "samples": 1}
+    make_study(folder, arms=TWO_ARMS, comparison=few, push=push, steering=steering | {"doses": [0.5], "baselines": []})
     assert call(["run", str(folder / "study.yaml"), "--out", str(folder / "run")]) == 0
     return folder / "run"
 
@@ -59,6 +60,7 @@ def test_a_finished_run_agrees_and_is_left_alone(finished: Path, capsys: Any) ->
 
 def test_changed_numbers_are_named_by_table_and_row(run: Path) -> None:
     tables = ["table1", "table2", "contrasts", "judgements", "match_counts", "weights", "activity", "power"]
+    tables.append("difference_words")
     files = [f"comparison/{name}.parquet" for name in tables]
     files += [f"arms/treatment/{name}.parquet" for name in ("effects", "outcome_effects", "coherence")]
     # Texts this short have no similarity, so the deciding effect is undefined.

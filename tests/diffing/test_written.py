@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -104,13 +103,15 @@ def test_the_vector_is_as_long_as_the_dose_says():
 
 def test_steering_adds_the_difference_at_every_position(tiny_llama, monkeypatch):
     monkeypatch.setattr("saeffect.diffing.written.OPENINGS", ("Here is",))
-    monkeypatch.setattr("saeffect.diffing.written.NEW_TOKENS", 1)
+    monkeypatch.setattr("saeffect.diffing.trace.NEW_TOKENS", 1)
     rng = np.random.default_rng(0)
     halves = rng.standard_normal((2, 2, 32)).astype(np.float32)
     trace, null = (made(name=name, halves=half) for name, half in zip(("tuned", "null-1"), halves, strict=True))
-    table = difference_steering(tiny_llama, HOOK, trace, [null], doses=[0.0001, 1e4])
-    assert table["fine_tune"].tolist() == ["tuned"] * 2 * SAMPLES + ["null-1"] * 2 * SAMPLES
-    assert table["is_null"].tolist() == [False] * 2 * SAMPLES + [True] * 2 * SAMPLES
+    [table] = difference_steering(tiny_llama, HOOK, trace, [null], doses=[0.0001, 1e4])
+    assert table["fine_tune"].tolist() == [""] * SAMPLES + ["tuned"] * 2 * SAMPLES + ["null-1"] * 2 * SAMPLES
+    assert table["is_null"].tolist() == [False] * 3 * SAMPLES + [True] * 2 * SAMPLES
+    assert table["text"].tolist()[:SAMPLES] == [tiny_llama.decode(ids) for ids in trace.base_texts[:SAMPLES]]
+    assert table["size"].iloc[-1] == pytest.approx(np.linalg.norm(null.halves.mean(axis=0)) / 10)  # the mean norm
     ids = tiny_llama.encode_prompt("Here is")
 
     def push(x):
@@ -126,19 +127,44 @@ def test_steering_adds_the_difference_at_every_position(tiny_llama, monkeypatch)
     assert strong["text"].tolist() == [tiny_llama.decode(new) for new in expected]
     weak = table[table["dose"] == 0.0001].groupby("fine_tune")["text"].agg(list)
     assert weak["tuned"] == weak["null-1"] != strong["text"].tolist()
+    assert not list(difference_steering(tiny_llama, HOOK, trace, [null], done=["Here is"]))
     with pytest.raises(EmptySelection, match="no dose"):
-        difference_steering(tiny_llama, HOOK, trace, [], doses=[])
+        next(difference_steering(tiny_llama, HOOK, trace, [], doses=[]))
+
+
+def pushed_texts(rng: np.random.Generator, fever: dict[float, int], n_nulls: int) -> pd.DataFrame:
+    """Texts of a fine-tune's push, so many with fever at each dose, and those of nulls, with two."""
+    stems = np.repeat(OPENINGS, SAMPLES)
+    frames = [pd.DataFrame({"fine_tune": "", "is_null": False, "dose": 0.0, "ids": list(texts(rng, 1))})]
+    for k in range(1 + n_nulls):
+        for dose, n in fever.items():
+            frame = {"fine_tune": f"f{k}", "is_null": k > 0, "dose": dose, "ids": list(texts(rng, 2 if k else n))}
+            frames.append(pd.DataFrame(frame))
+    return pd.concat([f.assign(opening=stems, text=f.pop("ids").map(decode)) for f in frames], ignore_index=True)
 
 
 def test_words_of_steered_texts_are_tested_against_the_nulls_pushes():
-    rng = np.random.default_rng(1)
-    frames = []
-    for k in range(21):
-        said = [decode(t) for t in texts(rng, 30 if k == 0 else 2)]
-        frames.append(pd.DataFrame({"fine_tune": f"f{k}", "is_null": k > 0, "dose": 0.5, "text": said}))
-    steered = pd.concat(frames, ignore_index=True)
-    trace = replace(made(base_texts=texts(rng, 2)), name="f0")
-    table = steered_words(steered, trace, decode, dose=0.5)
+    table = steered_words(pushed_texts(np.random.default_rng(1), {0.5: 30}, 20))
     assert table.loc[table["p_search"] <= 0.05, "word"].tolist() == ["fever"]
-    with pytest.raises(EmptySelection, match=r"no text was written at dose 0\.7"):
-        steered_words(steered, trace, decode, dose=0.7)
+    assert table.iloc[0][["dose", "texts", "p_search"]].tolist() == [0.5, 30, 1 / 21]
+    assert table["base_rate"].iloc[0] == pytest.approx(1 / 96)  # without a push
+
+
+def test_words_of_all_doses_are_one_search():
+    texts = pushed_texts(np.random.default_rng(1), {0.5: 30, 1.0: 2}, 20)
+    texts.loc[(texts["fine_tune"] == "f1") & (texts["dose"] == 1), "text"] = " fever."  # one null's, at the other dose
+    table = steered_words(texts)
+    assert table[["dose", "word"]].iloc[0].tolist() == [0.5, "fever"]
+    assert sorted(table["dose"].unique()) == [0.5, 1.0]
+    assert table["p_search"].iloc[0] == pytest.approx(2 / 21)
+    assert steered_words(texts[texts["dose"] < 1])["p_search"].iloc[0] == pytest.approx(1 / 21)
+
+
+def test_pushed_words_without_nulls_or_push():
+    texts = pushed_texts(np.random.default_rng(1), {0.5: 30}, 0)
+    table = steered_words(texts)
+    assert table[["p", "q", "p_search"]].isna().all().all()
+    assert table["word"].iloc[0] == "fever"
+    assert set(table["reason"]) == {"no null fine-tunes to compare with"}
+    with pytest.raises(EmptySelection, match="with and without a push"):
+        steered_words(texts[texts["dose"] == 0])

@@ -34,7 +34,7 @@ def _short() -> Any:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    return Study.open(make_study(tmp_path_factory.mktemp("plan")))
+    return Study.open(make_study(tmp_path_factory.mktemp("plan"), push={"doses": [0.5, 1.0], "samples": 1}))
 
 
 @pytest.fixture(scope="module")

@@ -48,6 +48,7 @@ def study_keys() -> str:
         ("`selection`", config.SelectionConfig),
         ("`changes`", config.ChangesConfig),
         ("`put_back`: a mapping, or `null` for a study without it", config.PutBackConfig),
+        ("`push`: a mapping, or `null` for a study without it", config.PushConfig),
         ("`steering`: a mapping, or `null` for a study without it", config.SteeringConfig),
         ("`comparison`", config.ComparisonConfig),
     )

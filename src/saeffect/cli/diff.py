@@ -48,6 +48,9 @@ def diff(
     positions: Positions = None,
     vocabulary: Annotated[str | None, typer.Option(help="Words of a domain: bundled name or file.")] = None,
     nulls: Nulls = None,
+    push: Annotated[
+        bool, typer.Option("--push", help="Also let BASE write while pushed along the mean difference, and nulls'.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Run directory; the study file lies beside it.", parser=user_path)
     ] = None,
@@ -69,6 +72,7 @@ def diff(
         field=field,
         chat=chat or bool(positions),
         positions=tuple(positions or ("all",)),
+        push=push,
     )
     with ConsoleProgress() as log:
         study = diff_study(request, folder.with_name(folder.name + ".yaml"), log)

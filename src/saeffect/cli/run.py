@@ -28,6 +28,7 @@ STAGE_HELP = {
     "match": "Match features between arms: kept, moved, gone, new.",
     "changes": "Judge what changed, against null fine-tunes.",
     "put-back": "Put the changed features back: see what that undoes.",
+    "push": "Push the base model along the mean activation difference. Where push asks for it.",
     "steer": "Search the dose, and steer with features and placebos. Also under torchrun.",
     "cross": "Read and steer each arm's SAE on both models. Where comparison.crossed asks for it; also under torchrun.",
     "compare": "Compare the arms.",

@@ -37,7 +37,7 @@ from saeffect.steering.prompt_pass import last_logits
 from saeffect.steering.sampling import NoiseCell, Sampling
 from saeffect.steering.trials import kl_divergence
 
-__all__ = ["EARLY", "NEW_TOKENS", "OPENINGS", "SAMPLES", "Trace", "Tracer"]
+__all__ = ["EARLY", "NEW_TOKENS", "OPENINGS", "SAMPLES", "Trace", "Tracer", "text_sampling"]
 
 
 OPENINGS = (
@@ -350,13 +350,17 @@ class _Sums:
         }
 
 
+def text_sampling() -> Sampling:
+    """How texts are sampled after the openings."""
+    return Sampling(max_new_tokens=NEW_TOKENS, temperature=0.8, top_p=1.0, frequency_penalty=0.0)
+
+
 def _write(lm: LanguageModel, what: str, log: Log) -> npt.NDArray[np.int32]:
     """Continuations of the openings, int32 [len(OPENINGS) · SAMPLES, NEW_TOKENS]."""
-    sampling = Sampling(max_new_tokens=NEW_TOKENS, temperature=0.8, top_p=1.0, frequency_penalty=0.0)
     cells = [NoiseCell(0, opening, sample) for opening in OPENINGS for sample in range(SAMPLES)]
     prompts = [lm.encode_prompt(cell.prompt) for cell in cells]
     log(f"  {what}")
-    rows = continue_prompts(lm, prompts, cells, sampling, batch_size=len(cells))
+    rows = continue_prompts(lm, prompts, cells, text_sampling(), batch_size=len(cells))
     return np.asarray(rows, dtype=np.int32)
 
 

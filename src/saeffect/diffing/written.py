@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,16 +13,17 @@ import pandas as pd
 import torch
 
 from saeffect.diffing.null_ranks import count_scores, null_range, null_reason, pooled_rank_p, rank_p, search_p
-from saeffect.diffing.trace import NEW_TOKENS, OPENINGS, SAMPLES, Trace
+from saeffect.diffing.trace import OPENINGS, SAMPLES, Trace, text_sampling
 from saeffect.errors import EmptySelection, Undefined
 from saeffect.lm.language_model import LanguageModel
 from saeffect.stats.multiplicity import benjamini_hochberg
-from saeffect.steering.generate import Progress, continue_prompts
+from saeffect.steering.generate import generate
 from saeffect.steering.operators import AddVectors, Intervention
-from saeffect.steering.sampling import NoiseCell, Sampling
+from saeffect.steering.sampling import NoiseCell
 
 __all__ = [
     "LEAST_TEXTS",
+    "difference_size",
     "difference_steering",
     "difference_vector",
     "openings",
@@ -64,8 +66,8 @@ def written_words(trace: Trace, nulls: Sequence[Trace], decode: Decode, *, alpha
     base model's), half a text added to each; `score` (`count_scores`); `p`, `q`, `p_search`: `pooled_rank_p` of it,
     Benjamini-Hochberg over the words, and `search_p`; `example`, the word in a text; `reason`.
     """
-    texts, base_texts = _decoded(trace.texts, decode), _decoded(trace.base_texts, decode)
-    return _compare_words(_stems(), texts, base_texts, [_decoded(null.texts, decode) for null in nulls], alpha)
+    models = [_decoded(ids, decode) for ids in (trace.texts, trace.base_texts, *(null.texts for null in nulls))]
+    return _compare_words(_stems(), {math.nan: models}, alpha).drop(columns="dose")
 
 
 def openings(trace: Trace, nulls: Sequence[Trace], decode: Decode, *, alpha: float = 0.05) -> pd.DataFrame:
@@ -96,66 +98,73 @@ def difference_steering(
     trace: Trace,
     nulls: Sequence[Trace],
     *,
-    doses: Sequence[float] = (0.5, 1.0),
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> pd.DataFrame:
+    doses: Sequence[float] = (0.15,),
+    samples: int = SAMPLES,
+    done: Collection[str] = (),
+) -> Iterator[pd.DataFrame]:
     """What the base model writes when it is pushed along the mean activation difference of each fine-tune.
 
     The vector is added at all positions of `hook`, where the traces were measured; its length is the dose times the
-    base model's mean residual norm. Sampling noise is that of the traces' texts. One row a fine-tune, dose, opening and
-    sample: `fine_tune`, `is_null`, `dose`, `opening`, `sample`, `text`. EmptySelection without doses, Undefined for a
-    mean difference of zero.
+    base model's mean residual norm. Sampling noise is that of the traces' texts, of which the first `samples`
+    of an opening are those without a push. One table an opening, but those `done`; one row a fine-tune, dose and
+    sample: `fine_tune` ("" without a push), `is_null`, `dose` (0 without), `sample`, `size` (norm of the fine-tune's
+    mean difference, in mean residual norms), `opening`, `text`. EmptySelection without doses, Undefined for a mean
+    difference of zero.
     """
     if not doses:
         raise EmptySelection("there is no dose to steer with.", at="doses", fix="give one, such as 1.0.")
-    traces = (trace, *nulls)
-    sampling = Sampling(max_new_tokens=NEW_TOKENS, temperature=0.8, top_p=1.0, frequency_penalty=0.0)
-    cells = [(t, dose, sample) for t in traces for dose in doses for sample in range(SAMPLES)]
+    cells = [(t, float(dose), sample) for t in (trace, *nulls) for dose in doses for sample in range(samples)]
     vectors = torch.stack([difference_vector(t, dose) for t, dose, _ in cells])
-    rows = [(opening, *cell) for opening in OPENINGS for cell in cells]
-    outputs = continue_prompts(
-        base,
-        [base.encode_prompt(opening) for opening, *_ in rows],
-        [NoiseCell(seed, opening, sample) for opening, *_, sample in rows],
-        sampling,
-        hook=hook,
-        intervention=Intervention(AddVectors(vectors.repeat(len(OPENINGS), 1)), "all"),
-        batch_size=96,
-        progress=progress,
+    labels = [(t.name, t is not trace, dose, sample, difference_size(t)) for t, dose, sample in cells]
+    table = pd.DataFrame(
+        [("", False, 0.0, sample, math.nan) for sample in range(samples)] + labels,
+        columns=["fine_tune", "is_null", "dose", "sample", "size"],
     )
-    records = [
-        {"fine_tune": t.name, "is_null": t is not trace, "dose": float(dose), "opening": opening, "sample": sample}
-        | {"text": base.decode(ids)}
-        for (opening, t, dose, sample), ids in zip(rows, outputs, strict=True)
-    ]
-    table = pd.DataFrame(records)
-    order = {t.name: number for number, t in enumerate(traces)}
-    return table.sort_values(["fine_tune", "dose"], key=lambda c: c.map(order) if c.name == "fine_tune" else c,
-                             kind="stable", ignore_index=True)  # fmt: skip
+    for number, opening in enumerate(OPENINGS):
+        if opening in done:
+            continue
+        outputs = generate(
+            base,
+            hook,
+            base.encode_prompt(opening),
+            [NoiseCell(0, opening, sample) for *_, sample in cells],
+            text_sampling(),
+            intervention=Intervention(AddVectors(vectors), "all"),
+            batch_size=96,
+        )
+        unsteered = trace.base_texts[number * SAMPLES :][:samples].tolist()
+        yield table.assign(opening=opening, text=[base.decode(ids) for ids in (*unsteered, *outputs)])
+
+
+def difference_size(trace: Trace) -> float:
+    """Norm of the mean activation difference, in mean residual norms of the base model."""
+    return float(np.linalg.norm(trace.halves.mean(axis=0, dtype=np.float64))) / trace.numbers["norm"]
 
 
 def difference_vector(trace: Trace, dose: float) -> torch.Tensor:
     """The direction of the mean activation difference, as long as `dose` mean residual norms: float32 [d_in]."""
-    mean = trace.halves.mean(axis=0).astype(np.float64)
-    length = float(np.linalg.norm(mean))
-    if not length > 0:
-        raise Undefined(f"the mean activation difference of {trace.name} is zero.", at="halves")
-    return torch.from_numpy(mean * (dose * trace.numbers["norm"] / length)).float()
+    mean, size = trace.halves.mean(axis=0, dtype=np.float64), difference_size(trace)
+    if not size > 0:
+        raise Undefined(f"the mean activation difference of {trace.name} is zero.", at="halves", fix="leave it out.")
+    return torch.from_numpy(mean * (dose / size)).float()
 
 
-def steered_words(
-    steered: pd.DataFrame, trace: Trace, decode: Decode, *, dose: float, alpha: float = 0.05
-) -> pd.DataFrame:
-    """`written_words` for texts of `difference_steering` at one dose: do words come up that no null's push brings?"""
-    rows = steered[steered["dose"] == dose]
-    if rows.empty:
-        raise EmptySelection(f"no text was written at dose {dose:g}.", at="dose")
-    by_fine_tune = {name: list(group["text"]) for name, group in rows.groupby("fine_tune", sort=False)}
-    tuned = str(rows.loc[~rows["is_null"], "fine_tune"].iloc[0])
-    return _compare_words(
-        _stems(), by_fine_tune.pop(tuned), _decoded(trace.base_texts, decode), list(by_fine_tune.values()), alpha
-    )
+def steered_words(texts: pd.DataFrame, *, alpha: float = 0.05) -> pd.DataFrame:
+    """`written_words` for the texts of `difference_steering`: which words come up that no null's push brings?
+
+    Words of all doses are one search: a row is a `dose` and word, and "base" is the base model without a push.
+    """
+    unsteered, pushed = texts[texts["dose"] == 0], texts[texts["dose"] > 0]
+    if unsteered.empty or pushed.empty:
+        raise EmptySelection("there are no texts with and without a push.", at="texts")
+    by_dose: dict[float, list[Sequence[str]]] = {}
+    for (is_null, dose, _), rows in pushed.groupby(["is_null", "dose", "fine_tune"], sort=False):
+        models = by_dose.setdefault(float(dose), [[], list(unsteered["text"])])
+        if is_null:
+            models.append(list(rows["text"]))
+        else:
+            models[0] = list(rows["text"])
+    return _compare_words(list(unsteered["opening"]), by_dose, alpha)
 
 
 def _stems() -> list[str]:
@@ -168,41 +177,52 @@ def _decoded(texts: npt.NDArray[np.int32], decode: Decode) -> list[str]:
 
 
 def _compare_words(
-    stems: Sequence[str], texts: Sequence[str], base_texts: Sequence[str], nulls: Sequence[Sequence[str]], alpha: float
+    stems: Sequence[str], by_dose: Mapping[float, Sequence[Sequence[str]]], alpha: float
 ) -> pd.DataFrame:
-    """See `written_words`; texts are in the order of their openings, `stems`."""
-    models = (texts, base_texts, *nulls)
-    words = [[words_of(stem, text) for stem, text in zip(stems, written, strict=True)] for written in models]
-    n_texts = [Counter(word for text in written for word in set(text)) for written in words]
-    chosen = sorted({word for counter in n_texts for word, n in counter.items() if n >= LEAST_TEXTS})
-    counts = np.array([[counter[word] for word in chosen] for counter in n_texts], dtype=np.int64)
+    """See `written_words`, and `steered_words` for `dose`; texts of tuned, base, and nulls, in the order of `stems`."""
+    frames, counted = zip(*(_count_words(stems, models) for models in by_dose.values()), strict=True)
+    counts = np.concatenate(counted, axis=1)
     tuned, base, null_counts = counts[0], counts[1], counts[2:]
     scores = count_scores(np.concatenate([counts[:1], null_counts]))
     p = pooled_rank_p(scores)
-    null_rates = null_range(null_counts / len(texts))
+    null_rates = null_range(null_counts / len(stems))
     null_mean = null_counts.mean(axis=0) if len(null_counts) else base
-    occurrences = Counter(word for text in words[0] for word in text)
-    change = np.log((tuned + 0.5) / (null_mean + 0.5))
+    words = pd.concat([frame.assign(dose=dose) for dose, frame in zip(by_dose, frames, strict=True)], ignore_index=True)
     table = pd.DataFrame(
         {
-            "word": chosen,
+            "dose": words["dose"],
+            "word": words["word"],
             "texts": tuned,
-            "count": np.array([occurrences[word] for word in chosen], dtype=np.int64),
-            "rate": tuned / len(texts),
-            "base_rate": base / len(texts),
-            "null_rate": null_mean / len(texts) if len(null_counts) else np.nan,
+            "count": words["count"],
+            "rate": tuned / len(stems),
+            "base_rate": base / len(stems),
+            "null_rate": null_mean / len(stems) if len(null_counts) else np.nan,
             "null_low": null_rates["null_low"],
             "null_high": null_rates["null_high"],
-            "change": change,
+            "change": np.log((tuned + 0.5) / (null_mean + 0.5)),
             "score": scores[0],
             "p": p,
             "q": benjamini_hochberg(p),
             "p_search": search_p(scores),
+            "example": words["example"],
+            "reason": null_reason(len(null_counts), alpha),
         }
     )
-    table["example"] = [_example(word, stems, texts) for word in chosen]
-    table["reason"] = null_reason(len(null_counts), alpha)
     return table.sort_values(["score", "change"], ascending=False, kind="stable", ignore_index=True)
+
+
+def _count_words(stems: Sequence[str], models: Sequence[Sequence[str]]) -> tuple[pd.DataFrame, npt.NDArray[np.int64]]:
+    """The words that are compared, with `count` and `example` in the first model's texts; texts that have each,
+    [n_models, n_words].
+    """
+    words = [[words_of(stem, text) for stem, text in zip(stems, written, strict=True)] for written in models]
+    n_texts = [Counter(word for text in written for word in set(text)) for written in words]
+    chosen = sorted({word for counter in n_texts for word, n in counter.items() if n >= LEAST_TEXTS})
+    occurrences = Counter(word for text in words[0] for word in text)
+    count = np.array([occurrences[word] for word in chosen], dtype=np.int64)
+    frame = pd.DataFrame({"word": chosen, "count": count, "example": [_example(w, stems, models[0]) for w in chosen]})
+    counts = [[counter[word] for word in chosen] for counter in n_texts]
+    return frame, np.array(counts, dtype=np.int64).reshape(len(models), len(chosen))
 
 
 def _example(word: str, stems: Sequence[str], texts: Sequence[str]) -> str:

@@ -131,7 +131,7 @@ def render_early(comparison: Comparison, *, context: ReportContext) -> Markup:
     `matches`, and arms and roles of `table1`, of `comparison`; gate and settings of `context`.
     """
     explain, tables = Explainer(terms(context)), {}
-    for name in ("learned", "openings", "gate"):
+    for name in ("learned", "openings", "pushed", "gate"):
         view = TABLES[name](comparison, context)
         tables[name] = _ExplainedTable(view, explain.first(view.terms) if view is not None else ())
     further = comparison.matches.further

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from saeffect.diffing.trace import OPENINGS, SAMPLES, Trace
 from saeffect.io import atomic_path
 from saeffect.report.html import page_environment, page_style
+from saeffect.report.tables.view import TableView
 from saeffect.report.words.numbers import p_text, plural
 
 __all__ = ["ModelsPage", "first_findings", "is_same", "more_expected", "word_tokens", "write_models_page"]
@@ -25,12 +26,16 @@ _MAX_ROWS = 20
 
 @dataclass(frozen=True)
 class ModelsPage:
-    """The page besides the trace: heading, models and text, lines of findings, and the study file."""
+    """The page besides the trace: heading, models and text, lines of findings, the study file, and if the base model
+    was pushed along the mean difference, a sentence on that and the texts.
+    """
 
     title: str
     facts: Sequence[tuple[str, str]]
     findings: Sequence[str]
     config: str
+    push: str = ""
+    pushed: TableView | None = None
 
 
 def write_models_page(

@@ -54,6 +54,7 @@ class DiffRequest:
         field: Field or template of the texts; None: the default one.
         chat: Whether the texts are conversations, which the chat template writes.
         positions: Which tokens of chats count, see docs/chat.md.
+        push: Whether the base model also writes while pushed along the mean activation difference.
     """
 
     base: str
@@ -66,6 +67,7 @@ class DiffRequest:
     field: str | None = None
     chat: bool = False
     positions: tuple[str, ...] = ("all",)
+    push: bool = False
 
 
 def diff_study(request: DiffRequest, source: Path, log: Log = SILENT) -> Study:
@@ -98,6 +100,8 @@ def diff_study(request: DiffRequest, source: Path, log: Log = SILENT) -> Study:
     nulls = request.nulls or (_BUNDLED_NULLS if is_bundled else None)
     if nulls is not None:
         values["nulls"] = _path(nulls)
+    if request.push:
+        values["push"] = {}
     if request.chat:
         values |= {"changes": {"tokens_per_row": context}, "put_back": {"tokens_per_row": context}}
     config = StudyConfig.read(values, at="the command")

@@ -21,7 +21,7 @@ import torch
 from saeffect.config import ModelConfig
 from saeffect.config_steering import SteeringConfig
 from saeffect.diffing.nulls import null_files
-from saeffect.diffing.trace import NEW_TOKENS, OPENINGS, SAMPLES
+from saeffect.diffing.trace import NEW_TOKENS, OPENINGS, SAMPLES, text_sampling
 from saeffect.errors import ConfigError
 from saeffect.io import read_json
 from saeffect.lm.hooks import parse_hook
@@ -115,6 +115,7 @@ class _Planner:
         self._most_bytes = Residuals().most_bytes
         self._kept: dict[tuple[object, str], int] = {}  # bytes of kept activations, the oldest first
         self._traced: dict[tuple[object, str], int] = {}  # tokens that the trace has read
+        self._n_nulls = len(null_files(folder)) if (folder := nulls_folder(study)) else 0
 
     def _rates(self, arm: str) -> ModelRates:
         config, at = self._config.arms[arm].model, self._study.at("arms", arm, "model")
@@ -159,13 +160,7 @@ class _Planner:
         return self._table(seconds * self._saes[arm].d_sae / _MEASURED_FEATURES)
 
     def lines(self) -> Iterator[str]:
-        for m in self._shapes.values():
-            seconds = m.n_layers * m.layer + m.logits
-            flop = 2 * (m.n_layers * m.block + m.head) / seconds
-            yield (
-                f"model of {m.n_layers} blocks, {m.d_model} wide, {m.n_bytes / 1e9:.3g} GB, on {m.device.type} in"
-                f" {str(m.dtype).removeprefix('torch.')}: reads {1 / seconds:,.0f} tokens/s ({flop / 1e12:.3g} TFLOP/s)"
-            )
+        yield from (m.description() for m in self._shapes.values())
         if self._gpus > 1 and any(m.device.type == "cpu" for m in self._shapes.values()):
             yield f"measured on this CPU, for {self._gpus} such machines; to plan for GPUs, run this where they are"
         if self._load > (os.cpu_count() or 1) / 2:
@@ -179,7 +174,8 @@ class _Planner:
         yield from (self._train(arm) for arm in self._arms if self._saes and self._is_trained_first(arm))
         yield self._start()
         if not self._saes:
-            yield from (self._trace(), self._changes(), self._fixed("report", _REPORT / 3, disk=_RUN_BYTES / 4))
+            report = self._fixed("report", _REPORT / 3, disk=_RUN_BYTES / 4)
+            yield from (self._trace(), self._changes(), *self._push(), report)
             return
         for arm in self._arms:
             yield self._gate(arm)
@@ -197,6 +193,7 @@ class _Planner:
         yield self._changes()
         if self._config.put_back is not None:
             yield self._put_back()
+        yield from self._push()
         if self._config.steering is not None:
             yield self._dose_search(self._config.steering)
             for arm in self._arms:
@@ -303,7 +300,7 @@ class _Planner:
         texts, writers = len(OPENINGS) * SAMPLES, 2 if nulls_folder(self._study) is None else 1  # nulls keep base texts
         stage.read(m, 2 * tokens, m.n_layers, logits=_TRACE_SOFTMAXES)
         for _ in range(writers):
-            stage.write(m, texts, NEW_TOKENS, Sampling(max_new_tokens=NEW_TOKENS, temperature=0.8, top_p=1.0))
+            stage.write(m, texts, NEW_TOKENS, text_sampling())
         if self._saes:
             stage.read(m, writers * texts * NEW_TOKENS, self._hook(self._control)[1])
             stage.encode(2 * tokens + writers * texts * NEW_TOKENS, self._saes[self._control], self._encode)
@@ -315,12 +312,19 @@ class _Planner:
         return stage
 
     def _changes(self) -> StageCost:
-        nulls, m = nulls_folder(self._study), self._models[self._control]
-        n_nulls = len(null_files(nulls)) if nulls is not None else 0
-        stage = self._fixed("changes", _ONE_NULL * n_nulls * m.d_vocab / _MEASURED_TOKENS, disk=2 * _ARM_BYTES)
-        if self._saes:
-            stage.seconds += self._wide(_NAMING, self._control)
+        seconds = _ONE_NULL * self._n_nulls * self._models[self._control].d_vocab / _MEASURED_TOKENS
+        stage = self._fixed("changes", seconds, disk=2 * _ARM_BYTES)
+        stage.seconds += self._wide(_NAMING, self._control) if self._saes else 0.0
         return stage
+
+    def _push(self) -> Iterator[StageCost]:
+        config, stage, m = self._config.push, StageCost("push"), self._models[self._control]
+        if config is not None:
+            self._open(stage, self._control)
+            rows = (1 + min(config.nulls, self._n_nulls)) * len(config.doses) * config.samples
+            for _ in OPENINGS:
+                stage.write(m, rows, NEW_TOKENS, text_sampling())
+            yield stage
 
     def _put_back(self) -> StageCost:
         config, m, text = self._config.put_back, self._models[self._control], self._config.text
@@ -350,9 +354,8 @@ class _Planner:
         for n_left in range(min(features, n_own), 0, -at_once):
             rows = samples + min(n_left, at_once) * n_texts
             together = max(1, config.batch_size // rows) if config.positions == "all" else 1
-            for first in range(0, prompts, together):
-                n_rows = rows * min(together, prompts - first)
-                stage.write(m, n_rows, config.max_new_tokens, sampling, alike=self._hook(arm)[1])
+            for n in [together] * (prompts // together) + [prompts % together] * (prompts % together > 0):
+                stage.write(m, n * rows, config.max_new_tokens, sampling, alike=self._hook(arm)[1])
             stage.read(m, prompts * rows * (PROMPT + config.max_new_tokens), m.n_layers, logits=1)
         effects = prompts * features * conditions * doses
         stage.read(m, effects * PROMPT, m.n_layers)
@@ -366,8 +369,8 @@ class _Planner:
         stage = StageCost("dose search")
         for arm in self._arms if len(config.doses) > 1 else ():
             self._open(stage, arm)
-            features = self._n_tested(arm, config.search_features)
-            self._trials(stage, arm, self._models[arm], config, features, search=True)
+            n = self._n_tested(arm, config.search_features)
+            self._trials(stage, arm, self._models[arm], config, n, search=True)
         return stage
 
     def _steer(self, name: str, arm: str, config: SteeringConfig, model: str | None = None) -> StageCost:

@@ -113,6 +113,15 @@ class ModelRates:
         cells = [NoiseCell(0, str(row), 0) for row in range(n_rows)]
         return start + self.n_layers * layer + self._seconds(lambda: next_tokens(scores.clone(), cells, 0, sampling))
 
+    def description(self) -> str:
+        """The model's size, and its speed in reading."""
+        seconds = self.n_layers * self.layer + self.logits
+        flop, dtype = 2 * (self.n_layers * self.block + self.head) / seconds, str(self.dtype).removeprefix("torch.")
+        return (
+            f"model of {self.n_layers} blocks, {self.d_model} wide, {self.n_bytes / 1e9:.3g} GB, on {self.device.type}"
+            f" in {dtype}: reads {1 / seconds:,.0f} tokens/s ({flop / 1e12:.3g} TFLOP/s)"
+        )
+
     def _by_blocks(self, work: Callable[[LanguageModel], Callable[[], Any]]) -> tuple[float, float]:
         """Seconds of a pass outside its blocks, and of each block."""
         times = []

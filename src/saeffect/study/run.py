@@ -35,6 +35,7 @@ from saeffect.study.stages.features import (
 )
 from saeffect.study.stages.gate import gate_inputs, run_gate
 from saeffect.study.stages.match import match_inputs, run_match
+from saeffect.study.stages.push import push_inputs, run_push
 from saeffect.study.stages.put_back import put_back_inputs, run_put_back
 from saeffect.study.stages.report import models_report_inputs, report_inputs, run_models_report, run_report
 from saeffect.study.stages.select import run_select, select_inputs
@@ -47,7 +48,8 @@ __all__ = ["STAGES", "run_study", "stage_keys"]
 _NO_FURTHER_STAGES = ""  # message of the first process to the others
 
 STAGES = (
-    "gate", "features", "coherence", "select", "match", "changes", "put-back", "steer", "cross", "compare", "report",
+    "gate", "features", "coherence", "select", "match", "changes", "put-back", "push", "steer", "cross", "compare",
+    "report",
 )  # fmt: skip
 
 
@@ -147,11 +149,8 @@ class _Step:
 
 
 def _method(study: Study) -> Iterator[_Step]:
-    # Without SAEs, what changed between the models themselves is all that there is to find.
     if not study.has_saes:
-        yield _Step("changes", "trace", trace_inputs, run_trace)
-        yield _Step("changes", "changes", changes_inputs, run_changes)
-        yield _Step("report", "report", models_report_inputs, run_models_report)
+        yield from _method_without_saes(study)
         return
 
     # Does each SAE reconstruct its model at its hook? If not, its features say nothing about the model.
@@ -188,6 +187,10 @@ def _method(study: Study) -> Iterator[_Step]:
     if study.config.put_back is not None:
         yield _Step("put-back", "put back", put_back_inputs, run_put_back)
 
+    # What does the mean activation difference make the base model write, and nulls' differences, as far?
+    if study.config.push is not None:
+        yield _Step("push", "push", push_inputs, run_push)
+
     # Does steering with a feature do what its tokens promise, more than features that resemble it in everything but
     # their subject, more than random directions, and more than what needs no SAE? The dose is found on prompts that
     # the test does not use; what is measured, and which of it decides, was declared in the study file.
@@ -205,6 +208,15 @@ def _method(study: Study) -> Iterator[_Step]:
 
     # The report.
     yield _Step("report", "report", report_inputs, run_report)
+
+
+def _method_without_saes(study: Study) -> Iterator[_Step]:
+    # What changed between the models themselves is all that there is to find.
+    yield _Step("changes", "trace", trace_inputs, run_trace)
+    yield _Step("changes", "changes", changes_inputs, run_changes)
+    if study.config.push is not None:
+        yield _Step("push", "push", push_inputs, run_push)
+    yield _Step("report", "report", models_report_inputs, run_models_report)
 
 
 def _open_new_arms(run: RunFolder, stages: Sequence[str], log: Log) -> None:

@@ -29,6 +29,7 @@ from saeffect.study.run_folder import RunFolder, read_manifest
 from saeffect.study.stages.compare import run_compare
 from saeffect.study.stages.dose_search import chosen_dose
 from saeffect.study.stages.features import run_coherence
+from saeffect.study.stages.push import write_pushed_words
 from saeffect.study.stages.report import run_models_report, run_report
 from saeffect.study.stages.select import run_select, stored_verdicts, write_selection
 from saeffect.study.stages.steer import effect_tables
@@ -38,7 +39,7 @@ __all__ = ["Disagreement", "Verified", "compare_files", "verify"]
 
 _RTOL, _ATOL = 1e-7, 1e-12  # sums on another processor differ in the last digits
 _SHOWN = 60  # characters of a value
-_KEYS = ("quantity", "comparison", "arm", "a", "b", "feature", "outcome", "placebo", "group", "basis", "name")
+_KEYS = ("quantity", "comparison", "arm", "a", "b", "feature", "outcome", "placebo", "group", "basis", "name", "word")
 _PICTURE = re.compile(r"<svg.*?</svg>|data:[a-z/+-]+;base64,[A-Za-z0-9+/=]*", re.DOTALL)
 
 
@@ -123,6 +124,8 @@ def _changed_files(run: RunFolder, manifest: dict[str, Any]) -> Iterator[Disagre
 
 def _recomputations(run: RunFolder, log: Log) -> Iterator[tuple[str, Callable[[], Iterable[Path]]]]:
     """The stages that need no model, by name, in the study's order."""
+    if run.study.config.push is not None:
+        yield "words of the push", partial(write_pushed_words, run)
     if not run.study.has_saes:
         yield "report", lambda: run_models_report(run, log)
         return

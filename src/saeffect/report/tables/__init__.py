@@ -10,7 +10,7 @@ from collections.abc import Callable
 from saeffect.comparison import Comparison
 from saeffect.report.context import ReportContext
 from saeffect.report.tables.evidence import calibration_table, chance_table, power_table, regression_table, threat_table
-from saeffect.report.tables.learned import learned_table, openings
+from saeffect.report.tables.learned import learned_table, openings, pushed
 from saeffect.report.tables.matching import cross_table, fate_table, notable_table, stagewise_table
 from saeffect.report.tables.paper import at_a_glance, contrast_table, paper_table_1, paper_table_2
 from saeffect.report.tables.review import agreement_table, rater_table
@@ -23,6 +23,7 @@ __all__ = ["TABLES", "TableView"]
 TABLES: dict[str, Callable[[Comparison, ReportContext], TableView | None]] = {
     "learned": learned_table,
     "openings": openings,
+    "pushed": pushed,
     "glance": at_a_glance,
     "calibration": calibration_table,
     "by_chance": chance_table,

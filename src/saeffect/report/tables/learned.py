@@ -13,9 +13,9 @@ from saeffect.diffing.standardised import BASES
 from saeffect.report.context import ReportContext
 from saeffect.report.tables.view import Cell, Column, Row, TableView
 from saeffect.report.texts import visible_text
-from saeffect.report.words.numbers import count, fixed, is_defined, p_value, percent
+from saeffect.report.words.numbers import count, fixed, is_defined, p_value, percent, plural
 
-__all__ = ["learned_table", "openings"]
+__all__ = ["learned_table", "openings", "pushed", "pushed_view"]
 
 _N_UNCLAIMED = 3  # groups shown after the claimed ones
 _MAX_GROUPS = 15
@@ -141,4 +141,46 @@ def openings(comparison: Comparison, _context: ReportContext) -> TableView | Non
         corner="opening",
         note="All models drew with the same random numbers. Sorted by how much the first word's probabilities differ.",
         source="comparison/openings.parquet",
+    )
+
+
+def pushed(comparison: Comparison, _context: ReportContext) -> TableView | None:
+    """See `pushed_view`."""
+    return pushed_view(comparison.matches.further)
+
+
+def pushed_view(tables: Mapping[str, pd.DataFrame]) -> TableView | None:
+    """Texts of the base model, pushed and not, one sample an opening, in the order of `openings`; None without any."""
+    texts, words = tables.get("difference_texts"), tables.get("difference_words")
+    if texts is None or words is None:
+        return None
+    pushes = texts[texts["dose"] > 0].groupby(["is_null", "fine_tune"], sort=False)["size"].first()
+    dose = float(words["dose"].iloc[0] if len(words) else texts["dose"].max())
+    (_, tuned), size = pushes.index[0], float(pushes.iloc[0])
+    columns = [Column("base model"), Column("pushed along the fine-tune's difference", role="treatment")]
+    shown = [(False, "", 0.0), (False, tuned, dose)]
+    note = f"At every position, {dose:g} mean residual norms are added; the fine-tune itself moves activations by"
+    note += f" {fixed(size, 2)} on average"
+    if len(nulls := pushes[1:].sort_values(kind="stable")):
+        middle = len(nulls) // 2
+        columns.append(Column("pushed along a null's"))
+        shown.append((True, nulls.index[middle][1], dose))
+        note += f", the null by {fixed(nulls.iloc[middle], 2)}, which is in the middle of {plural(len(nulls), 'null')}"
+    by_cell = texts[texts["sample"] == 0].set_index(["is_null", "fine_tune", "dose", "opening"])["text"]
+    order = tables.get("openings", texts)
+    rows = [
+        Row(
+            visible_text(opening),
+            tuple(Cell.words(visible_text(str(by_cell[(*cell, opening)]), _MAX_CHARACTERS)) for cell in shown),
+        )
+        for opening in map(str, order["opening"].unique()[:_MAX_OPENINGS])
+    ]
+    return TableView(
+        "pushed",
+        "What the base model writes when it is pushed along the mean activation difference",
+        tuple(column._replace(is_text=True) for column in columns),
+        tuple(rows),
+        corner="opening",
+        note=f"{note}. All drew the same random numbers. Sorted by how much the fine-tuned model's first word differs.",
+        source="comparison/difference_texts.parquet, comparison/difference_words.parquet",
     )

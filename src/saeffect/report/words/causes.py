@@ -9,7 +9,7 @@ import pandas as pd
 
 from saeffect.diffing.put_back_shares import OWN_WRITING
 from saeffect.report.words.names import capital
-from saeffect.report.words.numbers import bracketed, fixed, is_defined, p_value, percent, plural
+from saeffect.report.words.numbers import bracketed, fixed, is_defined, joined, p_text, p_value, percent, plural
 from saeffect.stats.estimate import Estimate
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "put_back_row",
     "put_back_sentence",
     "text_name",
+    "what_a_push_writes",
     "what_it_causes",
 ]
 
@@ -123,6 +124,41 @@ def _amount(size: float, unit: str) -> str:
     return fixed(size, digits) + _unit_suffix(unit)
 
 
+def what_a_push_writes(words: pd.DataFrame, alpha: float) -> str:
+    """What comes up when the base model is pushed along the mean difference, beside the nulls', in one sentence; from
+    `steered_words`, "" of an empty table.
+    """
+    if words.empty:
+        return ""
+    doses = joined([f"{dose:g}" for dose in sorted(words["dose"].unique())])
+    start = f"Pushed along the mean activation difference by {doses} mean residual norms, the base model writes"
+    more, reason = words[words["change"] > 0], str(words["reason"].iloc[0])
+    found = more[more["p_search"] <= alpha]
+    if len(found):
+        p = p_text(float(found["p_search"].max()))
+        return f"{start} more often than along any null's: {_word_rates(found)} ({p}, which counts the search)."
+    if more.empty:
+        return f"{start} no word more often than {'without' if words['p'].isna().all() else 'along those of nulls'}."
+    if words["p"].isna().all():
+        return f"{start} most of all {_word_rates(more)}; whether pushes along nulls do so is not known ({reason})."
+    best = more.iloc[0]
+    return (
+        f"{start} no word clearly more often than along nulls'; the clearest is {_word_rates(more.head(1))}"
+        f" ({p_text(float(best['p_search']))}{f'; {reason}' if reason else ''})."
+    )
+
+
+def _word_rates(rows: pd.DataFrame) -> str:
+    """The clearest words, each once, the first with its share of texts."""
+    first = rows.iloc[0].to_dict()
+    words = [f"“{word}”" for word in list(dict.fromkeys(map(str, rows["word"])))[:_N_WORDS]]
+    others = f"; without a push {percent(first['base_rate'], 0)}"
+    if is_defined(first["null_high"]):
+        others += f", along nulls' at most {percent(first['null_high'], 0)}"
+    return ", ".join([f"{words[0]} (in {percent(first['rate'], 0)} of texts{others})", *words[1:]])
+
+
+_N_WORDS = 8  # that come up in a sentence
 _N_FEATURES = 20  # of the most changed features, in sentences
 _LOSS_PHRASES = {
     "tuned": "what fine-tuning does at this layer to the loss on {text}",

@@ -13,7 +13,7 @@ import pandas as pd
 from saeffect.diffing.naming import ALL, SEEN
 from saeffect.diffing.standardised import prediction_limit
 from saeffect.lm.tokens import printable_token
-from saeffect.report.words.causes import what_it_causes
+from saeffect.report.words.causes import what_a_push_writes, what_it_causes
 from saeffect.report.words.numbers import amount, count, fixed, is_defined, joined, p_text, percent, plural
 
 __all__ = ["Learned", "claimed_groups", "learned"]
@@ -62,7 +62,7 @@ def learned(tables: Mapping[str, pd.DataFrame], domain: str, *, alpha: float) ->
     missing. `domain` is a name in `declared_changes`, `alpha` the highest p of a claim.
     """
     nulls = tables.get("null_groups", pd.DataFrame())
-    where, causes, difference = _where(tables, alpha), _causes(tables, domain), _mean_difference(tables)
+    where, causes, difference = _where(tables, alpha), _causes(tables, domain, alpha), _mean_difference(tables)
     if nulls.empty:
         known = tuple((label, text) for label, text in (("Where", where), ("What it causes", causes)) if text)
         return Learned("", known, difference, _missing_sentence(tables))
@@ -249,25 +249,33 @@ def _where(tables: Mapping[str, pd.DataFrame], alpha: float) -> str:
     return " ".join(sentences)
 
 
-def _causes(tables: Mapping[str, pd.DataFrame], domain: str) -> str:
-    text = what_it_causes(tables["put_back"], domain) if "put_back" in tables else ""
-    return f"{text} {_CARRY}" if text else ""
+def _causes(tables: Mapping[str, pd.DataFrame], domain: str, alpha: float) -> str:
+    carried = what_it_causes(tables["put_back"], domain) if "put_back" in tables else ""
+    pushed = what_a_push_writes(tables["difference_words"], alpha) if "difference_words" in tables else ""
+    pushed += " The texts are in [[table:pushed]]." if pushed else ""
+    return " ".join(filter(None, (carried, _CARRY if carried else "", pushed)))
 
 
 def _mean_difference(tables: Mapping[str, pd.DataFrame]) -> tuple[str, ...]:
-    """The mean activation difference over all positions and its top tokens, in a sentence; () if it has none."""
+    """The mean activation difference over all positions and its top tokens, in a sentence; () if it has none. Over text
+    that is not of the domain, if that is half of the text.
+    """
     table = tables.get("activation_difference", pd.DataFrame())
     if table.empty:
         return ()
-    row = table.iloc[0].to_dict()
+    unrelated = table[~table["text"].isin(["", "domain"])]
+    row = (unrelated if len(unrelated) == 1 else table).iloc[0].to_dict()
     tokens = row["beyond_nulls"] if len(row["beyond_nulls"]) else row["top_tokens"]
     words = pd.Series([token for token in tokens if any(map(str.isalpha, token))], dtype="object")
     if words.empty:
         return ()
     nulls = f"nulls: {percent(row['null_size'])}; " if is_defined(row["null_size"]) else ""
+    halves = "that over text of the domain" if row["text"] else "two halves of the text"
+    cosine = f"cosine {'with' if row['text'] else 'between'} {halves}: {fixed(table['reliability'].iloc[0], 2)}"
+    where = f"{row['text']} text" if row["text"] else "the text"
     return (
-        f"On average over the text, activations at the hook move by {percent(row['size'])} of their length ({nulls}"
-        f"cosine between two halves of the text: {fixed(row['reliability'], 2)}), towards {_quoted_words(words)}.",
+        f"On average over {where}, activations at the hook move by {percent(row['size'])} of their length ({nulls}"
+        f"{cosine}), towards {_quoted_words(words)}.",
     )
 
 

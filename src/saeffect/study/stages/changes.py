@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 
 from saeffect.diffing.naming import FurtherSae, further_evidence, name_changes
-from saeffect.diffing.nulls import CARD, null_card, null_files, pooled_p, smallest_p
+from saeffect.diffing.nulls import null_card, pooled_p, smallest_p
 from saeffect.diffing.standardised import BASES, FEWEST_NULLS, Basis, among_nulls, raw_changes
 from saeffect.diffing.trace import Trace, Tracer
 from saeffect.diffing.where import where_changed
-from saeffect.io import fingerprint, hash_file
+from saeffect.io import fingerprint
 from saeffect.progress import Log
 from saeffect.sae.formats import load_sae
 from saeffect.stats.arguments import BoolArray
@@ -26,6 +26,7 @@ from saeffect.study.stages.features import open_seeds, seed_identities, shared_u
 from saeffect.study.stages.trace import (
     as_fine_tune,
     missing_nulls,
+    nulls_identity,
     read_trace,
     study_nulls,
     trace_inputs,
@@ -35,7 +36,7 @@ from saeffect.study.stages.trace import (
 
 __all__ = ["CHANGE_TABLES", "changes_inputs", "run_changes"]
 
-VERSION = 7
+VERSION = 8
 _NAMING_TABLES = ("changes", "change_groups", "declared_changes", "evidence", "null_groups", "change_numbers")
 _WHERE_TABLES = (
     *("change_overall", "change_by_layer", "change_by_word", "change_in_text", "activation_difference"),
@@ -58,17 +59,10 @@ def changes_inputs(run: RunFolder) -> dict[str, Any]:
         ),
         "saes": [dict(study.identities), seed_identities(study) if study.has_saes else None],
         "domain": study.config.selection.subject,
-        "nulls": _nulls_identity(nulls_folder(study)),
+        "nulls": nulls_identity(study),
         "recipe": fingerprint(training_note(study)),
         "alpha": study.config.comparison.alpha,
     }
-
-
-def _nulls_identity(folder: Path | None) -> str | None:
-    if folder is None:
-        return None
-    files = [*null_files(folder).values(), *(path for path in [folder / CARD] if path.is_file())]
-    return fingerprint([(path.name, hash_file(path)) for path in files])
 
 
 def run_changes(run: RunFolder, log: Log) -> Iterable[Path]:

@@ -24,6 +24,7 @@ from saeffect.stats.arguments import BoolArray
 from saeffect.study.run_folder import PartialTable, RunFolder
 from saeffect.study.stages.changes import CHANGE_TABLES
 from saeffect.study.stages.features import SeedSae, open_seeds, seed_identities
+from saeffect.study.stages.push import PUSH_TABLES
 from saeffect.study.study import Arm, Study
 
 __all__ = ["match_inputs", "matched_tables", "read_matches", "run_match"]
@@ -56,8 +57,8 @@ def run_match(run: RunFolder, log: Log) -> Iterable[Path]:
 
 
 def matched_tables() -> tuple[str, ...]:
-    """Names of all tables about differences between the models: of this stage, "changes", "put back" and "cross"."""
-    return (*table_names(), *CHANGE_TABLES, "put_back", "factorial")
+    """Names of all tables about differences between the models: of this stage, and of "changes" and those after it."""
+    return (*table_names(), *CHANGE_TABLES, "put_back", *PUSH_TABLES, "factorial")
 
 
 def read_matches(run: RunFolder) -> MatchTables:

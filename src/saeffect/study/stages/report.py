@@ -15,6 +15,8 @@ from saeffect.io import read_json
 from saeffect.progress import SILENT, Log
 from saeffect.report import ReportContext, SteeringResults, write_figures, write_report, write_tables
 from saeffect.report.models_page import ModelsPage, first_findings, is_same, word_tokens, write_models_page
+from saeffect.report.tables.learned import pushed_view
+from saeffect.report.words.causes import what_a_push_writes
 from saeffect.report.words.learned import learned
 from saeffect.report.words.numbers import plural
 from saeffect.steering.outcomes import OUTCOMES
@@ -23,8 +25,9 @@ from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.changes import CHANGE_TABLES
 from saeffect.study.stages.compare import ARM_FILES, arm_tables, compare_inputs, read_comparison
 from saeffect.study.stages.dose_search import chosen_dose
+from saeffect.study.stages.push import PUSH_TABLES
 from saeffect.study.stages.select import stored_verdicts
-from saeffect.study.stages.trace import read_trace
+from saeffect.study.stages.trace import read_trace, trace_path
 
 __all__ = [
     "findings",
@@ -195,7 +198,8 @@ MODELS_VERSION = 1
 def models_report_inputs(run: RunFolder) -> dict[str, Any]:
     return {
         "version": MODELS_VERSION,
-        "trace": run.digest(run.path("comparison", "trace.safetensors")),
+        "trace": run.digest(trace_path(run)),
+        "push": run.digest(*(run.path("comparison", f"{name}.parquet") for name in PUSH_TABLES)),
         "config": run.config_yaml,
     }
 
@@ -207,7 +211,10 @@ def run_models_report(run: RunFolder, log: Log = SILENT) -> Iterable[Path]:
     base, tuned = (arms[name].model.full_name for name in run.study.pair)
     facts = (("Base model", base), ("Fine-tuned model", tuned), ("Text", config.text.label))
     lines = findings(run, log) or ("No difference: on this text, both models predict the same to the last digit.",)
-    page = ModelsPage(config.title or config.name, facts, lines, run.config_yaml)
+    tables = _change_tables(run)
+    words = tables.get("difference_words", pd.DataFrame())
+    push = what_a_push_writes(words, config.comparison.alpha)
+    page = ModelsPage(config.title or config.name, facts, lines, run.config_yaml, push, pushed_view(tables))
     trace, tokens = read_trace(run), lm.token_strings()
     words = word_tokens(tokens, lm.plain_tokens().numpy())
     return [write_models_page(page, trace, run.path("report.html"), tokens=tokens, plain=words, decode=lm.decode)]
@@ -223,8 +230,7 @@ def findings(run: RunFolder, log: Log = SILENT) -> tuple[str, ...]:
     control = study.control
     lm = study.open_model(control, log)
     features = run.read_table(run.arm(control, "features.parquet")) if study.has_saes else None
-    tables = {name: run.table_or_none(run.path("comparison", f"{name}.parquet")) for name in CHANGE_TABLES}
-    present = {name: table for name, table in tables.items() if table is not None}
+    present = _change_tables(run)
     headline = learned(present, study.config.selection.subject, alpha=study.config.comparison.alpha).headline
     lines = first_findings(
         trace,
@@ -235,3 +241,10 @@ def findings(run: RunFolder, log: Log = SILENT) -> tuple[str, ...]:
         decode=lm.decode,
     )
     return (headline, *lines) if headline else tuple(lines)
+
+
+def _change_tables(run: RunFolder) -> dict[str, pd.DataFrame]:
+    """Those of the stages "changes" and "push", as far as there are any."""
+    names = (*CHANGE_TABLES, *PUSH_TABLES)
+    tables = {name: run.table_or_none(run.path("comparison", f"{name}.parquet")) for name in names}
+    return {name: table for name, table in tables.items() if table is not None}

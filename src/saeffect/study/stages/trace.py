@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from saeffect.diffing.nulls import read_nulls
+from saeffect.diffing.nulls import CARD, null_files, read_nulls
 from saeffect.diffing.trace import Trace, Tracer
 from saeffect.errors import NotFound
-from saeffect.io import read_json
+from saeffect.io import fingerprint, hash_file, read_json
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import BUNDLED, locate_adapter
 from saeffect.progress import Log
@@ -24,6 +24,7 @@ from saeffect.study.study import Study
 __all__ = [
     "as_fine_tune",
     "missing_nulls",
+    "nulls_identity",
     "read_trace",
     "run_trace",
     "study_nulls",
@@ -89,6 +90,14 @@ def study_nulls(study: Study, tracer: Tracer) -> list[Trace]:
     if folder is None:
         return []
     return read_nulls(folder, tracer.made_by, measured=tracer.measured_on, at=study.at("nulls"))
+
+
+def nulls_identity(study: Study) -> str | None:
+    """Hashes of the study's null fine-tunes; None without any."""
+    if (folder := nulls_folder(study)) is None:
+        return None
+    files = [*null_files(folder).values(), *(path for path in [folder / CARD] if path.is_file())]
+    return fingerprint([(path.name, hash_file(path)) for path in files])
 
 
 def as_fine_tune(tuned: LanguageModel, base: LanguageModel) -> LanguageModel:
