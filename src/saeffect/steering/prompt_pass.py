@@ -31,7 +31,7 @@ def read_prompts(
     """
     numbers = {ids: number for number, ids in enumerate(dict.fromkeys(map(tuple, prompts)))}
     ids = torch.tensor(list(numbers), device=lm.device)
-    rows = torch.tensor([numbers[tuple(ids)] for ids in prompts], device=lm.device)
+    rows = torch.tensor([numbers[tuple(ids)] for ids in prompts])
     try:
         logits, cache = _read_once(lm, hook, ids, rows, edit)
     except (_UnknownCacheError, RuntimeError) as error:
@@ -143,7 +143,7 @@ def _expand(x: Tensor, rows: Tensor) -> Tensor:
     """`x[rows]`, without copying where `x` has one row; `x` itself if it has as many rows already."""
     if len(x) == len(rows):
         return x
-    return x.expand(len(rows), *x.shape[1:]) if len(x) == 1 else x[rows.to(x.device)]
+    return x.expand(len(rows), *x.shape[1:]) if len(x) == 1 else x[rows]
 
 
 def _expand_rows(layers: Iterable[Any], rows: Tensor) -> None:
