@@ -5,23 +5,26 @@ python scripts/reduced_demo.py runs/reduced
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import tempfile
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import yaml
 
 from saeffect.diffing import trace, written
 from saeffect.progress import Log
 from saeffect.study.run import run_study
+from saeffect.study.stages import push, put_back
 from saeffect.study.study import Study
 
 
 def main(out: Path) -> None:
     config = yaml.safe_load(Study.open("bundled:smollm2-medical").source.read_text(encoding="utf-8"))
     config["name"] = "smollm2-medical-reduced"
-    config["text"]["tokens"] = 3840
+    config["text"]["tokens"] = 2560
     config["gate"]["tokens"] = 512
     for arm in ("control", "treatment"):  # one further SAE a model is enough to separate fine-tuning from seeds
         config["arms"][arm]["more_saes"] = config["arms"][arm]["more_saes"][:1]
@@ -33,7 +36,9 @@ def main(out: Path) -> None:
     config["steering"] |= {"max_features": 4, "search_prompts": [], "doses": [0.4], "samples": 1}
     config["steering"] |= {"max_new_tokens": 6, "baseline_features": 1, "prompts": config["steering"]["prompts"][:4]}
     config["comparison"] = {"n_boot": 200, "n_permutations": 500}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        for module in (trace, written, put_back, push):
+            stack.enter_context(patch.object(module, "OPENINGS", trace.OPENINGS[-6:]))
         path = Path(folder) / "study.yaml"
         path.write_text(yaml.safe_dump(config), encoding="utf-8")
         run = run_study(Study.open(path), out, log=Log(partial(print, flush=True)))
