@@ -95,7 +95,7 @@ def test_a_push_comes_after_the_first_findings(here: Path, capsys: pytest.Captur
     assert list(read_json(here / "runs/x/manifest.json")["stages"]) == ["trace", "changes", "push", "report"]
     assert yaml.safe_load((here / "runs/x.yaml").read_text(encoding="utf-8"))["push"] == {}
     page = (here / "runs/x/report.html").read_text(encoding="utf-8")
-    assert "by 0.15 mean residual norms, the base model writes" in page
+    assert "Pushed along the mean activation difference" in page
     assert "pushed along the fine-tune" in page and "along a null" not in page
     assert (here / "runs/x/comparison/difference_words.parquet").is_file()
 
