@@ -15,7 +15,7 @@ SHARED = $(if $(filter-out 1,$(TEST_JOBS)),-n $(TEST_JOBS))
 # How many of the simulations run: 1 for all, 4 for one in four, 4:KEY for others than 4 alone.
 SAMPLE ?= 1
 
-.PHONY: demo reduced test ci check lint types layers doctests compiled unit real browser simulations coverage mutants lowest newest format clean benchmark-env docs
+.PHONY: demo reduced test ci check lint types doctests compiled unit real browser simulations coverage mutants lowest newest format clean benchmark-env docs
 
 demo: .venv/.installed
 	@$(BIN)/saeffect run $(STUDY) --out $(OUT)
@@ -37,7 +37,7 @@ ci: check
 # that share them would do again.
 test ci: ALSO = compiled
 check: .venv/.installed-test
-	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target TEST_JOBS=1 types lint layers doctests $(ALSO)
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target TEST_JOBS=1 types lint doctests $(ALSO)
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check src tests scripts
@@ -46,11 +46,9 @@ lint: .venv/.installed-test
 types: .venv/.installed-test
 	$(BIN)/mypy
 
-layers: .venv/.installed-test
-	$(PYTEST) tests/test_layers.py
-
+# And the layers of imports: one start of Python for both.
 doctests: .venv/.installed-test
-	$(PYTEST) $(SHARED) --doctest-modules src/saeffect
+	$(PYTEST) $(SHARED) --doctest-modules src/saeffect tests/test_layers.py
 
 compiled: .venv/.installed-test
 	-@$(PYTEST) --collect-only tests >/dev/null
@@ -115,14 +113,21 @@ VERSION := import sys; sys.exit(0 if sys.version_info >= (3, 11) else "saeffect 
 # Not compiled: Python does that, once, for the few files that are imported.
 INSTALL := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt
 
-.venv/.installed: pyproject.toml constraints.txt
+# The pip that comes with Python 3.11 takes twice as long over the rest; where there is no newer one, it will do.
+define venv
 	$(PYTHON) -c '$(VERSION)'
 	$(PYTHON) -m venv .venv
+	-$(INSTALL) --upgrade pip
+endef
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(venv)
 	$(INSTALL) --editable .
+	@# Its modules are compiled and the embedded model is fetched, if it can be.
+	-@$(BIN)/saeffect check bundled:smollm2-medical >/dev/null
 	@touch $@
 
 .venv/.installed-test: pyproject.toml constraints.txt
-	$(PYTHON) -c '$(VERSION)'
-	$(PYTHON) -m venv .venv
+	$(venv)
 	$(INSTALL) --editable '.[test,peers]'
 	@touch .venv/.installed $@

@@ -18,7 +18,7 @@ from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import resolve_dtype
 from saeffect.steering import Intervention, NoiseCell, Sampling, generate
 from saeffect.steering.operators import AddVectors
-from saeffect.steering.prompt_pass import last_logits, read_prompt
+from saeffect.steering.prompt_pass import last_logits, read_prompts
 from saeffect.steering.sampling import next_tokens
 
 __all__ = ["Task"]
@@ -151,7 +151,7 @@ class Task:
         expected = torch.cat([self._peer_log_probabilities(v) for v in vectors])
         for name, lm in self.ours.items():
             edit = Intervention(AddVectors(vectors)).edit(self.prompt.shape[1])
-            logits, cache = read_prompt(lm, self.hook, self.prompt[0].tolist(), len(vectors), edit, room=1)
+            logits, cache = read_prompts(lm, self.hook, self.prompt.tolist() * len(vectors), edit, room=1)
             first = logits.log_softmax(-1)
             edit.start = self.prompt.shape[1]
             with torch.inference_mode(), edited(lm, self.hook, edit):

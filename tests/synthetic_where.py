@@ -100,6 +100,7 @@ def where_tables(*, nulls: bool = True) -> dict[str, pd.DataFrame]:
                 "position": ["all"],
                 "size": 0.12,
                 "null_size": 0.04 if nulls else np.nan,
+                "text": "",
                 "reliability": 0.93,
                 "top_tokens": [[" Usually", "--", "Usually", " fever"]],
                 "beyond_nulls": [[" Usually", "--", "Usually", " fever"] if nulls else []],

@@ -120,7 +120,7 @@ def test_an_upward_import_would_be_seen(tmp_path: Path, monkeypatch: pytest.Monk
 def _needs(path: Path) -> set[str]:
     """The modules that must be loaded before this one: what it imports outside of functions, each by its whole name."""
     inner = {id(node) for function in _functions(path) for node in ast.walk(function)}
-    modules = {_module_name(other) for other in MODULES}
+    modules = _module_names()
     names: set[str] = set()
     for statement in _tree(path).body:
         if isinstance(statement, ast.If) and "TYPE_CHECKING" in ast.unparse(statement.test):
@@ -129,6 +129,11 @@ def _needs(path: Path) -> set[str]:
             if id(node) not in inner:
                 names |= {name if name in modules else name.rpartition(".")[0] for name in _named(path, node)}
     return names
+
+
+@cache
+def _module_names() -> set[str]:
+    return {_module_name(path) for path in MODULES}
 
 
 def _module_name(path: Path) -> str:
@@ -232,9 +237,11 @@ def _runs_foreign_code(node: ast.AST) -> bool:
         return not names.isdisjoint({"pickle", "dill", "joblib", "cloudpickle"})
     if not isinstance(node, ast.Call):
         return False
-    called, given = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
-    unsafe = called in ("eval", "exec") or (called == "torch.load" and given.get("weights_only") != "True")
-    return unsafe or "True" in (given.get("trust_remote_code"), given.get("allow_pickle"))
+    given = {k.arg for k in node.keywords if getattr(k.value, "value", None) is True}
+    if isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec"):
+        return True
+    loads = getattr(node.func, "attr", None) == "load" and ast.unparse(node.func) == "torch.load"
+    return (loads and "weights_only" not in given) or not given.isdisjoint({"trust_remote_code", "allow_pickle"})
 
 
 def test_no_pickles_or_remote_code_by_default() -> None:

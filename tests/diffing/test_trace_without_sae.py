@@ -13,6 +13,7 @@ import torch
 from saeffect.diffing.trace import Trace, Tracer
 from saeffect.lm.activations import NormLimit, TokenRows
 from saeffect.lm.language_model import LanguageModel
+from saeffect.progress import Log, Progress
 from saeffect.sae.base import SaeConfig
 from saeffect.sae.topk import TopKSae
 
@@ -49,6 +50,25 @@ def test_all_but_the_features_is_the_same(traces: dict[str, Trace]) -> None:
     assert plain.numbers == full.numbers
     assert plain.numbers["kl"] > 0.01
     assert plain.made_by != full.made_by
+
+
+def test_what_was_written_is_told_before_the_text_is_read(
+    tracers: dict[str, Tracer], traces: dict[str, Trace], tiny_llama: LanguageModel, random_model: Any
+) -> None:
+    tuned = replace(tiny_llama, model=random_model(tiny_llama.model.config, seed=1), name="tuned", identity="tuned")
+    written: list[Any] = []
+    written_at_reading: list[int] = []
+
+    def show(progress: Progress) -> None:
+        if progress.what.startswith("reading"):
+            written_at_reading.append(len(written))
+
+    tracer = replace(tracers["without"], log=Log(show=show))
+    tracer.trace(tuned, "tuned", lambda *texts: written.append(texts))
+    assert written_at_reading
+    assert set(written_at_reading) == {1}
+    np.testing.assert_array_equal(written[0][0], traces["without"].texts)
+    np.testing.assert_array_equal(written[0][1], traces["without"].base_texts)
 
 
 def test_a_trace_leaves_what_the_base_model_fires(tracers: dict[str, Tracer], traces: dict[str, Trace]) -> None:

@@ -138,6 +138,35 @@ def test_the_mean_difference_by_hand():
     assert (first["size"], first["reliability"]) == (pytest.approx(0.5), pytest.approx(1.0))
 
 
+def test_each_source_of_alternating_text_has_its_mean_difference():
+    trace = made(halves=np.array([[3.0, 0.0], [0.0, 4.0]], dtype=np.float32))
+    nulls = [made(halves=np.array([h, [9.0, 9.0]], dtype=np.float32)) for h in ([1.0, 0.0], [0.0, 2.0])]
+    table = module.activation_difference(
+        trace, nulls, ("general", "domain"), top_tokens=lambda v: [str(v.round(3).tolist())]
+    )
+    row = table.set_index("text").loc["general"]
+    assert (row["position"], row["size"], row["null_size"]) == ("all", pytest.approx(0.3), pytest.approx(0.15))
+    assert row["p_size"] == pytest.approx(1 / 3)
+    assert row["top_tokens"] == ["[3.0, 0.0]"]
+    assert math.isnan(row["reliability"])
+    assert table["text"].tolist()[0] == ""
+
+
+@pytest.mark.parametrize(
+    ("sources", "expected"),
+    [
+        ([0, 1, 0, 1], ("general", "domain")),
+        ([1, 0], ("domain", "general")),
+        ([0, 1, 1, 0], ()),
+        ([0, 0], ()),
+        ([0], ()),
+    ],
+)
+def test_halves_of_one_source_are_known(sources: list[int], expected: tuple[str, ...]) -> None:
+    ids = np.zeros((len(sources), 2), dtype=np.int32)
+    assert module._source_of_halves(TokenRows(ids, np.array(sources), ("general", "domain"))) == expected
+
+
 def test_words_read_and_expected_by_hand():
     ids = np.array([[0, 1, 1, 1, 2], [0, 1, 1, 2, 2]])  # b five times, c three times
     kl = np.array([[np.nan, 1.0, 2.0, 3.0, 9.0], [np.nan, 4.0, 5.0, 9.0, 9.0]], dtype=np.float32)

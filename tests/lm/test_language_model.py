@@ -189,6 +189,28 @@ def test_float32_stays_but_for_rounding(
     assert torch.equal(capture(lm, HOOK, token_ids), expected), "outside the model is as it was"
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_unembedding_in_pieces_gives_the_same_logits(
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_llama: LanguageModel,
+    random_model: Callable[..., Any],
+    token_ids: torch.Tensor,
+    with_bias: bool,
+) -> None:
+    lm = _as(tiny_llama, torch.float32, random_model)
+    head = lm.model.get_output_embeddings()
+    if with_bias:
+        head.bias = torch.nn.Parameter(torch.arange(float(lm.d_vocab)))
+    expected = lm.model(input_ids=token_ids).logits
+    monkeypatch.setattr(language_model, "_PIECE", 100)  # 320 tokens: three whole pieces and a part
+    with fused(lm):
+        assert "forward" in vars(head)
+        torch.testing.assert_close(lm.model(input_ids=token_ids).logits, expected, rtol=2e-6, atol=2e-6)
+    with fused(lm, gradients=True):
+        assert "forward" not in vars(head)
+
+
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2"])
 def test_fused_bfloat16_is_as_near_to_float32(
     request: pytest.FixtureRequest,

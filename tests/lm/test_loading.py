@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from saeffect.config import ModelConfig
 from saeffect.errors import BadFile, ConfigError, IncompatibleModels, NotFound, UnknownName
+from saeffect.lm.accounting import refuse_nan
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import (
     bundled_path,
@@ -148,6 +149,13 @@ def test_nan_weights(folder: Path, complains: Callable[..., Any]) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with complains(BadFile, "NaN", "layers.1.mlp.up_proj.weight", at=PLACE):
         _load(folder)
+
+
+def test_weights_whose_sum_overflows_and_8_bit_ones_are_no_nan() -> None:
+    model = torch.nn.Module()
+    model.large = torch.nn.Parameter(torch.full((4,), 3e38))
+    model.small = torch.nn.Parameter(torch.ones(4).to(torch.float8_e4m3fn), requires_grad=False)
+    refuse_nan(model, PLACE)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 3000, -100])

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import importlib
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,7 +15,10 @@ from saeffect.steering.generate import continue_prompts
 from saeffect.steering.operators import AddVectors, SetFeatures
 from saeffect.steering.prompt_pass import last_logits
 from saeffect.steering.sampling import next_tokens, penalise
-from steering.tiny_model import D_MODEL, D_VOCAB, END, HOOK, n_hooks, tiny_model
+from steering.tiny_model import D_MODEL, D_VOCAB, END, HOOK, WordTokenizer, n_hooks, tiny_model
+
+# The package has a function of that name.
+module = importlib.import_module("saeffect.steering.generate")
 
 PROMPT = [5, 9, 40, 12]
 SAMPLING = Sampling(max_new_tokens=12, top_p=0.9, temperature=1.3)
@@ -169,6 +175,8 @@ def test_bad_input(lm):
         generate(lm, HOOK, [], cells(1), SAMPLING)
     with pytest.raises(ShapeMismatch, match="2 rows to steer"):
         generate(lm, HOOK, PROMPT, cells(1), SAMPLING, intervention=Intervention(AddVectors(vectors(2))))
+    with pytest.raises(ConfigError, match="batch_size must be at least 1"):
+        generate(lm, HOOK, PROMPT, cells(1), SAMPLING, batch_size=0)
 
 
 # In no order of length; two share one, one is a single token.
@@ -194,8 +202,12 @@ def test_equals_one_at_a_time(dtype, batch_size):
         lm, PROMPTS, CELLS_OF_EACH, ALSO, batch_size=batch_size, progress=lambda *n: seen.append(n)
     )
     assert found == alone(lm)
-    assert seen[-1] == (5, 5)
-    assert len(seen) == -(-5 // batch_size)
+    # One report a pass: while the longest prompt of a batch is read, the shortest already generates.
+    lengths = sorted(map(len, PROMPTS))
+    batches = [lengths[i : i + batch_size] for i in range(0, 5, batch_size)]
+    assert len(seen) == sum(batch[-1] - batch[0] + 11 for batch in batches)
+    assert seen == sorted(seen)
+    assert seen[-1] == (55, 55)
 
 
 @pytest.mark.parametrize("sampling", [SHORT, UNCUT, Sampling(max_new_tokens=1)])
@@ -216,3 +228,100 @@ def test_bad_requests_and_none_at_all(lm):
     assert continue_prompts(lm, [], [], ALSO) == []
     with pytest.raises(ConfigError, match="no tokens"):
         continue_prompts(lm, [[1], []], CELLS_OF_EACH[:2], ALSO)
+
+
+ROWS = [0, 1, 2, 3, 4, 0, 2, 3, 0]  # the prompt of each row, in no order
+
+
+def steered_rows(positions="all", of=ROWS):
+    cells = [NoiseCell(0, "p", i % 3) for i in range(len(of))]
+    return [PROMPTS[i] for i in of], cells, Intervention(AddVectors(vectors(len(of))), positions)
+
+
+def each_alone(lm, prompts, cells, steer, sampling=ALSO):
+    return [
+        generate(lm, HOOK, ids, [cell], sampling, intervention=steer.take([row]))[0]
+        for row, (ids, cell) in enumerate(zip(prompts, cells, strict=True))
+    ]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 64])
+@pytest.mark.parametrize("positions", ["all", "generated", "prompt"])
+def test_steered_prompts_in_one_batch_equal_one_row_at_a_time(positions, batch_size):
+    lm = tiny_model(torch.float64)
+    # Positions "prompt" leave out a prompt's last token, so a single token cannot be steered.
+    prompts, cells, steer = steered_rows(positions, [i for i in ROWS if positions != "prompt" or i != 1])
+    seen: list[tuple[int, int]] = []
+    found = continue_prompts(
+        lm,
+        prompts,
+        cells,
+        ALSO,
+        hook=HOOK,
+        intervention=steer,
+        batch_size=batch_size,
+        progress=lambda *n: seen.append(n),
+    )
+    assert found == each_alone(lm, prompts, cells, steer)
+    assert found != continue_prompts(lm, prompts, cells, ALSO)
+    assert seen == sorted(seen)
+    assert seen[-1] == (11 * len(prompts), 11 * len(prompts))
+    assert n_hooks(lm) == 0
+
+
+def test_features_set_in_several_prompts_equal_one_row_at_a_time():
+    lm = tiny_model(torch.float64)
+    sae = StandardSae(SaeConfig("standard", D_MODEL, 12, apply_b_dec_to_input=False))
+    for i, parameter in enumerate(sae.parameters()):
+        parameter.data.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
+    sae.requires_grad_(False)
+    prompts, cells, _ = steered_rows()
+    features = torch.arange(len(prompts))[:, None]
+    along = torch.randn(len(prompts), 1, D_MODEL, generator=torch.Generator().manual_seed(9))
+    steer = Intervention(SetFeatures(sae, features, torch.full(features.shape, 9.0), along))
+    found = continue_prompts(lm, prompts, cells, ALSO, hook=HOOK, intervention=steer)
+    assert found == each_alone(lm, prompts, cells, steer)
+    assert found != continue_prompts(lm, prompts, cells, ALSO)
+
+
+@pytest.mark.parametrize(("prepend_bos", "n_batches"), [(None, 1), (True, 2)])
+def test_a_bos_token_that_some_prompts_begin_with_is_left_alone(prepend_bos, n_batches, monkeypatch):
+    lm = replace(tiny_model(torch.float64), prepend_bos=prepend_bos)
+    monkeypatch.setattr(WordTokenizer, "bos_token_id", 1, raising=False)
+    assert lm.bos_id == (1 if prepend_bos else None)
+    prompts, cells, steer = steered_rows()
+    prompts = [[1, *ids] if ids[0] == 5 else ids for ids in prompts]
+    batches = watch_batches(monkeypatch)
+    found = continue_prompts(lm, prompts, cells, ALSO, hook=HOOK, intervention=steer)
+    assert len(batches) == n_batches
+    assert found == each_alone(lm, prompts, cells, steer)
+    assert (found == each_alone(replace(lm, prepend_bos=False), prompts, cells, steer)) == (not prepend_bos)
+
+
+def watch_batches(monkeypatch):
+    batches: list[list[list[int]]] = []
+    continued = module._continue
+
+    def watch(lm, prompts, *rest):
+        batches.append(prompts)
+        return continued(lm, prompts, *rest)
+
+    monkeypatch.setattr(module, "_continue", watch)
+    return batches
+
+
+@pytest.mark.parametrize(
+    ("positions", "batch_size", "expected"),
+    [
+        ("all", 64, [[1, 4, 0, 0, 0, 3, 3, 2, 2]]),
+        ("all", 5, [[1, 4, 0, 0, 0], [3, 3, 2, 2]]),
+        ("all", 4, [[1, 4], [0, 0, 0], [3, 3, 2, 2]]),
+        ("all", 2, [[1, 4], [0, 0], [0], [3, 3], [2, 2]]),
+        ("generated", 64, [[0, 0, 0], [2, 2], [1], [4], [3, 3]]),
+    ],
+)
+def test_rows_of_a_prompt_share_a_batch(lm, positions, batch_size, expected, monkeypatch):
+    prompts, cells, steer = steered_rows(positions)
+    batches = watch_batches(monkeypatch)
+    continue_prompts(lm, prompts, cells, ALSO, hook=HOOK, intervention=steer, batch_size=batch_size)
+    assert [[PROMPTS.index(ids) for ids in batch] for batch in batches] == expected

@@ -15,7 +15,7 @@ from saeffect.sae.standard import StandardSae
 from saeffect.sae.topk import TopKSae
 from saeffect.steering import Intervention
 from saeffect.steering.operators import AddVectors, SetFeatures, span
-from saeffect.steering.prompt_pass import read_prompt
+from saeffect.steering.prompt_pass import read_prompts
 from saeffect.steering.trials import next_log_probabilities
 from steering.tiny_model import D_MODEL, HOOK, n_hooks, tiny_model
 
@@ -76,7 +76,7 @@ def test_half_precision_is_summed_wide_and_rounded_once():
 
 
 def test_take_keeps_the_rows_and_the_positions():
-    taken = Intervention(AddVectors(torch.arange(6.0).reshape(3, 2)), "prompt").take(1, 3)
+    taken = Intervention(AddVectors(torch.arange(6.0).reshape(3, 2)), "prompt").take([1, 2])
     assert taken.operator.vectors.tolist() == [[2.0, 3.0], [4.0, 5.0]]
     assert taken.positions == "prompt"
 
@@ -121,7 +121,7 @@ def test_bos_is_never_steered(positions, expected):
     found = next_log_probabilities(lm, HOOK, prompt, intervention)
     torch.testing.assert_close(found, wanted.log_softmax(-1))
     edit = intervention.edit(4, lm.n_bos(prompt))
-    torch.testing.assert_close(read_prompt(lm, HOOK, prompt, 1, edit, room=1)[0], wanted)
+    torch.testing.assert_close(read_prompts(lm, HOOK, [prompt], edit, room=1)[0], wanted)
     edit.start = 4
     assert bool(edit(torch.zeros(1, 1, D_MODEL)).any()) == (positions != "prompt"), "what is generated"
     with pytest.raises(ConfigError, match="leaves out BOS"):
@@ -204,12 +204,12 @@ def test_longer_activations_than_the_limit_keep_every_bit(sae, x):
     assert torch.equal(out[longer], x[longer])
     assert torch.equal(out[~longer], whole[~longer])
     assert not torch.equal(whole[longer], x[longer])
-    assert ablate(sae, 1, 1, 1, norm_limit=limit).take(0, 2).norm_limit == limit
+    assert ablate(sae, 1, 1, 1, norm_limit=limit).take([0, 1]).norm_limit == limit
 
 
 def test_a_slice_of_rows(sae, x):
     whole = SetFeatures(sae, torch.tensor([[1, -1], [2, 3], [4, -1]]), torch.zeros(3, 2))
-    torch.testing.assert_close(whole.take(1, 3).apply(x[1:]), whole.apply(x)[1:])
+    torch.testing.assert_close(whole.take([1, 2]).apply(x[1:]), whole.apply(x)[1:])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

@@ -15,7 +15,13 @@ from saeffect.lm.language_model import LanguageModel
 from saeffect.steering import Intervention, NoiseCell, Sampling, generate
 from saeffect.steering.generate import continue_prompts
 from saeffect.steering.operators import AddVectors
-from saeffect.steering.prompt_pass import _is_shape_error, continuation_logits, is_plain_cache, last_logits, read_prompt
+from saeffect.steering.prompt_pass import (
+    _is_shape_error,
+    continuation_logits,
+    is_plain_cache,
+    last_logits,
+    read_prompts,
+)
 from steering.tiny_model import D_MODEL, D_VOCAB, HOOK, WordTokenizer, tiny_model
 
 PROMPT = [5, 9, 40, 12, 33]
@@ -80,7 +86,7 @@ def test_equals_a_pass_over_every_row(any_lm, positions):
             expected = any_lm.model(input_ids=torch.cat([rows, following], dim=1), use_cache=False).logits[:, -2:]
         edit = intervention(3, positions).edit(len(PROMPT))
         with torch.inference_mode():
-            first, cache = read_prompt(any_lm, hook, PROMPT, 3, edit, room=1)
+            first, cache = read_prompts(any_lm, hook, [PROMPT] * 3, edit, room=1)
             edit.start = len(PROMPT)
             with edited(any_lm, hook, edit):
                 second, _ = last_logits(any_lm, following, cache)
@@ -90,7 +96,7 @@ def test_equals_a_pass_over_every_row(any_lm, positions):
 
 def test_without_intervention_all_rows_are_one(any_lm):
     with torch.inference_mode():
-        logits, _ = read_prompt(any_lm, "blocks.1.hook_resid_pre", PROMPT, 4, None, room=2)
+        logits, _ = read_prompts(any_lm, "blocks.1.hook_resid_pre", [PROMPT] * 4, None, room=2)
         alone, _ = last_logits(any_lm, torch.tensor([PROMPT]))
     assert torch.equal(logits, alone.expand(4, -1))
 
@@ -113,6 +119,21 @@ def test_prompts_of_different_lengths_in_one_batch(any_lm):
     assert continue_prompts(any_lm, prompts, cells, sampling) == alone
 
 
+def test_steered_prompts_of_different_lengths_in_one_batch(any_lm):
+    prompts = [PROMPT, [7], PROMPT, [8, 9, 10, 11, 12, 13, 14], [33, 5], [33, 5]]
+    cells = [NoiseCell(0, "p", i) for i in range(6)]
+    sampling, steer = Sampling(max_new_tokens=8, top_p=0.9), intervention(6, "all")
+    for hook in hooks_of(any_lm):
+        if hook.endswith("hook_z"):  # another width
+            continue
+        alone = [
+            generate(any_lm, hook, ids, [cell], sampling, intervention=steer.take([row]))[0]
+            for row, (ids, cell) in enumerate(zip(prompts, cells, strict=True))
+        ]
+        assert continue_prompts(any_lm, prompts, cells, sampling, hook=hook, intervention=steer) == alone
+        assert alone != continue_prompts(any_lm, prompts, cells, sampling)
+
+
 @pytest.mark.parametrize(
     ("positions", "below", "above"),
     [("all", [(1, 5)], [(3, 5)]), ("prompt", [(1, 5)], [(3, 5)]), ("generated", [(1, 4), (1, 1)], [(1, 4), (3, 1)])],
@@ -131,11 +152,36 @@ def test_rows_and_positions_of_each_pass(any_lm, positions, below, above):
     try:
         with torch.inference_mode():
             edit = intervention(3, positions).edit(len(PROMPT))
-            read_prompt(any_lm, "blocks.1.hook_resid_pre", PROMPT, 3, edit, room=1)
+            read_prompts(any_lm, "blocks.1.hook_resid_pre", [PROMPT] * 3, edit, room=1)
     finally:
         for handle in handles:
             handle.remove()
     assert seen == {0: below, 2: above}
+
+
+# A window shorter than the prompts needs a mask, and is read in every row.
+@pytest.mark.parametrize("any_lm", ["llama", "gpt2", "gpt_neox", "opt"], indirect=True)
+def test_different_prompts_are_read_in_one_pass_each_once_below_the_hook(any_lm):
+    prompts = [PROMPT, PROMPT[::-1], PROMPT, PROMPT]
+    seen = []
+
+    def listen(_, args, kwargs):
+        seen.append(len(args[0] if args else kwargs["hidden_states"]))
+
+    handles = [blocks(any_lm.model)[i].register_forward_pre_hook(listen, with_kwargs=True) for i in (0, 2)]
+    try:
+        with torch.inference_mode():
+            steer = intervention(4, "all")
+            together, _ = read_prompts(any_lm, "blocks.1.hook_resid_pre", prompts, steer.edit(len(PROMPT)), room=1)
+            assert seen == [2, 4]
+            alone = [
+                read_prompts(any_lm, "blocks.1.hook_resid_pre", [ids], steer.take([row]).edit(len(PROMPT)), room=1)[0]
+                for row, ids in enumerate(prompts)
+            ]
+    finally:
+        for handle in handles:
+            handle.remove()
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("length", [1, 6])
@@ -152,7 +198,7 @@ def test_logits_of_continuations_equal_a_whole_reading(any_lm, length, monkeypat
 def test_memory_is_set_aside_once(any_lm):
     with torch.inference_mode():
         edit = intervention(3, "all").edit(len(PROMPT))
-        _, cache = read_prompt(any_lm, "blocks.1.hook_resid_pre", PROMPT, 3, edit, room=4)
+        _, cache = read_prompts(any_lm, "blocks.1.hook_resid_pre", [PROMPT] * 3, edit, room=4)
         plain = [layer for layer in cache.layers if not layer.is_sliding]
         before = [layer.keys.data_ptr() for layer in plain]
         for _ in range(4):
@@ -170,7 +216,7 @@ def test_other_caches_are_left_alone():
 def test_wrong_width_raises_and_removes_hooks(any_lm):
     edit = Intervention(AddVectors(torch.ones(3, WIDTH + 1))).edit(len(PROMPT))
     with pytest.raises(ShapeMismatch), torch.inference_mode():
-        read_prompt(any_lm, "blocks.1.hook_resid_pre", PROMPT, 3, edit, room=1)
+        read_prompts(any_lm, "blocks.1.hook_resid_pre", [PROMPT] * 3, edit, room=1)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in any_lm.model.modules())
 
 
@@ -185,6 +231,6 @@ def test_other_runtime_errors_are_raised(monkeypatch):
 
         monkeypatch.setattr(importlib.import_module("saeffect.steering.prompt_pass"), "_read_once", fail)
         with pytest.raises(type(error), match=str(error)):
-            read_prompt(lm, HOOK, [3, 5], 3, edit, room=1)
+            read_prompts(lm, HOOK, [[3, 5]] * 3, edit, room=1)
     misfit = RuntimeError("The size of tensor a (3) must match the size of tensor b (1) at non-singleton dimension 0")
     assert _is_shape_error(misfit)

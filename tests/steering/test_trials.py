@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+from collections import Counter
 
 import numpy as np
 import pandas as pd
@@ -19,6 +21,7 @@ from saeffect.steering.placebos import random_direction
 from saeffect.steering.trials import TRIAL_COLUMNS, features_of_process
 from steering.tiny_model import D_MODEL, D_VOCAB, END, HOOK, OneHotWords, changed, n_hooks, site, tiny_model
 
+module = importlib.import_module("saeffect.steering.generate")
 W_DEC = torch.randn(12, D_MODEL, generator=torch.Generator().manual_seed(6)) * 2
 FEATURES = pd.DataFrame(
     {"feature": [7, 2, 5, 0, 11], "top_tokens": [[f"w{3 + 9 * i + j}" for j in range(9)] for i in range(5)]}
@@ -81,19 +84,52 @@ def test_a_zero_dose_gives_the_unsteered_text(dtype):
 
 def test_unsteered_texts_share_the_steered_batch(lm, monkeypatch):
     """So that rounding, which depends on the batch, is the same on both sides of a difference."""
-    from saeffect.steering import trials as module
-
     batches = []
+    continued = module._continue
 
-    def watched(lm, hook, prompt_ids, cells, sampling, *, intervention, batch_size, progress):
-        rows = intervention.operator.vectors
-        batches.append((len(cells), int((rows == 0).all(dim=1).sum())))
-        assert len(cells) <= batch_size
-        return generate(lm, hook, prompt_ids, cells, sampling, intervention=intervention, batch_size=batch_size)
+    def watched(lm, prompts, cells, sampling, start, edit, report):
+        assert len(prompts) <= PLAN.batch_size
+        is_unsteered = (edit.operator.vectors == 0).all(dim=1).tolist()
+        rows = zip(map(tuple, prompts), is_unsteered, strict=True)
+        batches.append(sorted(Counter(rows).items()))
+        return continued(lm, prompts, cells, sampling, start, edit, report)
 
-    monkeypatch.setattr(module, "generate", watched)
+    monkeypatch.setattr(module, "_continue", watched)
+    one, two = (tuple(lm.encode(text)) for text in reversed(PLAN.prompts))
+    both = lambda n: [((ids, unsteered), 2 if unsteered else n) for ids in (two, one) for unsteered in (False, True)]  # noqa: E731
     run(lm)
-    assert batches == [(18, 2)] * 4 + [(10, 2)] * 2  # three chunks on two prompts, two unsteered samples in each
+    # Three chunks, two unsteered samples a prompt. Here each prompt fills a batch ...
+    assert batches == [sorted(both(16)[i : i + 2]) for i in (2, 0)] * 2 + [sorted(both(8)[i : i + 2]) for i in (2, 0)]
+    batches.clear()
+    run(lm, changed(PLAN, doses=(0.5,)), FEATURES[:1])
+    assert batches == [sorted(both(4))]  # ... and here both fit into one
+    batches.clear()
+    run(lm, changed(PLAN, doses=(0.5,), positions="generated"), FEATURES[:1])
+    assert batches == [sorted(both(4)[i : i + 2]) for i in (0, 2)]
+
+
+@pytest.mark.parametrize("positions", ["all", "generated"])
+def test_prompts_of_one_batch_give_the_texts_of_each_alone(positions):
+    lm = tiny_model(torch.float64)
+    prompts = ("one two", "three", "four five six seven", "eight nine")
+    plan = changed(PLAN, prompts=prompts, doses=(1.0,), batch_size=64, positions=positions)
+    keys = ["feature", "prompt", "sample", "condition"]
+    together = run(lm, plan, FEATURES[:2])
+    small = run(lm, changed(plan, batch_size=5), FEATURES[:2])  # one prompt a batch
+    assert_frame_equal(together, small)
+    assert together["text"].nunique() > len(together) // 2
+    for number, prompt in enumerate(prompts):
+        one = run(lm, changed(plan, prompts=(prompt,), placebos=()), FEATURES[:2]).assign(prompt=number)
+        own = together[(together["prompt"] == number) & (together["condition"] != "random")].reset_index(drop=True)
+        assert_frame_equal(one, own)
+        assert not own.duplicated(keys).any()
+
+
+def test_progress_also_goes_on_while_texts_are_measured(lm):
+    seen: list[int] = []
+    run(lm, changed(PLAN, batch_size=64), progress=lambda done, _: seen.append(done))
+    assert seen == sorted(seen)
+    assert max(np.diff(seen)) <= 26  # of 100 texts: two prompts are measured, and nothing is a longer step than one
 
 
 def test_texts_do_not_depend_on_other_features(lm, trials):

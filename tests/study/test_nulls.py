@@ -260,7 +260,10 @@ def test_a_study_without_nulls_gives_their_cost(folder: Path, tiny_run: Path, tm
 
 def test_a_study_with_nulls_judges_every_feature(folder: Path, made: Path, tiny_run: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_run / "before", tmp_path / "run")
-    run = run_study(_study(folder, nulls="./nulls"), tmp_path / "run", stages=STAGES)
+    lines: list[str] = []
+    run = run_study(_study(folder, nulls="./nulls"), tmp_path / "run", stages=STAGES, log=Log(lines.append))
+    first = "a first finding: given no subject, treatment writes clearly more often than nulls: no word"
+    assert any(first in line for line in lines)  # two nulls are too few for any
     table = pd.read_parquet(run.path("comparison", "changes.parquet"))
     apart = table["basis"] == "combined"  # which two nulls are too few for
     assert table.loc[~apart, "p"].notna().all()

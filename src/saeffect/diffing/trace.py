@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -37,7 +37,7 @@ from saeffect.steering.prompt_pass import last_logits
 from saeffect.steering.sampling import NoiseCell, Sampling
 from saeffect.steering.trials import kl_divergence
 
-__all__ = ["EARLY", "NEW_TOKENS", "OPENINGS", "SAMPLES", "Trace", "Tracer", "text_sampling"]
+__all__ = ["EARLY", "NEW_TOKENS", "OPENINGS", "SAMPLES", "TokenIds", "Trace", "Tracer", "text_sampling"]
 
 
 OPENINGS = (
@@ -52,6 +52,8 @@ NEW_TOKENS = 40
 """Tokens per text."""
 EARLY = 8
 """Positions after a row's first whose change has halves of its own."""
+
+TokenIds = npt.NDArray[np.int32]
 
 _FIX = "measure it again, or take the file from where it came."
 
@@ -168,9 +170,11 @@ class Tracer:
         return replace(self, earlier=nulls[0]) if nulls else self
 
     @torch.inference_mode()
-    def trace(self, tuned: LanguageModel, name: str) -> Trace:
-        """Read and write with the tuned model; ConfigError if its width, depth or number of tokens is not the base
-        model's.
+    def trace(
+        self, tuned: LanguageModel, name: str, on_texts: Callable[[TokenIds, TokenIds], None] | None = None
+    ) -> Trace:
+        """Write and read with the tuned model. `on_texts` is called with what it and the base model wrote, before they
+        read, which takes longer. ConfigError if its width, depth or number of tokens is not the base model's.
         """
         for what in ("d_model", "d_vocab", "n_layers"):
             if getattr(tuned, what) != getattr(self.base, what):
@@ -179,6 +183,10 @@ class Tracer:
                     " it is no fine-tune of that model.",
                     fix="compare a model with its own fine-tune.",
                 )
+        texts = _write(tuned, f"writing with {name}", self.log)
+        base_texts, base_written = self._base_writes
+        if on_texts is not None:
+            on_texts(texts, base_texts)
         sums = _Sums(self)
         for start in range(0, len(self.rows), READ_ROWS):
             ids = torch.from_numpy(self.rows.ids[start : start + READ_ROWS].astype(np.int64))
@@ -187,8 +195,6 @@ class Tracer:
                 self.residuals.keep(lm, self.hook, ids, run.x)
             sums.add(start, ids, *passes)
             self.log.progress(f"reading with base and {name}", start + len(ids), len(self.rows), "rows")
-        texts = _write(tuned, f"writing with {name}", self.log)
-        base_texts, base_written = self._base_writes
         return Trace(
             name,
             self.made_by,

@@ -6,6 +6,7 @@ among its nulls (`null_ranks`). Without nulls, p is NaN with the reason; the oth
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -69,7 +70,7 @@ def where_changed(
 
     except ConfigError as error:  # the final norm or head is no matrix
         top_tokens, no_tokens_reason = _no_tokens, f"no top tokens: {error.message}"
-    difference = activation_difference(trace, nulls, top_tokens=top_tokens, alpha=alpha)
+    difference = activation_difference(trace, nulls, _source_of_halves(rows), top_tokens=top_tokens, alpha=alpha)
     if no_tokens_reason:
         difference["reason"] = no_tokens_reason
     return {
@@ -125,28 +126,38 @@ def _no_tokens(vector: FloatArray) -> list[str]:
 
 
 def activation_difference(
-    trace: Trace, nulls: Sequence[Trace], *, top_tokens: TopTokens = _no_tokens, alpha: float = 0.05
+    trace: Trace,
+    nulls: Sequence[Trace],
+    source_of_halves: Sequence[str] = (),
+    *,
+    top_tokens: TopTokens = _no_tokens,
+    alpha: float = 0.05,
 ) -> pd.DataFrame:
     """The mean of tuned minus base activations at the hook, over the text: what shows there although the text has
     nothing to do with the fine-tuning, if it has not (Minder et al. 2025).
 
-    One row a position, first "all" of them: `position`; `size`, the norm of the mean difference over the base model's
-    mean residual norm; `reliability`, the cosine of the means over two halves of the text; `likeness`, the cosine with
-    the mean of the nulls' differences: near 1, it is what the recipe always does. Of each the nulls' median,
-    `null_<name>`, and `p_<name>`, the rank among the nulls (low likenesses are extreme). `top_tokens`; `beyond_nulls`,
-    the same after the direction of the nulls' mean is projected out; `reason`.
+    One row a position, first "all" of them, and where sources of text alternate, so that each half is one of them
+    (`source_of_halves`), a row for each, over all positions: `position`; `text`, the source, "" for all; `size`, the
+    norm of the mean difference over the base model's mean residual norm; `reliability`, the cosine of the means over
+    two halves of the text (NaN for a half); `likeness`, the cosine with the mean of the nulls' differences: near 1, it
+    is what the recipe always does. Of each the nulls' median, `null_<name>`, and `p_<name>`, the rank among the nulls
+    (low likenesses are extreme). `top_tokens`; `beyond_nulls`, the same after the direction of the nulls' mean is
+    projected out; `reason`.
     """
     traces = (trace, *nulls)
+    parts: list[tuple[str, str, list[npt.NDArray[np.float32]]]] = [(_ALL, "", [t.halves for t in traces])]
+    parts += [(str(i + 1), "", [t.early[:, i] for t in traces]) for i in range(trace.early.shape[1])]
+    parts += [(_ALL, name, [t.halves[[half]] for t in traces]) for half, name in enumerate(source_of_halves)]
     records = []
-    for number in range(1 + trace.early.shape[1]):
-        halves = np.array([t.halves if number == 0 else t.early[:, number - 1] for t in traces], dtype=np.float64)
+    for position, text, arrays in parts:
+        halves = np.array(arrays, dtype=np.float64)
         vectors = halves.mean(axis=1)
         sizes = np.linalg.norm(vectors, axis=1) / [t.numbers["norm"] for t in traces]
-        reliabilities = np.array([_cosine(*pair) for pair in halves])
+        reliabilities = np.array([math.nan if text else _cosine(*pair) for pair in halves])
         others_mean = (vectors.sum(axis=0) - vectors) / max(len(nulls), 1)  # mean of the other fine-tunes
         likenesses = np.array([_cosine(*pair) for pair in zip(vectors, others_mean, strict=True)])
         common = vectors[1:].mean(axis=0) if nulls else np.zeros_like(vectors[0])
-        record: dict[str, Any] = {"position": str(number) if number else _ALL}
+        record: dict[str, Any] = {"position": position, "text": text}
         for name, values in (("size", sizes), ("reliability", reliabilities), ("likeness", likenesses)):
             record |= {name: values[0], f"null_{name}": float(np.median(values[1:])) if nulls else np.nan}
             record[f"p_{name}"] = float(rank_p(-values if name == "likeness" else values))
@@ -157,6 +168,14 @@ def activation_difference(
         record["reason"] = null_reason(len(nulls), alpha) if changed else "nothing changed here"
         records.append(record)
     return pd.DataFrame(records)
+
+
+def _source_of_halves(rows: TokenRows) -> tuple[str, ...]:
+    """The sources of the even and of the odd rows, if each of these halves is of one, and they differ; else ()."""
+    halves = [np.unique(rows.sources[half::2]) for half in (0, 1)]
+    if any(len(half) != 1 for half in halves) or halves[0] == halves[1]:
+        return ()
+    return tuple(rows.names[int(half[0])] for half in halves)
 
 
 def change_by_word(

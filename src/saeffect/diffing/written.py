@@ -28,6 +28,7 @@ __all__ = [
     "difference_vector",
     "openings",
     "steered_words",
+    "words_in_texts",
     "words_of",
     "written_words",
 ]
@@ -66,7 +67,19 @@ def written_words(trace: Trace, nulls: Sequence[Trace], decode: Decode, *, alpha
     base model's), half a text added to each; `score` (`count_scores`); `p`, `q`, `p_search`: `pooled_rank_p` of it,
     Benjamini-Hochberg over the words, and `search_p`; `example`, the word in a text; `reason`.
     """
-    models = [_decoded(ids, decode) for ids in (trace.texts, trace.base_texts, *(null.texts for null in nulls))]
+    return words_in_texts(trace.texts, trace.base_texts, nulls, decode, alpha=alpha)
+
+
+def words_in_texts(
+    texts: npt.NDArray[np.int32],
+    base_texts: npt.NDArray[np.int32],
+    nulls: Sequence[Trace],
+    decode: Decode,
+    *,
+    alpha: float = 0.05,
+) -> pd.DataFrame:
+    """`written_words` of a trace that is not finished: what the tuned and the base model wrote, as in `Trace`."""
+    models = [_decoded(ids, decode) for ids in (texts, base_texts, *(null.texts for null in nulls))]
     return _compare_words(_stems(), {math.nan: models}, alpha).drop(columns="dose")
 
 

@@ -15,7 +15,7 @@ from saeffect.config_chat import Prompt, prompt_name
 from saeffect.errors import ConfigError, ShapeMismatch, unknown_name
 from saeffect.lm.tokens import normalise_token
 from saeffect.steering.actions import Actions, actions_of
-from saeffect.steering.generate import Progress, continue_prompts, generate
+from saeffect.steering.generate import Progress, continue_prompts
 from saeffect.steering.operators import AddVectors, Intervention
 from saeffect.steering.outcomes import RememberedVectors, TextVectors, join_tokens, measure_texts
 from saeffect.steering.placebos import BASELINES, STEERED
@@ -120,29 +120,37 @@ class _Baselines:
         return dict.fromkeys(keys, reason) | dict(zip(possible, outputs, strict=True))
 
     def steered_texts(self, progress: Progress) -> Texts:
-        """The baseline "mean_difference", all features of a prompt in one batch."""
+        """The baseline "mean_difference", all features together."""
         plan, site = self.actions.plan, self.actions.site
         vectors = {feature: self._steering_vector(feature) for feature in self.top_tokens}
         rows = [(f, sample, v) for f, v in vectors.items() if isinstance(v, Tensor) for sample in range(plan.samples)]
-        texts: Texts = {}
-        for done, text in enumerate(plan.prompts):
-            for feature, reason in vectors.items():
-                if isinstance(reason, str):
-                    texts |= {(feature, text, sample): reason for sample in range(plan.samples)}
-            if rows:
-                outputs = generate(
-                    site.lm,
-                    site.hook,
-                    site.lm.encode_prompt(text),
-                    [NoiseCell(plan.seed, prompt_name(text), sample) for _, sample, _ in rows],
-                    plan,
-                    intervention=Intervention(
-                        AddVectors(torch.stack([v for *_, v in rows])), plan.positions, site.lm.prompt_parts(text)
-                    ),
-                    batch_size=plan.batch_size,
-                )
-                texts |= {(f, text, sample): ids for (f, sample, _), ids in zip(rows, outputs, strict=True)}
-            progress(done + 1, len(plan.prompts))
+        texts: Texts = {
+            (feature, text, sample): reason
+            for feature, reason in vectors.items()
+            if isinstance(reason, str)
+            for text in plan.prompts
+            for sample in range(plan.samples)
+        }
+        for numbers in plan.prompts_together if rows else ():
+            prompts = [plan.prompts[number] for number in numbers]
+            keys = [(feature, text, sample) for text in prompts for feature, sample, _ in rows]
+            ids = {text: site.lm.encode_prompt(text) for text in prompts}
+            operator = AddVectors(torch.stack([v for *_, v in rows] * len(prompts)))
+
+            def report(done: int, total: int, before: int = numbers[0], n: int = len(numbers)) -> None:
+                progress(before * total + n * done, len(plan.prompts) * total)
+
+            outputs = continue_prompts(
+                site.lm,
+                [ids[text] for _, text, _ in keys],
+                [NoiseCell(plan.seed, prompt_name(text), sample) for _, text, sample in keys],
+                plan,
+                hook=site.hook,
+                intervention=Intervention(operator, plan.positions, site.lm.prompt_parts(prompts[0])),
+                batch_size=plan.batch_size,
+                progress=report,
+            )
+            texts |= dict(zip(keys, outputs, strict=True))
         return texts
 
     def _steering_vector(self, feature: int) -> Tensor | str:

@@ -1,4 +1,4 @@
-"""Batched generation: many continuations of one prompt, each row with its own intervention, or of different prompts."""
+"""Batched generation: many continuations of one prompt or of several, each row with its own intervention."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from saeffect.errors import ConfigError, ShapeMismatch
 from saeffect.lm.hooks import edited
 from saeffect.lm.language_model import LanguageModel, fused
 from saeffect.steering.operators import Intervention, PositionedEdit
-from saeffect.steering.prompt_pass import is_plain_cache, last_logits, read_prompt, reserve
+from saeffect.steering.prompt_pass import last_logits, read_prompts
 from saeffect.steering.sampling import NoiseCell, Sampling, next_tokens, penalise
 
 __all__ = ["Progress", "continue_prompts", "generate", "stream"]
 
 
 Progress = Callable[[int, int], None]
-"""Called with (done, total), in rows unless stated otherwise."""
+"""Called with (done, total), in tokens unless stated otherwise."""
 
 
 @torch.inference_mode()
@@ -36,35 +36,17 @@ def generate(
     batch_size: int = 64,
     progress: Progress | None = None,
 ) -> list[list[int]]:
-    """Continue one prompt once per row: new token ids, one list a row, without the prompt.
-
-    A row's output depends on its own vector and noise cell only. Other batch sizes may round differently, which rarely
-    changes a token in float32 and float64, sometimes in bfloat16. With `sampling.allow_end` a row stops before
-    its end-of-text token and may be shorter, even empty. `cells` and the rows of the intervention are one a row, else
-    ShapeMismatch; None leaves the model as it is. 64 rows of a 135M model take about 0.2 GB beside the weights.
-    `progress` is called after every token with (done, total) in tokens; a row that ends early counts in full.
-    ConfigError: an empty prompt, no such hook, or `batch_size` below 1.
-    """
-    _check_prompts([prompt_ids])
-    _check_rows(intervention, cells)
-    n_steps = sampling.max_new_tokens
-    outputs: list[list[int]] = []
-    with fused(lm):
-        for first in range(0, len(cells), batch_size):
-            batch = cells[first : first + batch_size]
-            edit = None
-            if intervention is not None:
-                n_bos = 0 if sampling.as_published else lm.n_bos(prompt_ids)
-                edit = intervention.take(first, first + len(batch)).edit(len(prompt_ids), n_bos)
-
-            def report(tokens: int, rows_before: int = first, rows: int = len(batch)) -> None:
-                if progress is not None:
-                    progress(rows_before * n_steps + rows * tokens, len(cells) * n_steps)
-
-            start = read_prompt(lm, hook, prompt_ids, len(batch), edit, room=n_steps - 1)
-            with _editing(lm, hook, edit):
-                outputs += _continue(lm, [prompt_ids] * len(batch), batch, sampling, start, edit=edit, report=report)
-    return outputs
+    """Continue one prompt once per row: new token ids, one list a row, without the prompt; see `continue_prompts`."""
+    return continue_prompts(
+        lm,
+        [prompt_ids] * len(cells),
+        cells,
+        sampling,
+        hook=hook,
+        intervention=intervention,
+        batch_size=batch_size,
+        progress=progress,
+    )
 
 
 @torch.inference_mode()
@@ -74,32 +56,79 @@ def continue_prompts(
     cells: Sequence[NoiseCell],
     sampling: Sampling,
     *,
+    hook: str = "",
+    intervention: Intervention | None = None,
     batch_size: int = 64,
     progress: Progress | None = None,
 ) -> list[list[int]]:
-    """Continue each of many prompts once, unsteered and without padding: new token ids, one list a row.
+    """Continue each row's prompt without padding: new token ids, one list a row, without the prompt.
 
-    While longer prompts are still read, shorter ones already generate. A row's output is that of `generate` for its
-    prompt alone, up to rounding, as are errors. `progress` is called after each batch with (done, total) in rows.
+    A row's output depends on its own prompt, vector and noise cell only. Other batches may round differently, which
+    rarely changes a token in float32 and float64, sometimes in bfloat16. Rows of one prompt share a batch if they fit
+    into one; with an intervention at "all" positions, or none, a batch holds several prompts: while longer ones are
+    still read, shorter ones already generate. With `sampling.allow_end` a row stops before its end-of-text token and
+    may be shorter, even empty. `cells` and the rows of the intervention are one a row, else ShapeMismatch; None leaves
+    the model as it is. 64 rows of a 135M model take about 0.2 GB beside the weights. `progress` is called after every
+    pass with (done, total) in tokens; a row that ends early counts in full. ConfigError: an empty prompt, no such hook,
+    or `batch_size` below 1.
     """
-    _check_prompts(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    _check(prompts, intervention, cells, batch_size)
+    n_steps = sampling.max_new_tokens
     outputs: dict[int, list[int]] = {}
     with fused(lm):
-        for first in range(0, len(order), batch_size):
-            batch = order[first : first + batch_size]
+        for batch in _batches(lm, prompts, sampling, intervention, batch_size):
             batch_prompts = [prompts[i] for i in batch]
-            n_read = len(batch_prompts[0])
-            heads = torch.tensor([list(ids[:n_read]) for ids in batch_prompts], device=lm.device)
-            logits, cache = last_logits(lm, heads)
-            if is_plain_cache(cache):
-                room = len(batch_prompts[-1]) + sampling.max_new_tokens - 1 - n_read
-                cache = reserve(cache, len(batch), room)
-            texts = _continue(lm, batch_prompts, [cells[i] for i in batch], sampling, (logits, cache))
+            shortest, longest = len(batch_prompts[0]), len(batch_prompts[-1])
+            edit = None
+            if intervention is not None:
+                edit = intervention.take(batch).edit(shortest, _n_bos(lm, batch_prompts[0], sampling))
+
+            def report(passes: int, of: int, before: int = len(outputs), n_rows: int = len(batch)) -> None:
+                if progress is not None:
+                    progress(n_steps * before + n_steps * n_rows * passes // of, n_steps * len(prompts))
+
+            heads = [ids[:shortest] for ids in batch_prompts]
+            start = read_prompts(lm, hook, heads, edit, room=longest - shortest + n_steps - 1)
+            with _editing(lm, hook, edit):
+                texts = _continue(lm, batch_prompts, [cells[i] for i in batch], sampling, start, edit, report)
             outputs |= dict(zip(batch, texts, strict=True))
-            if progress is not None:
-                progress(len(outputs), len(prompts))
     return [outputs[i] for i in range(len(prompts))]
+
+
+def _batches(
+    lm: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    intervention: Intervention | None,
+    batch_size: int,
+) -> Iterator[list[int]]:
+    """The rows of each batch, ascending by length of prompt."""
+
+    def kind(ids: Sequence[int]) -> tuple[int, ...]:  # what an edit depends on
+        if intervention is None:
+            return ()
+        n_bos = _n_bos(lm, ids, sampling)
+        return (n_bos,) if intervention.positions == "all" else (n_bos, *ids)
+
+    rows_of: dict[tuple[int, ...], list[int]] = {}
+    for row, ids in enumerate(prompts):
+        rows_of.setdefault(tuple(ids), []).append(row)
+    batch: list[int] = []
+    for ids in sorted(rows_of, key=lambda ids: (kind(ids), len(ids))):
+        rows = rows_of[ids]
+        if batch and (len(batch) + len(rows) > batch_size or kind(prompts[batch[0]]) != kind(ids)):
+            yield batch
+            batch = []
+        batch += rows
+        while len(batch) > batch_size:
+            yield batch[:batch_size]
+            batch = batch[batch_size:]
+    if batch:
+        yield batch
+
+
+def _n_bos(lm: LanguageModel, ids: Sequence[int], sampling: Sampling) -> int:
+    return 0 if sampling.as_published else lm.n_bos(ids)
 
 
 @torch.inference_mode()
@@ -115,13 +144,13 @@ def stream(
     """The texts of `generate`, all in one batch, token by token: each step yields an id a row, None after a row's
     end. Between steps the model is unedited, so several streams can alternate.
     """
-    _check_prompts([prompt_ids])
-    _check_rows(intervention, cells)
-    n_bos = 0 if sampling.as_published else lm.n_bos(prompt_ids)
+    prompts = [prompt_ids] * len(cells)
+    _check([prompt_ids], intervention, cells)
+    n_bos = _n_bos(lm, prompt_ids, sampling)
     edit = None if intervention is None else intervention.edit(len(prompt_ids), n_bos)
     with fused(lm):
-        start = read_prompt(lm, hook, prompt_ids, len(cells), edit, room=sampling.max_new_tokens - 1)
-    rows, lengths = _allocate_rows(lm, [prompt_ids] * len(cells), sampling)
+        start = read_prompts(lm, hook, prompts, edit, room=sampling.max_new_tokens - 1)
+    rows, lengths = _allocate_rows(lm, prompts, sampling)
     steps = _fill_rows(lm, rows, lengths, cells, sampling, start, edit)
     stop_tokens, ended = set(_stop_tokens(lm, sampling)), [False] * len(cells)
     while True:
@@ -152,18 +181,17 @@ def _continue(
     cells: Sequence[NoiseCell],
     sampling: Sampling,
     start: tuple[Tensor, Any],
-    *,
-    edit: PositionedEdit | None = None,
-    report: Callable[[int], None] = lambda tokens: None,
+    edit: PositionedEdit | None,
+    report: Callable[[int, int], None],
 ) -> list[list[int]]:
     """The texts of one batch, sorted by prompt length and read up to the shortest."""
     n_steps = sampling.max_new_tokens
     rows, lengths = _allocate_rows(lm, prompts, sampling)
-    last = rows.shape[1] - 1
+    n_passes = rows.shape[1] - lengths[0]
     for position in _fill_rows(lm, rows, lengths, cells, sampling, start, edit):
-        if position < last:
-            report(position - lengths[-1] + 1)
-    report(n_steps)
+        if position < rows.shape[1] - 1:
+            report(position - lengths[0] + 1, n_passes)
+    report(n_passes, n_passes)
     final = set(_stop_tokens(lm, sampling))
     texts = [row[n : n + n_steps] for row, n in zip(rows.tolist(), lengths, strict=True)]
     return [ids[: next((i for i, token in enumerate(ids) if token in final), len(ids))] for ids in texts]
@@ -205,12 +233,16 @@ def _fill_rows(
             return
 
 
-def _check_prompts(prompts: Sequence[Sequence[int]]) -> None:
+def _check(
+    prompts: Sequence[Sequence[int]],
+    intervention: Intervention | None,
+    cells: Sequence[NoiseCell],
+    batch_size: int = 1,
+) -> None:
     if not all(len(ids) for ids in prompts):
         raise ConfigError("a prompt has no tokens; expected at least one.", at="prompts")
-
-
-def _check_rows(intervention: Intervention | None, cells: Sequence[NoiseCell]) -> None:
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1. Got {batch_size}.", at="batch_size")
     if intervention is not None and intervention.operator.n_rows != len(cells):
         raise ShapeMismatch(f"{intervention.operator.n_rows} rows to steer, but {len(cells)} noise cells.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, get_args
 
@@ -34,14 +35,14 @@ _PLAIN_POSITIONS = ("all", "generated", "prompt")  # of any prompt; the others a
 
 class Operator(Protocol):
     """Changes activations row by row. Implementations are immutable and do not change their input. `take` gives the
-    operator of rows `first` to `last` (exclusive); `apply` new activations for `x`, `[n_rows, positions, d_model]`,
+    operator of some of the rows; `apply` new activations for `x`, `[n_rows, positions, d_model]`,
     like it in shape, dtype and device.
     """
 
     @property
     def n_rows(self) -> int: ...
 
-    def take(self, first: int, last: int) -> Operator: ...
+    def take(self, rows: Sequence[int]) -> Operator: ...
 
     def apply(self, x: Tensor) -> Tensor: ...
 
@@ -60,8 +61,8 @@ class AddVectors:
     def n_rows(self) -> int:
         return len(self.vectors)
 
-    def take(self, first: int, last: int) -> AddVectors:
-        return AddVectors(self.vectors[first:last])
+    def take(self, rows: Sequence[int]) -> AddVectors:
+        return AddVectors(self.vectors[list(rows)])
 
     def apply(self, x: Tensor) -> Tensor:
         if x.shape[0] != self.n_rows or x.shape[-1] != self.vectors.shape[1]:
@@ -103,9 +104,10 @@ class SetFeatures:
     def n_rows(self) -> int:
         return len(self.features)
 
-    def take(self, first: int, last: int) -> SetFeatures:
-        along = None if self.along is None else self.along[first:last]
-        return SetFeatures(self.sae, self.features[first:last], self.targets[first:last], along, self.norm_limit)
+    def take(self, rows: Sequence[int]) -> SetFeatures:
+        index = list(rows)
+        along = None if self.along is None else self.along[index]
+        return SetFeatures(self.sae, self.features[index], self.targets[index], along, self.norm_limit)
 
     @torch.no_grad()
     def apply(self, x: Tensor) -> Tensor:
@@ -145,11 +147,12 @@ class Intervention:
         if self.positions not in POSITIONS:
             raise unknown_name("choice of positions", self.positions, POSITIONS, at="positions")
 
-    def take(self, first: int, last: int) -> Intervention:
-        return Intervention(self.operator.take(first, last), self.positions, self.parts)
+    def take(self, rows: Sequence[int]) -> Intervention:
+        return Intervention(self.operator.take(rows), self.positions, self.parts)
 
     def edit(self, prompt_length: int, n_bos: int = 0) -> PositionedEdit:
-        """The callable for `saeffect.lm.edited`; rows share a prompt of that length, its first `n_bos` tokens BOS.
+        """The callable for `saeffect.lm.edited`; rows share a prompt of that length (at "all" positions: have
+        prompts of that length or more), its first `n_bos` tokens BOS.
         `ConfigError` if there is no position to act at: BOS alone, one token with `positions` "prompt", or no token of
         the part.
         """

@@ -96,6 +96,12 @@ class SteeringPlan(Sampling, InterventionConfig):
         return max(1, (self.batch_size - self.samples) // rows_per_feature)
 
     @property
+    def prompts_together(self) -> list[list[int]]:
+        """Numbers of prompts that are continued together: of all, or of one if the positions are relative to it."""
+        numbers = list(range(len(self.prompts)))
+        return [numbers] if self.positions == "all" else [[number] for number in numbers]
+
+    @property
     def placebo_columns(self) -> tuple[str, ...]:
         """Columns of the feature table that the placebos need."""
         return tuple(column for name in self.placebos if (column := PLACEBOS[name].column))

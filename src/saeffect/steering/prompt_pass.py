@@ -1,4 +1,4 @@
-"""One reading of a prompt for many rows: logits after it, and the cache of keys and values to go on from.
+"""One reading of each prompt for many rows: logits after it, and the cache of keys and values to go on from.
 
 Rows are expanded only from the hook on, at the first changed position and after it.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,27 +18,29 @@ from saeffect.lm.hooks import edited, parse_hook
 from saeffect.lm.language_model import LanguageModel
 from saeffect.steering.operators import PositionedEdit
 
-__all__ = ["continuation_logits", "last_logits", "read_prompt", "is_plain_cache", "reserve"]
+__all__ = ["continuation_logits", "last_logits", "read_prompts", "is_plain_cache"]
 
 _SHAPE_WORDS = re.compile(r"\b(sizes?|shapes?|dimensions?|batches)\b", re.IGNORECASE)
 
 
-def read_prompt(
-    lm: LanguageModel, hook: str, prompt_ids: Sequence[int], n_rows: int, edit: PositionedEdit | None, *, room: int
+def read_prompts(
+    lm: LanguageModel, hook: str, prompts: Sequence[Sequence[int]], edit: PositionedEdit | None, *, room: int
 ) -> tuple[Tensor, Any]:
-    """Logits after a prompt, float32 `[n_rows, d_vocab]`, and the cache with memory for `room` further tokens;
-    `edit`, None or with `n_rows` rows, acts at `hook`.
+    """Logits after prompts of equal length, one a row, float32 `[rows, d_vocab]`, and the cache with memory for `room`
+    further tokens; `edit`, None or with as many rows, acts at `hook`. Each different prompt is read once.
     """
-    ids = torch.tensor([list(prompt_ids)], device=lm.device)
+    numbers = {ids: number for number, ids in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    ids = torch.tensor(list(numbers), device=lm.device)
+    rows = torch.tensor([numbers[tuple(ids)] for ids in prompts])
     try:
-        logits, cache = _read_once(lm, hook, ids, n_rows, edit)
+        logits, cache = _read_once(lm, hook, ids, rows, edit)
     except (_UnknownCacheError, RuntimeError) as error:
-        # Other caches, and models whose inputs must have equal rows (Bloom's position bias), read the prompt in every
+        # Other caches, and models whose inputs must have equal rows (Bloom's position bias), read the prompts in every
         # row.
         if not isinstance(error, _UnknownCacheError) and not _is_shape_error(error):
             raise
-        logits, cache = _read_in_every_row(lm, hook, ids, n_rows, edit)
-    return logits, reserve(cache, n_rows, room) if is_plain_cache(cache) else cache
+        logits, cache = _read_in_every_row(lm, hook, ids[rows], edit)
+    return logits, _reserve(cache, rows, room) if is_plain_cache(cache) else cache
 
 
 def last_logits(lm: LanguageModel, input_ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
@@ -67,7 +69,7 @@ def continuation_logits(lm: LanguageModel, prompt_ids: Sequence[int], continuati
     first = first.expand(n_rows, -1)[:, None]
     if n == 1:
         return first
-    _expand_rows(cache, 0, n_rows)
+    _expand_rows(cache.layers, torch.zeros(n_rows, dtype=torch.int64))
     return torch.cat([first, _forward(lm, continuations[:, :-1], cache)[0].float()], dim=1)
 
 
@@ -88,11 +90,12 @@ class _UnknownCacheError(Exception):
 
 
 def _read_once(
-    lm: LanguageModel, hook: str, ids: Tensor, n_rows: int, edit: PositionedEdit | None
+    lm: LanguageModel, hook: str, ids: Tensor, rows: Tensor, edit: PositionedEdit | None
 ) -> tuple[Tensor, Any]:
+    """`ids` are the different prompts, `[prompts, length]`, and `rows` the prompt of each row."""
     if edit is None:
         logits, cache = last_logits(lm, ids)
-        return logits.repeat(n_rows, 1), _require_plain_cache(cache)
+        return logits[rows], _require_plain_cache(cache)
     point = parse_hook(hook, lm.n_layers)
     edit.start = 0
     n_shared = edit.first(ids.shape[1])
@@ -100,24 +103,21 @@ def _read_once(
     if n_shared:
         _, cache = last_logits(lm, ids[:, :n_shared])
         # The attention of these layers comes after the hook.
-        _expand_rows(_require_plain_cache(cache), point.layer + (point.kind != "hook_resid_pre"), n_rows)
+        _expand_rows(_require_plain_cache(cache).layers[point.layer + (point.kind != "hook_resid_pre") :], rows)
     edit.start = n_shared
-    with edited(lm, hook, lambda x: edit(x.expand(n_rows, -1, -1).contiguous())):
+    with edited(lm, hook, lambda x: edit(_expand(x, rows).contiguous())):
         logits, cache = last_logits(lm, ids[:, n_shared:], cache)
-    if len(logits) != n_rows:
+    if len(logits) != len(rows):
         raise _UnknownCacheError  # the model cut its output to the rows of its input
     return logits, _require_plain_cache(cache)
 
 
-def _read_in_every_row(
-    lm: LanguageModel, hook: str, ids: Tensor, n_rows: int, edit: PositionedEdit | None
-) -> tuple[Tensor, Any]:
-    rows = ids.expand(n_rows, -1).contiguous()
+def _read_in_every_row(lm: LanguageModel, hook: str, ids: Tensor, edit: PositionedEdit | None) -> tuple[Tensor, Any]:
     if edit is None:
-        return last_logits(lm, rows)
+        return last_logits(lm, ids)
     edit.start = 0
     with edited(lm, hook, edit):
-        return last_logits(lm, rows)
+        return last_logits(lm, ids)
 
 
 def _is_shape_error(error: RuntimeError) -> bool:
@@ -139,19 +139,25 @@ def is_plain_cache(cache: Any) -> bool:
     return type(cache) is DynamicCache and len(cache.layers) > 0 and all(type(x) in plain_layers for x in cache.layers)
 
 
-def _expand_rows(cache: Any, first_layer: int, n_rows: int) -> None:
-    """Expand the layers from `first_layer` on to `n_rows` rows, without copying."""
-    for layer in cache.layers[first_layer:]:
+def _expand(x: Tensor, rows: Tensor) -> Tensor:
+    """`x[rows]`, without copying where `x` has one row; `x` itself if it has as many rows already."""
+    if len(x) == len(rows):
+        return x
+    return x.expand(len(rows), *x.shape[1:]) if len(x) == 1 else x[rows]
+
+
+def _expand_rows(layers: Iterable[Any], rows: Tensor) -> None:
+    for layer in layers:
         if layer.keys is not None:  # some models reuse the keys of another layer
-            layer.keys, layer.values = (x.expand(n_rows, -1, -1, -1) for x in (layer.keys, layer.values))
+            layer.keys, layer.values = _expand(layer.keys, rows), _expand(layer.values, rows)
 
 
-def reserve(cache: Any, n_rows: int, room: int) -> Any:
-    """The cache with `n_rows` rows, and memory for `room` further positions in layers without a sliding window."""
+def _reserve(cache: Any, rows: Tensor, room: int) -> Any:
+    """The cache expanded to `rows`, with memory for `room` further positions in layers without a sliding window."""
     from transformers.cache_utils import DynamicLayer
 
-    _expand_rows(cache, 0, n_rows)
     for i, layer in enumerate(cache.layers):
+        _expand_rows([layer], rows)
         if type(layer) is DynamicLayer and layer.keys is not None:
             cache.layers[i] = _preallocated_layer()(layer.keys, layer.values, room)
     return cache

@@ -11,18 +11,17 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from saeffect.config_chat import Prompt, prompt_name
+from saeffect.config_chat import prompt_name
 from saeffect.errors import ShapeMismatch
-from saeffect.lm.hooks import edited
 from saeffect.lm.language_model import LanguageModel
 from saeffect.parallel import from_all, is_first, join, rank_and_world
 from saeffect.steering.actions import ActionRow, Actions, actions_of
-from saeffect.steering.generate import Progress, generate
+from saeffect.steering.generate import Progress, continue_prompts
 from saeffect.steering.operators import Intervention
 from saeffect.steering.outcomes import RememberedVectors, TextVectors, join_tokens, measure_texts
 from saeffect.steering.placebos import UNSTEERED
 from saeffect.steering.plan import Site, SteeringPlan
-from saeffect.steering.prompt_pass import last_logits
+from saeffect.steering.prompt_pass import read_prompts
 from saeffect.steering.sampling import NoiseCell
 
 __all__ = [
@@ -138,19 +137,16 @@ class _TrialRun:
         # Features share the first one's unsteered rows, except as published, where each has its own noise.
         shared = 1 if plan.as_published else len(references)
         generated = (unsteered if plan.as_published else unsteered[: plan.samples]) + steered
+        # Measuring takes about as long as generating.
+        by_prompt = self._texts(generated, lambda share: report_share(share / 2))
         records: list[dict[str, Any]] = []
-        for prompt, text in enumerate(plan.prompts):
-
-            def report_tokens(n: int, of: int, before: int = prompt) -> None:
-                report_share((before + n / of) / len(plan.prompts))
-
-            outputs = self._generate(text, [ActionRow(f, c, d, (prompt, s)) for f, s, c, d in generated], report_tokens)
+        for prompt, (text, outputs) in enumerate(zip(plan.prompts, by_prompt, strict=True)):
             n_unsteered = len(unsteered) // shared
-            outputs = outputs[:n_unsteered] * shared + outputs[n_unsteered:]
+            texts = outputs[:n_unsteered] * shared + outputs[n_unsteered:]
             layout = unsteered + steered
             layout_references = [references[feature] for feature, *_ in layout]
             measured = measure_texts(
-                self.actions.site.lm, text, outputs, layout_references, self.vectors, with_prompt=plan.as_published
+                self.actions.site.lm, text, texts, layout_references, self.vectors, with_prompt=plan.as_published
             )
             records += [
                 {"feature": feature, "prompt": prompt, "sample": sample, "condition": condition, "dose": dose}
@@ -158,23 +154,37 @@ class _TrialRun:
                 | measures
                 for (feature, sample, condition, dose), measures in zip(layout, measured, strict=True)
             ]
+            report_share((1 + (prompt + 1) / len(plan.prompts)) / 2)
         return self._sorted(pd.DataFrame(records))
 
-    def _generate(self, prompt: Prompt, rows: list[ActionRow], progress: Progress) -> list[list[int]]:
+    def _texts(
+        self, rows: Sequence[tuple[int, int, str, float]], report_share: Callable[[float], None]
+    ) -> list[list[list[int]]]:
+        """Token ids of the texts of (feature, sample, condition, dose), by prompt."""
         plan, site = self.plan, self.actions.site
-        return generate(
-            site.lm,
-            site.hook,
-            site.lm.encode_prompt(prompt),
-            [self._noise(prompt, row) for row in rows],
-            plan,
-            intervention=Intervention(self.actions.operator(rows), plan.positions, site.lm.prompt_parts(prompt)),
-            batch_size=plan.batch_size,
-            progress=progress,
-        )
+        texts: list[list[int]] = []
+        for numbers in plan.prompts_together:
 
-    def _noise(self, prompt: Prompt, row: ActionRow) -> NoiseCell:
-        key = prompt_name(prompt)
+            def report(done: int, total: int, before: int = numbers[0], n: int = len(numbers)) -> None:
+                report_share((before + n * done / total) / len(plan.prompts))
+
+            ids = {prompt: site.lm.encode_prompt(plan.prompts[prompt]) for prompt in numbers}
+            parts = site.lm.prompt_parts(plan.prompts[numbers[0]])
+            actions = [ActionRow(f, c, d, (prompt, s)) for prompt in numbers for f, s, c, d in rows]
+            texts += continue_prompts(
+                site.lm,
+                [ids[action.draw[0]] for action in actions],
+                [self._noise(action) for action in actions],
+                plan,
+                hook=site.hook,
+                intervention=Intervention(self.actions.operator(actions), plan.positions, parts),
+                batch_size=plan.batch_size,
+                progress=report,
+            )
+        return [texts[i : i + len(rows)] for i in range(0, len(texts), len(rows))]
+
+    def _noise(self, row: ActionRow) -> NoiseCell:
+        key = prompt_name(self.plan.prompts[row.draw[0]])
         noise_key = f"{key}\n{row.feature} {row.condition} {row.dose}" if self.plan.as_published else key
         return NoiseCell(self.plan.seed, noise_key, row.draw[1])
 
@@ -260,10 +270,8 @@ def next_log_probabilities(
     `n_bos` tokens in front are left alone, by default those that are BOS.
     """
     n_bos = lm.n_bos(prompt_ids) if n_bos is None else n_bos
-    n_rows = intervention.operator.n_rows
-    input_ids = torch.tensor([list(prompt_ids)], device=lm.device).expand(n_rows, -1).contiguous()
-    with edited(lm, hook, intervention.edit(len(prompt_ids), n_bos)):
-        logits, _ = last_logits(lm, input_ids)
+    edit = intervention.edit(len(prompt_ids), n_bos)
+    logits, _ = read_prompts(lm, hook, [prompt_ids] * intervention.operator.n_rows, edit, room=0)
     return logits.log_softmax(dim=-1)
 
 

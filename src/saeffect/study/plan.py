@@ -174,8 +174,8 @@ class _Planner:
         yield from (self._train(arm) for arm in self._arms if self._saes and self._is_trained_first(arm))
         yield self._start()
         if not self._saes:
-            yield from (self._trace(), self._changes(), *self._push())
-            yield self._fixed("report", _REPORT / 3, disk=_RUN_BYTES / 4)
+            report = self._fixed("report", _REPORT / 3, disk=_RUN_BYTES / 4)
+            yield from (self._trace(), self._changes(), *self._push(), report)
             return
         for arm in self._arms:
             yield self._gate(arm)
@@ -314,8 +314,7 @@ class _Planner:
     def _changes(self) -> StageCost:
         seconds = _ONE_NULL * self._n_nulls * self._models[self._control].d_vocab / _MEASURED_TOKENS
         stage = self._fixed("changes", seconds, disk=2 * _ARM_BYTES)
-        if self._saes:
-            stage.seconds += self._wide(_NAMING, self._control)
+        stage.seconds += self._wide(_NAMING, self._control) if self._saes else 0.0
         return stage
 
     def _push(self) -> Iterator[StageCost]:
@@ -354,8 +353,9 @@ class _Planner:
         n_own = math.ceil(math.ceil(features / at_once) / self._gpus) * at_once  # of the process that has most
         for n_left in range(min(features, n_own), 0, -at_once):
             rows = samples + min(n_left, at_once) * n_texts
-            for _ in range(prompts):
-                stage.write(m, rows, config.max_new_tokens, sampling, alike=self._hook(arm)[1])
+            together = max(1, config.batch_size // rows) if config.positions == "all" else 1
+            for n in [together] * (prompts // together) + [prompts % together] * (prompts % together > 0):
+                stage.write(m, n * rows, config.max_new_tokens, sampling, alike=self._hook(arm)[1])
             stage.read(m, prompts * rows * (PROMPT + config.max_new_tokens), m.n_layers, logits=1)
         effects = prompts * features * conditions * doses
         stage.read(m, effects * PROMPT, m.n_layers)
@@ -369,8 +369,8 @@ class _Planner:
         stage = StageCost("dose search")
         for arm in self._arms if len(config.doses) > 1 else ():
             self._open(stage, arm)
-            features = self._n_tested(arm, config.search_features)
-            self._trials(stage, arm, self._models[arm], config, features, search=True)
+            n = self._n_tested(arm, config.search_features)
+            self._trials(stage, arm, self._models[arm], config, n, search=True)
         return stage
 
     def _steer(self, name: str, arm: str, config: SteeringConfig, model: str | None = None) -> StageCost:

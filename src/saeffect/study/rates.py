@@ -29,7 +29,7 @@ from saeffect.lm.hooks import capture
 from saeffect.lm.language_model import LanguageModel, fused
 from saeffect.lm.loading import load_config, locate_model, resolve_dtype, usable_device
 from saeffect.sae.base import SaeConfig
-from saeffect.steering.prompt_pass import last_logits, read_prompt
+from saeffect.steering.prompt_pass import last_logits, read_prompts
 from saeffect.steering.sampling import NoiseCell, Sampling, next_tokens
 
 __all__ = ["PROMPT", "DiskRates", "ModelRates", "StageCost", "encode_seconds", "product_rate", "table_speed"]
@@ -104,7 +104,7 @@ class ModelRates:
         ids = torch.zeros(n_rows, 1, dtype=torch.int64, device=self.device)
 
         def write(lm: LanguageModel) -> Callable[[], Any]:
-            _, cache = read_prompt(lm, "", [0] * PROMPT, n_rows, None, room=_MAX_REPEATS)
+            _, cache = read_prompts(lm, "", [[0] * PROMPT] * n_rows, None, room=_MAX_REPEATS)
             return lambda: last_logits(lm, ids, cache)
 
         start, layer = self._by_blocks(write)

@@ -88,6 +88,19 @@ def test_where_and_what_it_causes_are_said() -> None:
     assert "setting them back to the base model's values" in parts["What it causes"]
 
 
+def test_the_mean_difference_is_that_of_text_without_the_domain() -> None:
+    tables = first_screen()
+    whole = tables["activation_difference"]
+    sources = [
+        whole.assign(text=name, size=size, reliability=float("nan"))
+        for name, size in (("general", 0.11), ("domain", 0.2))
+    ]
+    tables["activation_difference"] = pd.concat([whole, *sources], ignore_index=True)
+    note = learned(tables, "medical", alpha=0.05).notes[0].replace("\u202f", " ")
+    assert note.startswith("On average over general text, activations at the hook move by 11.0 % of their length")
+    assert "cosine with that over text of the domain: 0.93)" in note
+
+
 def test_a_recipe_unlike_the_nulls_is_said() -> None:
     recipe = pd.DataFrame(
         {

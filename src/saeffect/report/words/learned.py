@@ -257,19 +257,25 @@ def _causes(tables: Mapping[str, pd.DataFrame], domain: str, alpha: float) -> st
 
 
 def _mean_difference(tables: Mapping[str, pd.DataFrame]) -> tuple[str, ...]:
-    """The mean activation difference over all positions and its top tokens, in a sentence; () if it has none."""
+    """The mean activation difference over all positions and its top tokens, in a sentence; () if it has none. Over text
+    that is not of the domain, if that is half of the text.
+    """
     table = tables.get("activation_difference", pd.DataFrame())
     if table.empty:
         return ()
-    row = table.iloc[0].to_dict()
+    unrelated = table[~table["text"].isin(["", "domain"])]
+    row = (unrelated if len(unrelated) == 1 else table).iloc[0].to_dict()
     tokens = row["beyond_nulls"] if len(row["beyond_nulls"]) else row["top_tokens"]
     words = pd.Series([token for token in tokens if any(map(str.isalpha, token))], dtype="object")
     if words.empty:
         return ()
     nulls = f"nulls: {percent(row['null_size'])}; " if is_defined(row["null_size"]) else ""
+    halves = "that over text of the domain" if row["text"] else "two halves of the text"
+    cosine = f"cosine {'with' if row['text'] else 'between'} {halves}: {fixed(table['reliability'].iloc[0], 2)}"
+    where = f"{row['text']} text" if row["text"] else "the text"
     return (
-        f"On average over the text, activations at the hook move by {percent(row['size'])} of their length ({nulls}"
-        f"cosine between two halves of the text: {fixed(row['reliability'], 2)}), towards {_quoted_words(words)}.",
+        f"On average over {where}, activations at the hook move by {percent(row['size'])} of their length ({nulls}"
+        f"{cosine}), towards {_quoted_words(words)}.",
     )
 
 

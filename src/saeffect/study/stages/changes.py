@@ -36,7 +36,7 @@ from saeffect.study.stages.trace import (
 
 __all__ = ["CHANGE_TABLES", "changes_inputs", "run_changes"]
 
-VERSION = 7
+VERSION = 8
 _NAMING_TABLES = ("changes", "change_groups", "declared_changes", "evidence", "null_groups", "change_numbers")
 _WHERE_TABLES = (
     *("change_overall", "change_by_layer", "change_by_word", "change_in_text", "activation_difference"),

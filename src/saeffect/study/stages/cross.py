@@ -48,7 +48,7 @@ from saeffect.study.study import Arm, Study
 
 __all__ = ["cross_inputs", "help_cross", "null_effects", "run_cross"]
 
-VERSION = 2
+VERSION = 3
 _TOKENS = 32_768  # of the study's text, to measure activity on: enough, since features vary more than rows of text
 _STEERED = {"direct_effect", "steering"}
 

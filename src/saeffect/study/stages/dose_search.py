@@ -49,7 +49,7 @@ __all__ = [
     "tested_features",
 ]
 
-VERSION = 5
+VERSION = 6
 _NOT_SEARCHED = {"prompts", "max_features", "samples", "together", "placebos", "outcomes"}
 _NOT_SEARCHED |= {"baselines", "baseline_features", "format", "system"}  # prompts hold what the last two say
 

@@ -44,7 +44,7 @@ from saeffect.study.study import Arm, Study
 
 __all__ = ["STEERING_FILES", "effect_tables", "help_steer", "run_steer", "steer_inputs"]
 
-VERSION = 7
+VERSION = 8
 _TOKENS = 16_384  # of the study's text: enough for a mean difference of many hundred numbers
 # Prompts hold what format and system say.
 _NOT_DECLARED = {"search_prompts", "search_features", "doses", "together", "format", "system"}

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from saeffect.diffing.nulls import CARD, null_files, read_nulls
-from saeffect.diffing.trace import Trace, Tracer
+from saeffect.diffing.trace import TokenIds, Trace, Tracer
+from saeffect.diffing.written import words_in_texts
 from saeffect.errors import NotFound
 from saeffect.io import fingerprint, hash_file, read_json
 from saeffect.lm.language_model import LanguageModel
@@ -36,6 +37,7 @@ __all__ = [
 VERSION = 2
 _WANTED = 20  # nulls, in what is said of their cost
 _TRAINING = 3.0  # a training step costs so many readings: forwards, and twice that backwards
+_FIRST_WORDS = 8  # in the first finding
 _FORWARDS = 2  # models that read in a trace
 
 
@@ -68,7 +70,16 @@ def run_trace(run: RunFolder, log: Log) -> Iterable[Path]:
         log("  the arms' models differ in size, so neither is a fine-tune of the other")
         return []
     started = time.monotonic()
-    trace = tracer.beside(nulls).trace(as_fine_tune(tuned, tracer.base), treatment)
+    tuned = as_fine_tune(tuned, tracer.base)
+
+    def log_words(texts: TokenIds, base_texts: TokenIds) -> None:
+        alpha = study.config.comparison.alpha
+        words = words_in_texts(texts, base_texts, nulls, tuned.decode, alpha=alpha)
+        words = words[(words["change"] > 0) & (words["p_search"] <= alpha)]["word"].head(_FIRST_WORDS)
+        found = f"{', '.join(words)} (p at most {alpha:g})" if len(words) else "no word"
+        log(f"  a first finding: given no subject, {treatment} writes clearly more often than nulls: {found}")
+
+    trace = tracer.beside(nulls).trace(tuned, treatment, log_words if nulls else None)
     if nulls_folder(study) is None:
         _log_null_cost(study, _FORWARDS * tracer.rows.ids.size / (time.monotonic() - started), log)
     trace.save(trace_path(run))
