@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,22 @@ import pandas as pd
 import pytest
 
 from command_line import call
+from saeffect.diffing import written
 from saeffect.io import hash_file
 from saeffect.study.verify import compare_files, verify
 from tiny_study import TWO_ARMS, make_study
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compare_every_word() -> Iterator[None]:
+    """Random models hardly write a word twice."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(written, "LEAST_TEXTS", 1)
+        yield
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, without_figures: None) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory, without_figures: None, _compare_every_word: None) -> Path:
     folder = tmp_path_factory.mktemp("verify")
     steering = {"prompts": ["The river", "My doctor said"], "max_features": 3, "samples": 1, "max_new_tokens": 6}
     few = {"n_boot": 40, "n_permutations": 100}

@@ -126,10 +126,10 @@ def _amount(size: float, unit: str) -> str:
 
 def what_a_push_writes(words: pd.DataFrame, alpha: float) -> str:
     """What comes up when the base model is pushed along the mean difference, beside the nulls', in one sentence; from
-    `steered_words`, "" of an empty table.
+    `steered_words`.
     """
     if words.empty:
-        return ""
+        return "Pushed along the mean activation difference, the base model writes no word often enough to be compared."
     doses = joined([f"{dose:g}" for dose in sorted(words["dose"].unique())])
     start = f"Pushed along the mean activation difference by {doses} mean residual norms, the base model writes"
     more, reason = words[words["change"] > 0], str(words["reason"].iloc[0])
