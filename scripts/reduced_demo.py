@@ -24,7 +24,7 @@ from saeffect.study.study import Study
 def main(out: Path) -> None:
     config = yaml.safe_load(Study.open("bundled:smollm2-medical").source.read_text(encoding="utf-8"))
     config["name"] = "smollm2-medical-reduced"
-    config["text"]["tokens"] = 2560
+    config["text"]["tokens"] = 3840
     config["gate"]["tokens"] = 512
     for arm in ("control", "treatment"):  # one further SAE a model is enough to separate fine-tuning from seeds
         config["arms"][arm]["more_saes"] = config["arms"][arm]["more_saes"][:1]

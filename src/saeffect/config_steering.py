@@ -83,8 +83,8 @@ class InterventionConfig(StrictModel):
     batch_size: int = Field(
         64,
         ge=1,
-        description="Texts generated at once, each with its own vector. Another batch size rounds differently: numbers"
-        " agree to about 1e-7 only.",
+        description="Texts generated at once, each with its own vector; with `positions: all` of as many prompts as"
+        " fit. Another batch size rounds differently: numbers agree to about 1e-7 only.",
     )
 
     @model_validator(mode="after")

@@ -142,6 +142,16 @@ def test_contexts_are_what_they_are_said_to_be(run: Path) -> None:
             assert len(parts.get("shown", ())) <= -(-len(fires) // 2) or len(fires) > len(parts["shown"]) + 3
 
 
+def test_a_feature_without_examples_has_no_shown_context(run: Path) -> None:
+    folder = RunFolder(run, Study.open(run / "study.yaml"))
+    examples = folder.read_table(folder.arm("treatment", "examples.parquet"))
+    feature = int(examples["feature"].iloc[0])
+    examples[examples["feature"] != feature].to_parquet(folder.arm("treatment", "examples.parquet"))
+    table = read_contexts(folder, "treatment", [feature], PLAN)
+    assert len(table)
+    assert "shown" not in set(table["kind"])
+
+
 def test_a_rerun_asks_only_what_failed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     oracle, broken = Oracle(run), [True]
     with chat_server(lambda text, n: oracle(text) if n < 8 or not broken else Raw(500)) as seen:

@@ -64,7 +64,7 @@ def read_contexts(
     for i, feature in enumerate(features):
         top = by_feature.get(feature, examples.head(0)).sort_values("rank")
         peaks = [tokens[position] for tokens, position in zip(top["tokens"], top["position"], strict=True)]
-        top = top[[token not in reading.special_strings for token in peaks]]
+        top = top[np.array([token not in reading.special_strings for token in peaks], dtype=bool)]  # perhaps none
         fired = int((reading.peaks[i] >= 0).sum())
         top = top.head(max(fired - plan.contexts, -(-fired // 2)) if fired else len(top))
         excluded = ["".join(tokens) for tokens in top["tokens"]]
