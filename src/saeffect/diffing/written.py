@@ -23,6 +23,7 @@ from saeffect.steering.sampling import NoiseCell
 
 __all__ = [
     "LEAST_TEXTS",
+    "clearly_more",
     "difference_size",
     "difference_steering",
     "difference_vector",
@@ -81,6 +82,11 @@ def words_in_texts(
     """`written_words` of a trace that is not finished: what the tuned and the base model wrote, as in `Trace`."""
     models = [_decoded(ids, decode) for ids in (texts, base_texts, *(null.texts for null in nulls))]
     return _compare_words(_stems(), {math.nan: models}, alpha).drop(columns="dose")
+
+
+def clearly_more(words: pd.DataFrame, alpha: float) -> pd.DataFrame:
+    """The rows of a table of words that come more often than in nulls, with a p that counts the search."""
+    return words[(words["change"] > 0) & (words["p_search"] <= alpha)]
 
 
 def openings(trace: Trace, nulls: Sequence[Trace], decode: Decode, *, alpha: float = 0.05) -> pd.DataFrame:

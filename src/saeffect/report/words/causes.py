@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from saeffect.diffing.put_back_shares import OWN_WRITING
+from saeffect.diffing.written import clearly_more
 from saeffect.report.words.names import capital
 from saeffect.report.words.numbers import bracketed, fixed, is_defined, joined, p_text, p_value, percent, plural
 from saeffect.stats.estimate import Estimate
@@ -133,7 +134,7 @@ def what_a_push_writes(words: pd.DataFrame, alpha: float) -> str:
     doses = joined([f"{dose:g}" for dose in sorted(words["dose"].unique())])
     start = f"Pushed along the mean activation difference by {doses} mean residual norms, the base model writes"
     more, reason = words[words["change"] > 0], str(words["reason"].iloc[0])
-    found = more[more["p_search"] <= alpha]
+    found = clearly_more(words, alpha)
     if len(found):
         p = p_text(float(found["p_search"].max()))
         return f"{start} more often than along any null's: {_word_rates(found)} ({p}, which counts the search)."

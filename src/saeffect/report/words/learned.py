@@ -12,6 +12,7 @@ import pandas as pd
 
 from saeffect.diffing.naming import ALL, SEEN
 from saeffect.diffing.standardised import prediction_limit
+from saeffect.diffing.written import clearly_more
 from saeffect.lm.tokens import printable_token
 from saeffect.report.words.causes import what_a_push_writes, what_it_causes
 from saeffect.report.words.numbers import amount, count, fixed, is_defined, joined, p_text, percent, plural
@@ -238,12 +239,11 @@ def _where(tables: Mapping[str, pd.DataFrame], alpha: float) -> str:
         f"Of {plural(len(layers), 'layer')}, layer {count(most['layer'])} {place}: what it hands on"
         f" moved by {percent(most['change'])} of its length{nulls}."
     ]
-    expected = words[(words["role"] == "expected") & (words["change"] > 0)] if len(words) else words
-    expected = expected[expected["p_search"] <= alpha] if len(expected) else expected
+    expected = clearly_more(words[words["role"] == "expected"], alpha) if len(words) else words
     if len(expected):
         sentences.append(f"Words it expects clearly more than nulls do: {_quoted_words(expected['token'])}.")
     written = tables.get("written_words", pd.DataFrame())
-    more_written = written[(written["change"] > 0) & (written["p_search"] <= alpha)] if len(written) else written
+    more_written = clearly_more(written, alpha) if len(written) else written
     if len(more_written):
         sentences.append(f"Words it writes more, given no subject: {_quoted_words(more_written['word'])}.")
     return " ".join(sentences)

@@ -12,7 +12,7 @@ from typing import Any
 
 from saeffect.diffing.nulls import CARD, null_files, read_nulls
 from saeffect.diffing.trace import TokenIds, Trace, Tracer
-from saeffect.diffing.written import words_in_texts
+from saeffect.diffing.written import clearly_more, words_in_texts
 from saeffect.errors import NotFound
 from saeffect.io import fingerprint, hash_file, read_json
 from saeffect.lm.language_model import LanguageModel
@@ -75,7 +75,7 @@ def run_trace(run: RunFolder, log: Log) -> Iterable[Path]:
     def log_words(texts: TokenIds, base_texts: TokenIds) -> None:
         alpha = study.config.comparison.alpha
         words = words_in_texts(texts, base_texts, nulls, tuned.decode, alpha=alpha)
-        words = words[(words["change"] > 0) & (words["p_search"] <= alpha)]["word"].head(_FIRST_WORDS)
+        words = clearly_more(words, alpha)["word"].head(_FIRST_WORDS)
         found = f"{', '.join(words)} (p at most {alpha:g})" if len(words) else "no word"
         log(f"  a first finding: given no subject, {treatment} writes clearly more often than nulls: {found}")
 
