@@ -24,12 +24,12 @@ from saeffect.study.study import Study
 def main(out: Path) -> None:
     config = yaml.safe_load(Study.open("bundled:smollm2-medical").source.read_text(encoding="utf-8"))
     config["name"] = "smollm2-medical-reduced"
-    config["text"]["tokens"] = 3840
-    config["gate"]["tokens"] = 512
-    for arm in ("control", "treatment"):  # one further SAE a model is enough to separate fine-tuning from seeds
-        config["arms"][arm]["more_saes"] = config["arms"][arm]["more_saes"][:1]
+    config["text"] |= {"context_size": 32, "tokens": 1280}
+    config["gate"]["tokens"] = 256
+    # One further SAE of the base model is enough to separate fine-tuning from seeds.
+    del config["arms"]["placebo"], config["arms"]["treatment"]["more_saes"]
     # Null fine-tunes are measured on more rows than this.
-    config["nulls"], config["changes"] = None, {"rows": 16, "tokens_per_row": 32}
+    config["nulls"], config["changes"] = None, {"rows": 16}
     config["put_back"] = {"rows": 2, "tokens_per_row": 16, "sizes": [20], "sizes_reversed": [20]}
     trace.NEW_TOKENS = written.NEW_TOKENS = 4
     # One dose: with so few texts a search may find no dose that works.

@@ -285,6 +285,9 @@ class PutBackConfig(StrictModel):
     sizes_reversed: tuple[int, ...] = Field(
         (20, 100), description="The same for putting the fine-tuned model's values into the base model."
     )
+    groups: int = Field(
+        3, ge=0, description="Named groups that are put back one by one, the surest first; all together are added."
+    )
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:

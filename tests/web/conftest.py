@@ -13,6 +13,11 @@ import pytest
 import app_server
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _pages_without_figures(without_figures: None) -> None:
+    """The overview draws a report, whose figures take several times as long as all else; tests/report looks at them."""
+
+
 @pytest.fixture(scope="session")
 def site_run(tiny_run: Path) -> Path:
     """The run directory of a tiny finished study, without figures. Copy it before changing anything."""

@@ -19,8 +19,6 @@ from saeffect.study.progress_file import ProgressFile, read_progress
 from saeffect.web.overview.state import run_state
 from saeffect.web.site import Site
 
-pytestmark = pytest.mark.usefixtures("without_figures")
-
 
 def page_of(client: Any) -> str:
     """The overview once its report is there."""

@@ -45,7 +45,6 @@ _VOCABULARY = 2.5  # of 49,152 tokens, decoded once for each model
 _NAMING, _ONE_NULL, _PUT_BACK, _SCORES, _COMPARE, _REPORT = 8.0, 0.8, 6.0, 1.0, 10.0, 18.0
 _MEASURED_FEATURES, _MEASURED_TOKENS = 4_608, 49_152
 _DOMAIN = 0.06  # share of features that are of the domain, as in the bundled study
-_GROUPS = 4  # named groups that are put back, three and all together
 _TRACE_SOFTMAXES = 1.5  # the trace keeps every block's output, and probabilities of both models
 _CROSSED_TOKENS = 32_768
 _RUN_BYTES, _ARM_BYTES, _FEATURE_BYTES = 20_000_000, 1_000_000, 1_500  # page and figures, an arm, a feature
@@ -332,9 +331,10 @@ class _Planner:
         stage, n_blocks = StageCost("put back"), self._hook(self._control)[1]
         self._open(stage, self._control, self._treatment)
         bundled = text.bundled and read_json(bundled_path("texts", text.bundled) / "sources.json")["names"]
-        tokens = config.rows * len(bundled or text.sources) * min(config.tokens_per_row, text.context_size)
-        sets = sum(2 * (len(sizes) + _GROUPS) + 3 for sizes in (config.sizes, config.sizes_reversed))
-        stage.read(m, 2 * tokens, n_blocks)
+        n_rows, width = config.rows * len(bundled or text.sources), min(config.tokens_per_row, text.context_size)
+        sets = 2 * (len(config.sizes) + config.groups + len(config.sizes_reversed) + 2) + 6
+        stage.write(m, len(OPENINGS), width, Sampling(top_p=1.0))
+        stage.read(m, 2 * (tokens := (n_rows + len(OPENINGS)) * width), n_blocks)
         stage.read(m, sets * tokens, m.n_layers - n_blocks, logits=1)
         stage.encode(tokens, self._saes[self._control], self._encode, sets + 8)
         stage.seconds += self._wide(_PUT_BACK, self._control)

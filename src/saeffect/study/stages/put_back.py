@@ -27,7 +27,6 @@ from saeffect.study.texts import study_rows
 __all__ = ["put_back_inputs", "put_back_rows", "run_put_back"]
 
 VERSION = 3
-_GROUPS = 3  # named groups that are put back, the surest first: those of the headline
 _ALL = "all named groups"
 
 
@@ -159,7 +158,7 @@ def _named(run: RunFolder) -> dict[str, list[int]]:
     for row in table[table["claimed"].astype(bool)].to_dict("records"):
         name = str(row["name"])
         groups[f"{name} ({row['group']})" if name in groups else name] = [int(feature) for feature in row["features"]]
-    named = dict(list(groups.items())[:_GROUPS])
+    named = dict(list(groups.items())[: _settings(run.study).groups])
     if len(groups) > 1:
         named[_ALL] = sorted({feature for members in groups.values() for feature in members})
     return named

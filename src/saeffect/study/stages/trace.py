@@ -69,19 +69,23 @@ def run_trace(run: RunFolder, log: Log) -> Iterable[Path]:
     if _size(tuned) != _size(tracer.base):
         log("  the arms' models differ in size, so neither is a fine-tune of the other")
         return []
-    started = time.monotonic()
     tuned = as_fine_tune(tuned, tracer.base)
+    started_reading = time.monotonic()
 
-    def log_words(texts: TokenIds, base_texts: TokenIds) -> None:
+    def on_texts(texts: TokenIds, base_texts: TokenIds) -> None:
+        nonlocal started_reading
+        started_reading = time.monotonic()
+        if not nulls:
+            return
         alpha = study.config.comparison.alpha
         words = words_in_texts(texts, base_texts, nulls, tuned.decode, alpha=alpha)
         words = clearly_more(words, alpha)["word"].head(_FIRST_WORDS)
         found = f"{', '.join(words)} (p at most {alpha:g})" if len(words) else "no word"
         log(f"  a first finding: given no subject, {treatment} writes clearly more often than nulls: {found}")
 
-    trace = tracer.beside(nulls).trace(tuned, treatment, log_words if nulls else None)
+    trace = tracer.beside(nulls).trace(tuned, treatment, on_texts)
     if nulls_folder(study) is None:
-        _log_null_cost(study, _FORWARDS * tracer.rows.ids.size / (time.monotonic() - started), log)
+        _log_null_cost(study, _FORWARDS * tracer.rows.ids.size / (time.monotonic() - started_reading), log)
     trace.save(trace_path(run))
     return [trace_path(run)]
 
