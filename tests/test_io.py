@@ -69,15 +69,18 @@ def test_remove_leftovers_removes_nothing_else(tmp_path: Path) -> None:
         ".env.abcdefgh.txt",
         "a.json",
         ".tmpAbc123",
+        ".tmpZero01",
         ".saeffect-writing-link.abcdefgh",
     ]
     for name in mine[:-1]:
         (tmp_path / name).write_text("mine")
+    (tmp_path / ".tmpZero01").write_bytes(bytes(2_000_000) + b"mine")
     (tmp_path / mine[-1]).symlink_to(tmp_path / "a.json")
     with atomic_path(tmp_path / "a.json") as temporary:
         left = temporary.name
     (tmp_path / left).write_text("half")
     (tmp_path / ".tmpXyz789").write_bytes(save({"of safetensors": torch.zeros(1)})[:40])
+    (tmp_path / ".tmpSized1").write_bytes(bytes(2_000_000))  # killed before the first byte was written
     remove_leftovers(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(mine)
 

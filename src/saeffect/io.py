@@ -132,7 +132,10 @@ def _is_leftover(path: Path) -> bool:
         return True
     with path.open("rb") as file:
         start = file.read(9)  # the length of the header, and the header
-    return not start or start[4:] == b"\0\0\0\0{"
+        if start[4:] == b"\0\0\0\0{":
+            return True
+        # safetensors gives the file its size before it writes: until then it is nothing but zeros, or empty.
+        return not start.strip(b"\0") and not any(part.strip(b"\0") for part in iter(lambda: file.read(1 << 20), b""))
 
 
 def write_json(path: Path | str, value: Any) -> None:
