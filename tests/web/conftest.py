@@ -95,3 +95,24 @@ def tab(chromium: Any) -> Iterator[Callable[..., Any]]:
     yield open_tab
     for context in contexts:
         context.close()
+
+
+_COLOUR_RULES = ["color-contrast", "link-in-text-block"]  # of axe, those that it runs by default
+
+
+@pytest.fixture
+def barriers() -> Callable[..., list[tuple[str, str]]]:
+    """`barriers(page)`: what axe finds serious or critical, as the rule's name and the first element.
+
+    `colours=True` asks for contrast alone, in a third of the time: for a page's dark form, whose elements are those of
+    its light one. A page that sends a policy must be opened with `bypass_csp`, since axe is put into it.
+    """
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed").Axe()
+
+    def find(page: Any, *, colours: bool = False) -> list[tuple[str, str]]:
+        options = {"resultTypes": ["violations"]} | ({"runOnly": _COLOUR_RULES} if colours else {})
+        found = axe.run(page, options=options).response["violations"]
+        grave = [violation for violation in found if violation["impact"] in ("serious", "critical")]
+        return [(violation["id"], violation["nodes"][0]["html"][:200]) for violation in grave]
+
+    return find

@@ -106,16 +106,14 @@ def test_a_model_that_is_gone_is_said(run_copy: Path, serve_run: Callable[..., A
         assert "-gone" in page.inner_text("#model-what")
 
 
-def test_no_serious_barrier(served: str, chromium: Any) -> None:
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed")
+def test_no_serious_barrier(served: str, chromium: Any, barriers: Callable[..., Any]) -> None:
     context = chromium.new_context(viewport={"width": 1440, "height": 900}, bypass_csp=True)
     try:
         for theme in ("light", "dark"):
             page = context.new_page()
             context.add_cookies([{"name": "theme", "value": theme, "url": served}])
             open_play(page, served, "?arm=control&feature=3&prompt=My+doctor&max_new_tokens=3")
-            found = axe.Axe().run(page).response["violations"]
-            assert [(v["id"], v["nodes"][0]["html"]) for v in found if v["impact"] in ("serious", "critical")] == []
+            assert barriers(page, colours=theme == "dark") == []
     finally:
         context.close()
 
