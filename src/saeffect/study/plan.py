@@ -42,7 +42,7 @@ __all__ = ["Plan", "plan_study"]
 # Seconds of work on tables, for `_MEASURED_FEATURES` features and `_MEASURED_TOKENS` tokens (`rates.table_speed`).
 _START, _FEATURES, _EXAMPLES, _SMALL, _SELECT, _MATCH = 18.0, 2.0, 2.0, 0.3, 0.5, 1.5
 _VOCABULARY = 2.5  # of 49,152 tokens, decoded once for each model
-_NAMING, _ONE_NULL, _PUT_BACK, _SCORES, _COMPARE, _REPORT = 8.0, 0.8, 6.0, 1.0, 10.0, 18.0
+_NAMING, _ONE_NULL, _PUT_BACK, _SCORES, _COMPARE, _REPORT = 8.0, 0.3, 6.0, 1.0, 10.0, 32.0
 _MEASURED_FEATURES, _MEASURED_TOKENS = 4_608, 49_152
 _DOMAIN = 0.06  # share of features that are of the domain, as in the bundled study
 _TRACE_SOFTMAXES = 1.5  # the trace keeps every block's output, and probabilities of both models
