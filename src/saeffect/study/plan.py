@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from saeffect.config import ModelConfig
+from saeffect.config import ModelConfig, PutBackConfig
 from saeffect.config_steering import SteeringConfig
 from saeffect.diffing.nulls import null_files
 from saeffect.diffing.trace import NEW_TOKENS, OPENINGS, SAMPLES, text_sampling
@@ -191,7 +191,7 @@ class _Planner:
             yield self._match()
         yield self._changes()
         if self._config.put_back is not None:
-            yield self._put_back()
+            yield self._put_back(self._config.put_back)
         yield from self._push()
         if self._config.steering is not None:
             yield self._dose_search(self._config.steering)
@@ -325,16 +325,16 @@ class _Planner:
                 stage.write(m, rows, NEW_TOKENS, text_sampling())
             yield stage
 
-    def _put_back(self) -> StageCost:
-        config, m, text = self._config.put_back, self._models[self._control], self._config.text
-        assert config is not None
+    def _put_back(self, config: PutBackConfig) -> StageCost:
+        m, text = self._models[self._control], self._config.text
         stage, n_blocks = StageCost("put back"), self._hook(self._control)[1]
         self._open(stage, self._control, self._treatment)
         bundled = text.bundled and read_json(bundled_path("texts", text.bundled) / "sources.json")["names"]
-        n_rows, width = config.rows * len(bundled or text.sources), min(config.tokens_per_row, text.context_size)
+        width = min(config.tokens_per_row, text.context_size)
+        tokens = (config.rows * len(bundled or text.sources) + len(OPENINGS)) * width
         sets = 2 * (len(config.sizes) + config.groups + len(config.sizes_reversed) + 2) + 6
         stage.write(m, len(OPENINGS), width, Sampling(top_p=1.0))
-        stage.read(m, 2 * (tokens := (n_rows + len(OPENINGS)) * width), n_blocks)
+        stage.read(m, 2 * tokens, n_blocks)
         stage.read(m, sets * tokens, m.n_layers - n_blocks, logits=1)
         stage.encode(tokens, self._saes[self._control], self._encode, sets + 8)
         stage.seconds += self._wide(_PUT_BACK, self._control)

@@ -18,7 +18,7 @@ from saeffect.errors import ConfigError
 from saeffect.progress import SILENT, Log, Progress
 from saeffect.study.run import _method
 from saeffect.study.run_folder import RunFolder
-from saeffect.study.stages.put_back import put_back_inputs, put_back_rows, run_put_back
+from saeffect.study.stages.put_back import _named, put_back_inputs, put_back_rows, run_put_back
 from saeffect.study.study import Study
 from tiny_study import make_study
 
@@ -128,6 +128,13 @@ def test_features_and_groups_of_the_study_are_measured_on_later_rows(
     sizes = table[table["kind"] == "own"].groupby("features")["n_features"].first()
     assert sizes[["fever, cough", "river", "all named groups"]].tolist() == [2, 3, 5]
     assert "no" not in sizes.index
+
+
+@pytest.mark.parametrize(("n", "names"), [(0, []), (1, ["fever, cough"]), (3, ["fever, cough", "river"])])
+def test_as_many_named_groups_as_asked_for(path: Path, tmp_path: Path, n: int, names: list[str]) -> None:
+    run = RunFolder(tmp_path, _changed(path, put_back=SMALL | {"groups": n}))
+    _changes(run, {"fever, cough": [3, 4], "river": [7, 8, 9], "no": [1]})
+    assert list(_named(run)) == [*names, "all named groups"]
 
 
 def test_what_cannot_be_put_back(path: Path, tmp_path: Path) -> None:
