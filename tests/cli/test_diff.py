@@ -89,13 +89,16 @@ def test_models_alone_then_the_written_study(here: Path, capsys: pytest.CaptureF
     assert "saeffect run runs/x.yaml" in err
 
 
-def test_a_push_comes_after_the_first_findings(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_push_comes_after_the_first_findings(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(written, "LEAST_TEXTS", 1)  # random models hardly write a word twice
     code, _, err = typed(capsys, "diff", "base", "tuned", "--text", "notes.jsonl", "--push", "--out", "runs/x")
     assert code == 0, err
     assert set(read_json(here / "runs/x/manifest.json")["stages"]) == {"trace", "changes", "push", "report"}
     assert yaml.safe_load((here / "runs/x.yaml").read_text(encoding="utf-8"))["push"] == {}
     page = (here / "runs/x/report.html").read_text(encoding="utf-8")
-    assert "Pushed along the mean activation difference" in page
+    assert "by 0.15 mean residual norms, the base model writes" in page
     assert "pushed along the fine-tune" in page and "along a null" not in page
     assert (here / "runs/x/comparison/difference_words.parquet").is_file()
 

@@ -97,22 +97,17 @@ def tab(chromium: Any) -> Iterator[Callable[..., Any]]:
         context.close()
 
 
-_COLOUR_RULES = ["color-contrast", "link-in-text-block"]  # of axe, those that it runs by default
-
-
 @pytest.fixture
-def barriers() -> Callable[..., list[tuple[str, str]]]:
-    """`barriers(page)`: what axe finds serious or critical, as the rule's name and the first element.
+def barriers() -> Callable[[Any], list[tuple[str, str, str]]]:
+    """`barriers(page)`: what axe finds serious or critical: the rule's name, the element, and what is wrong with it.
 
-    `colours=True` asks for contrast alone, in a third of the time: for a page's dark form, whose elements are those of
-    its light one. A page that sends a policy must be opened with `bypass_csp`, since axe is put into it.
+    A page that sends a policy must be opened with `bypass_csp`, since axe is put into it.
     """
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed").Axe()
 
-    def find(page: Any, *, colours: bool = False) -> list[tuple[str, str]]:
-        options = {"resultTypes": ["violations"]} | ({"runOnly": _COLOUR_RULES} if colours else {})
-        found = axe.run(page, options=options).response["violations"]
+    def find(page: Any) -> list[tuple[str, str, str]]:
+        found = axe.run(page).response["violations"]
         grave = [violation for violation in found if violation["impact"] in ("serious", "critical")]
-        return [(violation["id"], violation["nodes"][0]["html"][:200]) for violation in grave]
+        return [(v["id"], node["html"][:200], node["failureSummary"]) for v in grave for node in v["nodes"]]
 
     return find

@@ -312,4 +312,4 @@ def test_no_serious_accessibility_faults(
                 page.wait_for_url("**/review/queue", wait_until="load")
             else:
                 page.goto(f"{url}{path}", wait_until="load")
-            assert barriers(page, colours=scheme == "dark") == [], path
+            assert barriers(page) == [], path

@@ -91,7 +91,7 @@ def test_pages_fit_and_have_no_serious_barrier(
     for path in ("/features?arm=control&coherence_min=-1", "/features/treatment/3"):
         page.goto(served + path)
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), path
-        assert barriers(page, colours=scheme == "dark") == [], path
+        assert barriers(page) == [], path
     assert page.messages == []
 
 

@@ -113,7 +113,7 @@ def test_no_serious_barrier(served: str, chromium: Any, barriers: Callable[..., 
             page = context.new_page()
             context.add_cookies([{"name": "theme", "value": theme, "url": served}])
             open_play(page, served, "?arm=control&feature=3&prompt=My+doctor&max_new_tokens=3")
-            assert barriers(page, colours=theme == "dark") == []
+            assert barriers(page) == []
     finally:
         context.close()
 
