@@ -131,3 +131,14 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     html = "".join(path.read_text(encoding="utf-8") for path in (tmp_path / "site").glob("*.html"))
     outside = set(re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?://[^"]+)"', html))
     assert outside == set(), "a page asks another server"
+
+
+def test_the_guard_s_table_is_that_of_its_benchmark() -> None:
+    def rows(path: str) -> list[str]:
+        return [
+            line for line in (ROOT / path).read_text(encoding="utf-8").splitlines() if re.match(r"\| \w+-\d+ ", line)
+        ]
+
+    shown = rows("docs/guard.md")
+    assert len(shown) == 16
+    assert shown == rows("benchmarks/results/guard.md")

@@ -13,6 +13,7 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from pairs import BASE, PAIRS, Pair
 from training import adapter_of
@@ -23,7 +24,7 @@ from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import load_language_model
 from saeffect.study.texts import study_rows
 
-SETTINGS = {"max-tokens": 12_000, "dict-size": 1024, "batch-size": 1024, "steps": 1000, "dtype": "bfloat16"}
+SETTINGS = {"max-tokens": 12_000, "dict-size": 1024, "batch-size": 1024, "steps": 1000}
 _HERE = Path(__file__).parent
 # Products of float32 matrices may be rounded to bfloat16, which some CPUs multiply several times as fast.
 _RUN = (
@@ -41,23 +42,30 @@ def main() -> None:
     _write_text(base, folder / "general.jsonl")
     for pair in PAIRS:
         out = folder / "out" / pair.name
-        if (out / "features.json").is_file():
+        if (out / "run.json").is_file():
             continue
         _save(load_language_model(adapter_of(pair, options.work)), folder / pair.name)
         settings = [part for key, value in SETTINGS.items() for part in (f"--{key}", str(value))]
         command = ["features", "base", pair.name, "--corpus", "general.jsonl", "--device", "cpu", "--no-weight-hash"]
         subprocess.run(
-            [options.python, "-c", _RUN, *command, *settings, "--out", f"out/{pair.name}"], cwd=folder, check=True
+            [options.python, "-c", _RUN, *command, *settings, "--dtype", options.dtype, "--out", f"out/{pair.name}"],
+            cwd=folder,
+            check=True,
         )
         shutil.rmtree(folder / pair.name)
+        write_json(out / "run.json", {"dtype": options.dtype})
     write_json(_HERE / "modeldiffr.json", {"settings": SETTINGS, "features": counts(folder / "out", PAIRS)})
 
 
-def counts(folder: Path, pairs: tuple[Pair, ...]) -> dict[str, dict[str, int]]:
-    """Features of each class by fine-tune, of those that were run."""
-    files = {pair.name: folder / pair.name / "features.json" for pair in pairs}
-    classes = {name: read_json(path)["classes"] for name, path in files.items() if path.is_file()}
-    return {name: {ours: counted[theirs] for ours, theirs in _CLASSES.items()} for name, counted in classes.items()}
+def counts(folder: Path, pairs: tuple[Pair, ...]) -> dict[str, dict[str, Any]]:
+    """Features of each class by fine-tune, of those that were run, and the `dtype` that each was run in."""
+    ran = [pair.name for pair in pairs if (folder / pair.name / "run.json").is_file()]
+    classes = {name: read_json(folder / name / "features.json")["classes"] for name in ran}
+    return {
+        name: {ours: classes[name][theirs] for ours, theirs in _CLASSES.items()}
+        | {"dtype": read_json(folder / name / "run.json")["dtype"]}
+        for name in ran
+    }
 
 
 def _save(lm: LanguageModel, folder: Path) -> None:
@@ -79,6 +87,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="the folder of run.py")
     parser.add_argument("--python", default="python", help="a Python that has modeldiffr")
+    parser.add_argument("--dtype", default="bfloat16", help="or float32, without bfloat16 products")
     return parser.parse_args()
 
 

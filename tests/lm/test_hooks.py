@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saeffect.errors import ConfigError, IncompatibleSae, ShapeMismatch, UnknownName
 from saeffect.lm.architectures import blocks
-from saeffect.lm.hooks import HOOK_KINDS, capture, edited, parse_hook, require_module_output
+from saeffect.lm.hooks import _FACTORS, HOOK_KINDS, capture, edited, parse_hook, recorded, require_module_output
 from saeffect.lm.language_model import LanguageModel
 
 SIZES = {
@@ -139,6 +139,31 @@ def test_unexplained_scale_of_a_half_is_refused(
             capture(lm, f"blocks.1.{kind}", ids)
     assert capture(lm, "blocks.1.hook_resid_post", ids).shape == (2, 9, 16)
     assert _hooks(lm) == 0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("kind", HOOK_KINDS)
+def test_an_edit_while_blocks_are_measured_does_not_mislead(
+    family: Callable[[Any], LanguageModel], token_ids: Tensor, name: str, kind: str
+) -> None:
+    lm = family(FAMILIES[name])
+    ids = token_ids % 64
+    with edited(lm, f"blocks.1.{kind}", lambda x: x + torch.linspace(-1, 1, 16)):
+        _FACTORS.pop(lm.model, None)
+        capture(lm, "blocks.0.hook_mlp_out", ids)
+    multiplier = getattr(lm.model.config, "residual_multiplier", 1.0)
+    expected = {"hook_attn_out": multiplier, "hook_resid_mid": 1.0, "hook_mlp_out": multiplier}
+    assert _FACTORS[lm.model] == {0: expected, 1: expected}
+
+
+def test_all_blocks_are_measured_in_one_pass(family: Callable[[Any], LanguageModel], token_ids: Tensor) -> None:
+    lm = family(FAMILIES["llama"])
+    passes: list[None] = []
+    lm.model.register_forward_pre_hook(lambda *_: passes.append(None))
+    with recorded(lm, *(f"blocks.{i}.{kind}" for i in range(2) for kind in HOOK_KINDS)) as x:
+        assert len(passes) == 1
+        _logits(lm, token_ids % 64)
+    assert len(x) == 2 * len(HOOK_KINDS)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
 
 from saeffect.cli.console import ConsoleProgress, keys_option, show
 from saeffect.config_file import read_config_file
@@ -15,6 +18,7 @@ from saeffect.paths import BUNDLED, BUNDLED_FOLDER, user_path
 
 if TYPE_CHECKING:
     from saeffect.lm.finetune import FinetuneConfig
+    from saeffect.study.study import Study
 
 __all__ = ["finetune"]
 
@@ -85,4 +89,13 @@ def _make_nulls(config: FinetuneConfig, out: Path, n: int, study: str | None, op
         show("to measure them: the same command with --study STUDY")
     if result.measured:
         show(f"{len(result.measured)} nulls: {out.resolve()}")
-        show("to use them, write into the study: nulls: <this folder>")
+        show(f"to use them, write into the study: {_study_line(out, opened)}")
+
+
+def _study_line(folder: Path, study: Study | None) -> str:
+    """The line of a study file that names the folder: relative to the file, unless the study is bundled."""
+    path = folder.resolve()
+    if study is not None and not study.reference.startswith(BUNDLED):
+        with contextlib.suppress(ValueError):  # on another drive
+            path = Path(os.path.relpath(path, study.source.resolve().parent))
+    return str(yaml.safe_dump({"nulls": path.as_posix()}, width=10_000, allow_unicode=True)).strip()

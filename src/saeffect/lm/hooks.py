@@ -206,8 +206,10 @@ def _attach(model: nn.Module, point: HookPoint, edit: Edit) -> Iterator[None]:
         yield
 
 
-def _hook_on(stack: contextlib.ExitStack, module: nn.Module, side: Side, edit: Edit) -> None:
-    """Edit a module's first input or output until the stack closes."""
+def _hook_on(
+    stack: contextlib.ExitStack, module: nn.Module, side: Side, edit: Edit, *, before_others: bool = False
+) -> None:
+    """Edit a module's first input or output until the stack closes; after the edits that are there, or before them."""
 
     def on_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
@@ -223,9 +225,9 @@ def _hook_on(stack: contextlib.ExitStack, module: nn.Module, side: Side, edit: E
         return new.to(x.device) if isinstance(x, Tensor) else new
 
     if side == "input":
-        handle = module.register_forward_pre_hook(on_input, with_kwargs=True)
+        handle = module.register_forward_pre_hook(on_input, with_kwargs=True, prepend=before_others)
     else:
-        handle = module.register_forward_hook(on_output)
+        handle = module.register_forward_hook(on_output, prepend=before_others)
     stack.callback(handle.remove)
 
 
@@ -253,13 +255,13 @@ def _locate_module(model: nn.Module, point: HookPoint) -> tuple[nn.Module, Side]
 
 
 def _factor(model: nn.Module, point: HookPoint) -> float:
-    """The factor with which the output of the hook's module enters the stream; measured once for each block."""
+    """The factor with which the output of the hook's module enters the stream; measured once for each model."""
     if point.kind in ("hook_resid_pre", "hook_resid_post", HOOK_Z):
         return 1.0
     factors = _FACTORS.setdefault(model, {})
     if point.layer not in factors:
-        factors[point.layer] = _measure_factors(model, point.layer)
-    factor = factors[point.layer].get(point.kind, math.nan)
+        factors |= _measure_factors(model)
+    factor = factors.get(point.layer, {}).get(point.kind, math.nan)
     if math.isnan(factor):
         raise ConfigError(
             f"{type(blocks(model)[point.layer]).__name__} does not add up by its {point.kind}: the residual stream is"
@@ -271,30 +273,38 @@ def _factor(model: nn.Module, point: HookPoint) -> float:
 
 
 @torch.no_grad()
-def _measure_factors(model: nn.Module, layer: int) -> dict[str, float]:
-    """For each hook kind its factor in the stream, measured on a few tokens; NaN where neither 1 nor the configured
-    factor fits.
+def _measure_factors(model: nn.Module) -> dict[int, dict[str, float]]:
+    """For each block and hook kind its factor in the stream, measured on a few tokens; NaN where neither 1 nor the
+    configured factor fits. A block that does not run, or is not made of attention and MLP, is left out.
     """
-    captured: dict[str, Tensor] = {}
+    captured: dict[tuple[int, str], Tensor] = {}
 
-    def store(kind: str) -> Edit:
-        return lambda x: captured.setdefault(kind, x)
+    def store(layer: int, kind: str) -> Edit:
+        return lambda x: captured.setdefault((layer, kind), x)
 
     with contextlib.ExitStack() as stack:
-        for kind in _RESIDUAL_KINDS:
-            with contextlib.suppress(ConfigError):
-                _hook_on(stack, *_locate_module(model, HookPoint(kind, layer, kind)), store(kind))
+        for layer in range(len(blocks(model))):
+            for kind in _RESIDUAL_KINDS:
+                # Edits of others may be attached: a block starts from the edited stream and adds the edited parts.
+                before_edits = kind in ("hook_resid_mid", "hook_resid_post")
+                with contextlib.suppress(ConfigError):
+                    module, side = _locate_module(model, HookPoint(kind, layer, kind))
+                    _hook_on(stack, module, side, store(layer, kind), before_others=before_edits)
         probe_logits(model)
-    before, mid, after, attention, mlp = map(captured.get, _RESIDUAL_KINDS)
-    if before is None or after is None or attention is None or mlp is None:
-        return {}
     configured = getattr(model.config, "residual_multiplier", None)
-    if mid is None:
-        factor = _fit_factor(before, after, attention + mlp, configured)
-        return {"hook_attn_out": factor, "hook_mlp_out": factor}
-    first, second = _fit_factor(before, mid, attention, configured), _fit_factor(mid, after, mlp, configured)
-    middle = math.nan if math.isnan(first) or math.isnan(second) else 1.0
-    return {"hook_attn_out": first, "hook_mlp_out": second, "hook_resid_mid": middle}
+    factors: dict[int, dict[str, float]] = {}
+    for layer in range(len(blocks(model))):
+        before, mid, after, attention, mlp = (captured.get((layer, kind)) for kind in _RESIDUAL_KINDS)
+        if before is None or after is None or attention is None or mlp is None:
+            continue
+        if mid is None:
+            factor = _fit_factor(before, after, attention + mlp, configured)
+            factors[layer] = {"hook_attn_out": factor, "hook_mlp_out": factor}
+            continue
+        first, second = _fit_factor(before, mid, attention, configured), _fit_factor(mid, after, mlp, configured)
+        middle = math.nan if math.isnan(first) or math.isnan(second) else 1.0
+        factors[layer] = {"hook_attn_out": first, "hook_mlp_out": second, "hook_resid_mid": middle}
+    return factors
 
 
 def _fit_factor(before: Tensor, after: Tensor, added: Tensor, configured: object) -> float:

@@ -130,8 +130,8 @@ def missing_nulls(study: Study) -> str:
     tokens = _recipe_tokens(study)
     cost = "" if tokens is None else f"; each reads {tokens:,} tokens, as the fine-tuning did"
     return (
-        f"no null fine-tunes, so nothing says what is usual: saeffect finetune RECIPE --null {_WANTED} --study"
-        f" {shlex.quote(reference)} --out nulls, then nulls: nulls in the study{cost}"
+        "no null fine-tunes, so nothing says what is usual; to make them, in the study's folder: saeffect finetune"
+        f" RECIPE --null {_WANTED} --study {shlex.quote(reference)} --out nulls, then nulls: nulls in the study{cost}"
     )
 
 
