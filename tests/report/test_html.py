@@ -14,6 +14,7 @@ from page_parser import Page
 from saeffect.comparison import Comparison
 from saeffect.lm.tokens import printable_token
 from saeffect.report import DrawnFigure, ReportContext, render_report, write_report
+from saeffect.report.cards import feature_lists, showcase
 from synthetic_study import HOSTILE
 
 
@@ -160,6 +161,15 @@ def test_the_list_is_capped_and_says_so(comparison: Comparison, context: ReportC
     page = render_report(comparison, context=replace(context, max_features=3), figures=())
     assert page.count('<details class="feature"') == 9
     assert page.count("The first 3 are listed here; all") == 3
+
+
+@pytest.mark.parametrize("alpha", [0.05, -1.0])  # at -1 nothing passes
+def test_the_examples_alone_are_those_of_the_whole_list(context: ReportContext, arms: dict, alpha: float) -> None:
+    judged = {n: replace(a, effects=a.effects.assign(passed=a.effects["q"] <= alpha)) for n, a in arms.items()}
+    given = replace(context, arms=judged)
+    alone = feature_lists(given, list(arms), for_showcase=True)
+    assert showcase(alone) == showcase(feature_lists(given, list(arms)))
+    assert [len(one.cards) for one in alone] == [3, 3], "no other card is made"
 
 
 def test_without_a_context(comparison: Comparison) -> None:

@@ -29,11 +29,12 @@ from saeffect.report.words.numbers import (
     undefined,
 )
 from saeffect.steering.outcomes import OUTCOMES
+from saeffect.steering.placebos import STEERED
 
 __all__ = ["Context", "FeatureCard", "FeatureList", "IntervalMark", "feature_lists", "showcase"]
 
 _WIDTH, _MARGIN = 100.0, 4.0  # of an interval mark; the margin leaves room for the dot
-_MAX_CONTEXTS = 4
+_MAX_CONTEXTS, _N_SHOWN = 4, 3  # of a card, and of an arm's features in the showcase
 Pair = tuple[str, str]
 _Row = Mapping[Any, Any]
 
@@ -88,24 +89,33 @@ class FeatureList:
     total: int
 
 
-def feature_lists(context: ReportContext, order: Sequence[str]) -> tuple[FeatureList, ...]:
-    """The domain features of each arm, largest effect first, untested ones last, at most `max_features` each."""
+def feature_lists(
+    context: ReportContext, order: Sequence[str], *, for_showcase: bool = False
+) -> tuple[FeatureList, ...]:
+    """The domain features of each arm, largest effect first, untested ones last, at most `max_features` each;
+    `for_showcase`: only those that `showcase` takes.
+    """
     arms = [context.arms[name] for name in order if name in context.arms]
     scale = _common_scale(arms)
     lists = []
     for arm in arms:
+        if for_showcase and arm.role == "placebo":
+            continue
         rows = _domain_rows(arm)
-        shown = rows.head(context.max_features)
-        examples = _by_feature(context.examples.get(arm.name), shown["feature"])
-        trials = _by_feature(arm.interventions, shown["feature"])
-        outcomes = outcome_pairs(context, arm.name)
+        shown: Sequence[_Row] = rows.head(context.max_features).to_dict("records")
+        if for_showcase:
+            shown = _showcase_rows(arm, shown)
+        features = [row["feature"] for row in shown]
+        contexts = _contexts(context.examples.get(arm.name), features)
+        trials = _by_feature(arm.interventions, features)
+        outcomes = outcome_pairs(context, arm.name, features)
         cards = tuple(
             replace(
                 _card(arm, row, outcomes.get(row["feature"], ()), scale),
-                contexts=_contexts(examples.get(row["feature"])),
+                contexts=tuple(contexts.get(row["feature"], ())),
                 trials=representative_trials(trials.get(row["feature"]), context.prompts, list(row["top_tokens"])),
             )
-            for row in shown.to_dict("records")
+            for row in shown
         )
         lists.append(FeatureList(arm.name, arm.role, cards, len(rows)))
     return tuple(lists)
@@ -117,8 +127,17 @@ def showcase(lists: Sequence[FeatureList]) -> tuple[FeatureCard, ...]:
     for arm in sorted(lists, key=lambda arm: arm.role != "treatment"):
         if arm.role != "placebo":
             tested = [card for card in arm.cards if card.trials]
-            chosen += ([card for card in tested if card.state == "passed"] or tested)[:3]
+            chosen += ([card for card in tested if card.state == "passed"] or tested)[:_N_SHOWN]
     return tuple(chosen)
+
+
+def _showcase_rows(arm: ArmTables, rows: Sequence[_Row]) -> Sequence[_Row]:
+    """The rows behind the cards that `showcase` takes of an arm."""
+    if arm.interventions is None:
+        return ()
+    steered = set(arm.interventions.loc[arm.interventions["condition"] == STEERED, "feature"])
+    tested = [row for row in rows if row["feature"] in steered]
+    return ([row for row in tested if _state(row) == "passed"] or tested)[:_N_SHOWN]
 
 
 def _domain_rows(arm: ArmTables) -> pd.DataFrame:
@@ -130,7 +149,7 @@ def _domain_rows(arm: ArmTables) -> pd.DataFrame:
     ).reset_index(drop=True)
 
 
-def _by_feature(table: pd.DataFrame | None, features: pd.Series[Any]) -> dict[Any, pd.DataFrame]:
+def _by_feature(table: pd.DataFrame | None, features: Sequence[int]) -> dict[Any, pd.DataFrame]:
     if table is None or table.empty:
         return {}
     return dict(iter(table[table["feature"].isin(features)].groupby("feature", sort=False)))
@@ -158,11 +177,16 @@ def _interval_mark(row: _Row, scale: tuple[float, float]) -> IntervalMark | None
     return IntervalMark(at(row.get("effect_low")), at(row.get("effect_high")), at(effect), at(0.0))
 
 
+def _state(row: _Row) -> str:
+    if not is_defined(row.get("p")):
+        return "not tested"
+    return "passed" if is_true(row.get("passed")) else "not passed"
+
+
 def _card(arm: ArmTables, row: _Row, outcomes: Sequence[Pair], scale: tuple[float, float]) -> FeatureCard:
     matched = row.get("matched")
     matched = list(matched) if isinstance(matched, list | tuple | np.ndarray) else []
     top = chips(list(row["top_tokens"]), list(row["top_weights"]), matched)
-    tested = is_defined(row.get("p"))
     label = str(row.get("label") or "")
     label = "" if label == "nan" else label
     names = ("effect", "coherence", "matches", "density", "q")
@@ -172,7 +196,7 @@ def _card(arm: ArmTables, row: _Row, outcomes: Sequence[Pair], scale: tuple[floa
         feature=int(row["feature"]),
         label=printable_token(label),
         chips=top,
-        state=("passed" if is_true(row.get("passed")) else "not passed") if tested else "not tested",
+        state=_state(row),
         effect=signed(row["effect"]) if is_defined(row["effect"]) else "",
         effect_interval=_effect_interval(row).strip(),
         mark=_interval_mark(row, scale),
@@ -183,17 +207,21 @@ def _card(arm: ArmTables, row: _Row, outcomes: Sequence[Pair], scale: tuple[floa
     )
 
 
-def _contexts(table: pd.DataFrame | None) -> tuple[Context, ...]:
-    if table is None:
-        return ()
-    return tuple(
-        Context(
-            source=printable_token(str(row["source"])),
-            activation=f"{float(row['activation']):.2f}",
-            runs=context_runs(list(row["tokens"]), list(row["activations"]), int(row["position"])),
+def _contexts(table: pd.DataFrame | None, features: Sequence[int]) -> dict[Any, list[Context]]:
+    """By feature, its first contexts by rank."""
+    contexts: dict[Any, list[Context]] = {}
+    if table is None or table.empty:
+        return contexts
+    ranked = table[table["feature"].isin(features)].sort_values("rank", kind="stable")
+    for row in ranked.groupby("feature", sort=False).head(_MAX_CONTEXTS).to_dict("records"):
+        contexts.setdefault(row["feature"], []).append(
+            Context(
+                source=printable_token(str(row["source"])),
+                activation=f"{float(row['activation']):.2f}",
+                runs=context_runs(list(row["tokens"]), list(row["activations"]), int(row["position"])),
+            )
         )
-        for row in table.sort_values("rank", kind="stable").head(_MAX_CONTEXTS).to_dict("records")
-    )
+    return contexts
 
 
 def _effect_interval(row: _Row) -> str:

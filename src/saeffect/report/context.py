@@ -141,12 +141,12 @@ def outcome_summary(results: SteeringResults, order: Sequence[str], *, alpha: fl
         rows.append(
             {
                 **shared,
-                "control": features["placebo"].iloc[0],
+                "control": features["placebo"][0],
                 "decides": bool(features["primary"].any()),
-                "alternative": str(features["alternative"].iloc[0]),
+                "alternative": str(features["alternative"][0]),
                 "n_tested": int(np.isfinite(q).sum()),
                 "n_passed": int((q <= alpha).sum()),
-                "reversed_share": pd.to_numeric(features["reversed_share"], errors="coerce").mean(),
+                "reversed_share": pd.Series(_numbers(features["reversed_share"])).mean(),
             }
         )
     return pd.DataFrame(rows, columns=list(_OUTCOME_COLUMNS))
@@ -165,7 +165,7 @@ def baseline_summary(results: SteeringResults, order: Sequence[str]) -> pd.DataF
         rows.append(
             {
                 **shared,
-                "baseline": features["baseline"].iloc[0],
+                "baseline": features["baseline"][0],
                 "n_above": int((effect > 0).sum()),
                 "n_clearly_above": int((low > 0).sum()),
                 "n_below": int((effect < 0).sum()),
@@ -200,37 +200,44 @@ def dose_summary(response: pd.DataFrame | None, order: Sequence[str]) -> pd.Data
 
 def primary_effects(effects: pd.DataFrame | None) -> dict[str, Any]:
     """Mean deciding effect over features: n_features, n_defined, mean, low, high, reason as in `outcome_summary`."""
-    return _effect_columns(pd.DataFrame({"effect": [], "reason": []}) if effects is None or effects.empty else effects)
+    return _effect_columns({"effect": [], "reason": []} if effects is None or effects.empty else effects)
 
 
 def _outcome_groups(
     results: SteeringResults, tables: Mapping[str, pd.DataFrame], order: Sequence[str], column: str
-) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
-    """(identifying columns, rows) for every arm, outcome and comparator, in the tables' order."""
+) -> Iterator[tuple[dict[str, Any], dict[str, np.ndarray]]]:
+    """(identifying columns, columns of the rows) for every arm, outcome and comparator, in the tables' order."""
     for arm in order:
         table = tables.get(arm)
         if table is None or table.empty:
             continue
-        for outcome in results.in_order(list(dict.fromkeys(table["outcome"]))):
-            for _, features in table[table["outcome"] == outcome].groupby(column, sort=False):
+        columns = {str(name): table[name].to_numpy() for name in table.columns}
+        groups: dict[str, dict[str, list[int]]] = {}
+        for i, (outcome, comparator) in enumerate(zip(columns["outcome"], columns[column], strict=True)):
+            groups.setdefault(outcome, {}).setdefault(comparator, []).append(i)
+        for outcome in results.in_order(list(groups)):
+            for rows in groups[outcome].values():
+                features = {name: values[rows] for name, values in columns.items()}
                 shared = {"arm": arm, "outcome": outcome, "declared": results.declared(outcome)}
-                yield shared | {"unit": str(features["unit"].iloc[0])} | _effect_columns(features), features
+                yield shared | {"unit": str(features["unit"][0])} | _effect_columns(features), features
 
 
-def _effect_columns(features: pd.DataFrame) -> dict[str, Any]:
+def _effect_columns(features: Mapping[str, Any] | pd.DataFrame) -> dict[str, Any]:
     effect = _numbers(features["effect"])
     defined = effect[np.isfinite(effect)]
     estimate = mean_interval(defined)
-    reasons = features["reason"].dropna().astype(str)
-    reasons = reasons[reasons != ""]
-    reason = str(reasons.mode().iloc[0]) if len(reasons) else "no feature was tested"
+    reason = ""
+    if not len(defined):
+        reasons = pd.Series(features["reason"], dtype=object).dropna().astype(str)
+        reasons = reasons[reasons != ""]
+        reason = str(reasons.mode().iloc[0]) if len(reasons) else "no feature was tested"
     return {
-        "n_features": len(features),
+        "n_features": len(effect),
         "n_defined": len(defined),
         "mean": estimate.value,
         "low": estimate.low,
         "high": estimate.high,
-        "reason": "" if len(defined) else reason,
+        "reason": reason,
     }
 
 
@@ -244,5 +251,5 @@ def _mean_columns(features: pd.DataFrame, measure: str) -> dict[str, float]:
     return dict(zip((measure, f"{measure}_low", f"{measure}_high"), numbers, strict=True))
 
 
-def _numbers(column: pd.Series[Any]) -> np.ndarray:
-    return pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64)
+def _numbers(column: Any) -> np.ndarray:
+    return np.asarray(pd.to_numeric(column, errors="coerce"), dtype=np.float64)

@@ -105,7 +105,7 @@ def render_report(
 ) -> str:
     """The report as a string; see `write_report`."""
     context = context or ReportContext()
-    numbers, values = _content(comparison, context, figures)
+    numbers, values = _content(comparison, context, figures, listed=True)
     script, style = _read("report.js"), page_style()
     return page_environment(numbers).get_template("report.html.j2").render(
         **values,
@@ -122,7 +122,7 @@ def render_body(
     """The report's sections without head, style, script and list of features, for a page that has its own; the features
     are at `features_at`. Arguments and errors as `write_report`.
     """
-    numbers, values = _content(comparison, context or ReportContext(), None)
+    numbers, values = _content(comparison, context or ReportContext(), None, listed=False)
     return Markup(page_environment(numbers).get_template("body.html.j2").render(**values, features_at=features_at))
 
 
@@ -150,13 +150,13 @@ def script_hash() -> str:
 
 
 def _content(
-    comparison: Comparison, context: ReportContext, figures: Sequence[DrawnFigure] | None
+    comparison: Comparison, context: ReportContext, figures: Sequence[DrawnFigure] | None, *, listed: bool
 ) -> tuple[Numbering, dict[str, Any]]:
-    """The numbering of tables and figures, and the values of the templates."""
+    """The numbering of tables and figures, and the values of the templates; `listed`: with the list of features."""
     if not comparison.answer["headline"]:
         raise ConfigError("the comparison has not been put into words.", at="comparison", fix="call with_answer first.")
     drawn = tuple(figures) if figures is not None else draw_figures(comparison, context)
-    lists = feature_lists(context, [str(name) for name in comparison.table1["arm"]])
+    lists = feature_lists(context, [str(name) for name in comparison.table1["arm"]], for_showcase=not listed)
     sentences, tables = evidence(comparison, context), _tables(comparison, context)
     steering, further = steering_section(comparison, context), comparison.matches.further
     views = [entry.table for entry in tables.values() if entry.table is not None]

@@ -6,8 +6,9 @@ import csv
 import io
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -93,18 +94,22 @@ def summarise_verdicts(verdicts: pd.DataFrame, arm: str) -> pd.DataFrame:
          feature  n_yes  n_no  n_unsure  label  majority
                7      1     0         1 cancer      True
     """
+    by_feature: dict[int, list[Mapping[Any, Any]]] = {}
+    for row in verdicts[verdicts["arm"] == arm].to_dict("records"):
+        by_feature.setdefault(row["feature"], []).append(row)
     rows = []
-    for feature, rows_of_feature in verdicts[verdicts["arm"] == arm].groupby("feature", sort=True):
-        is_decision = rows_of_feature["rater"].str.startswith(ADJUDICATION)
-        decision, answers = rows_of_feature[is_decision].tail(1), rows_of_feature[~is_decision]
-        counts = Counter(answers["verdict"])
-        labels = [*decision["label"], _most_common_label(answers.loc[answers["verdict"] == "yes", "label"].tolist())]
+    for feature, given in sorted(by_feature.items()):
+        decision = [row for row in given if row["rater"].startswith(ADJUDICATION)][-1:]
+        answers = [row for row in given if not row["rater"].startswith(ADJUDICATION)]
+        counts = Counter(row["verdict"] for row in answers)
+        labels = [row["label"] for row in decision]
+        labels.append(_most_common_label([row["label"] for row in answers if row["verdict"] == "yes"]))
         rows.append(
             {
                 "feature": feature,
                 **{f"n_{verdict}": counts[verdict] for verdict in VERDICTS},
                 "label": next(filter(None, labels), ""),
-                "majority": (decision["verdict"] == "yes").all() if len(decision) else counts["yes"] > counts["no"],
+                "majority": decision[0]["verdict"] == "yes" if decision else counts["yes"] > counts["no"],
             }
         )
     integers = dict.fromkeys(("feature", "n_yes", "n_no", "n_unsure"), np.int64)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow.parquet as pq
 
 from saeffect.errors import BadFile, NotFound, first_line, unknown_name
 
@@ -32,7 +33,10 @@ def run_figures(folder: Path) -> Mapping[str, Picture]:
 def read_table(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
     """A table of a run directory, or some of its columns; NotFound if there is none, BadFile if it is broken."""
     try:
-        return pd.read_parquet(path, columns=columns)
+        with pq.ParquetFile(path) as file:  # half the time of pandas.read_parquet, which makes a data set of each file
+            table = file.read(columns)
+        frame: pd.DataFrame = (table if columns is None else table.select(columns)).to_pandas()
+        return frame
     except FileNotFoundError as error:
         raise NotFound(f"there is no {path.name}.", at=str(path), fix="run the stage before this one.") from error
     except Exception as error:  # pyarrow raises many kinds

@@ -85,7 +85,7 @@ def forests(comparison: Comparison, context: ReportContext) -> tuple[DrawnFigure
             reason = f"no feature of {arm} has an effect, so nothing can be said about what its features cause."
             figures.append(replace(figure, reason=reason))
             continue
-        names = feature_names(context.arms.get(name), 2)
+        names = feature_names(context.arms.get(name), 2, wanted=set(table["feature"]))
         figures.append(replace(figure, **_forest(table, styles[name], scale, names, instructions or reading)._asdict()))
         instructions = instructions or f"Read as [[figure:{figure.name}]]."  # only the first caption explains the plot
     return tuple(figures)

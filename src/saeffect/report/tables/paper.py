@@ -227,12 +227,14 @@ def contrast_table(comparison: Comparison, _context: ReportContext) -> TableView
     pairs = pairs.sort_values("comparison", key=lambda column: column.map(rank), kind="stable")
     keys = list(pairs.itertuples(index=False, name=None))
     rows = []
-    for quantity, group in table.groupby("quantity", sort=False):
-        by_pair = {(row["comparison"], row["a"], row["b"]): row for row in group.to_dict("records")}
+    by_quantity: dict[str, dict[Any, Mapping[Any, Any]]] = {}
+    for row in table.to_dict("records"):
+        by_quantity.setdefault(str(row["quantity"]), {})[row["comparison"], row["a"], row["b"]] = row
+    for quantity, by_pair in by_quantity.items():
         first = next(by_pair[key] for key in keys if key in by_pair)
         cells = [_contrast_cell(by_pair[key]) if key in by_pair else Cell.dash() for key in keys]
         cells.append(Cell.words(first["method"], tone="muted"))
-        rows.append(Row(str(first["label"]), tuple(cells), strong=quantity in PRIMARY, key=str(quantity)))
+        rows.append(Row(str(first["label"]), tuple(cells), strong=quantity in PRIMARY, key=quantity))
     return TableView(
         name="contrasts",
         caption="Every contrast between the arms",

@@ -28,16 +28,19 @@ def outcome_table(comparison: Comparison, context: ReportContext) -> TableView |
         return None
     controls = set(table["control"])
     rows = list(_pass_rows(arms, table))
-    for outcome, rows_of_outcome in table.groupby("outcome", sort=False):
-        definition, decides = OUTCOMES[str(outcome)], bool(rows_of_outcome["decides"].any())
-        declared = "declared" if rows_of_outcome["declared"].iloc[0] else "exploratory"
-        for control, group in rows_of_outcome.groupby("control", sort=False):
-            by_arm = {row["arm"]: row for row in group.to_dict("records")}
+    by_outcome: dict[str, dict[str, dict[str, Mapping[Any, Any]]]] = {}
+    for row in table.to_dict("records"):
+        by_outcome.setdefault(str(row["outcome"]), {}).setdefault(str(row["control"]), {})[row["arm"]] = row
+    deciding = set(zip(table.loc[table["decides"], "outcome"], table.loc[table["decides"], "control"], strict=True))
+    for outcome, by_control in by_outcome.items():
+        definition, decides = OUTCOMES[outcome], any(name == outcome for name, _ in deciding)
+        declared = "declared" if results.declared(outcome) else "exploratory"
+        for control, by_arm in by_control.items():
             rows.append(
                 Row(
-                    f"… {control_label(str(control))}",
-                    tuple(_outcome_cell(by_arm.get(arm), str(outcome)) for arm in arms["arm"]),
-                    strong=bool(group["decides"].any()),
+                    f"… {control_label(control)}",
+                    tuple(_outcome_cell(by_arm.get(arm), outcome) for arm in arms["arm"]),
+                    strong=(outcome, control) in deciding,
                     group=f"{capital(definition.label)} ({definition.effect_unit})",
                     tag="declared, decides" if decides else declared,
                 )
@@ -113,18 +116,21 @@ def _outcome_cell(row: Mapping[Any, Any] | None, outcome: str) -> Cell:
     return Cell(text, sub=passed)
 
 
-def outcome_pairs(context: ReportContext, arm: str) -> Mapping[int, tuple[tuple[str, str], ...]]:
+def outcome_pairs(
+    context: ReportContext, arm: str, features: Sequence[int]
+) -> Mapping[int, tuple[tuple[str, str], ...]]:
     """By feature, pairs for its card: deciding outcome minus every control, other outcomes minus the deciding one."""
     results = context.steering
     if results is None or arm not in results.outcome_effects:
         return {}
     difference = f"steered − {control_label(results.placebo)}"
+    effects = results.outcome_effects[arm]
     pairs_by_feature: dict[int, tuple[tuple[str, str], ...]] = {}
-    for feature, rows in results.outcome_effects[arm].groupby("feature"):
+    for feature, rows in _rows_by_feature(effects[effects["feature"].isin(features)]).items():
         deciding: list[str] = []
         declared: list[str] = []
         exploratory: list[str] = []
-        for row in rows.to_dict("records"):
+        for row in rows:
             outcome, definition = str(row["outcome"]), OUTCOMES[str(row["outcome"])]
             text = effect_text(row["effect"], outcome)
             if outcome == results.deciding:
@@ -138,8 +144,15 @@ def outcome_pairs(context: ReportContext, arm: str) -> Mapping[int, tuple[tuple[
             (f"Other declared outcomes: {difference}", ", ".join(declared)),
             (f"Exploratory outcomes: {difference}", ", ".join(exploratory)),
         )
-        pairs_by_feature[int(feature)] = tuple(pair for pair in pairs if pair[1])  # type: ignore[call-overload]
+        pairs_by_feature[feature] = tuple(pair for pair in pairs if pair[1])
     return pairs_by_feature
+
+
+def _rows_by_feature(table: pd.DataFrame) -> dict[int, list[Mapping[Any, Any]]]:
+    rows: dict[int, list[Mapping[Any, Any]]] = {}
+    for row in table.to_dict("records"):
+        rows.setdefault(int(row["feature"]), []).append(row)
+    return rows
 
 
 _BASELINE_PHRASES = {
@@ -208,10 +221,11 @@ def baseline_table(comparison: Comparison, context: ReportContext) -> TableView 
         columns += [Column(capital(control_label(baseline))), Column(f"Steered − {short}", "95 % interval")]
     rows = []
     for arm, table in tables.items():
-        names = feature_names(context.arms.get(arm))
-        for feature, group in table.groupby("feature"):
-            cells = _baseline_cells(group.to_dict("records"), baselines, outcome)
-            rows.append(Row(f"{feature}", cells, sub=names.get(int(feature), ""), group=arm))  # type: ignore[call-overload]
+        by_feature = _rows_by_feature(table)
+        names = feature_names(context.arms.get(arm), wanted=by_feature)
+        for feature, records in sorted(by_feature.items()):
+            cells = _baseline_cells(records, baselines, outcome)
+            rows.append(Row(f"{feature}", cells, sub=names.get(feature, ""), group=arm))
     title, tag = capital(OUTCOMES[outcome].label), "declared" if results.declared(outcome) else "exploratory"
     return TableView(
         name="baselines",
@@ -259,9 +273,10 @@ def together_table(comparison: Comparison, context: ReportContext) -> TableView 
     rows = []
     for arm in comparison.table1["arm"]:
         if arm in results.together_effects:
-            effects, names = context.arms[arm].effects, feature_names(context.arms.get(arm), 2)
+            effects, sets = context.arms[arm].effects, results.together_effects[arm]
+            names = feature_names(context.arms.get(arm), 2, wanted=set(sets["members"].explode()))
             alone = {} if effects is None else dict(zip(effects["feature"], effects["effect"], strict=True))
-            rows += [_set_row(arm, row, alone, names) for row in results.together_effects[arm].to_dict("records")]
+            rows += [_set_row(arm, row, alone, names) for row in sets.to_dict("records")]
     if not rows:
         return None
     return TableView(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from saeffect.diffing.put_back_shares import OWN_WRITING
@@ -202,13 +203,10 @@ def put_back_row(
     """The row of `put_back_table` of this measure, set (None: of any number) and kind; None if there is none. `where`
     are further columns: edited ("tuned"), source ("domain"), features ("changed").
     """
-    where = {"edited": "tuned", "source": "domain", "features": "changed"} | where
-    rows = table[(table["measure"] == measure) & (table["kind"] == kind)]
-    for column, value in where.items():
-        rows = rows[rows[column] == value]
-    if n_features is not None:
-        rows = rows[rows["n_features"] == n_features]
-    return rows.iloc[0].to_dict() if len(rows) else None
+    wanted: dict[str, Any] = {"measure": measure, "kind": kind, "edited": "tuned", "source": "domain"}
+    wanted |= {"features": "changed"} | where | ({} if n_features is None else {"n_features": n_features})
+    fits = np.logical_and.reduce([table[column] == value for column, value in wanted.items()])
+    return table.iloc[int(fits.argmax())].to_dict() if fits.any() else None
 
 
 def put_back_sentence(

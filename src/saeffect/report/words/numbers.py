@@ -44,6 +44,8 @@ def is_defined(value: object) -> TypeGuard[float]:
         >>> is_defined(0), is_defined(float("nan")), is_defined(None)
         (True, False, False)
     """
+    if type(value) is float:  # most are, and to ask for the protocol takes long
+        return math.isfinite(value)
     return isinstance(value, SupportsFloat) and value is not pd.NA and math.isfinite(value)
 
 

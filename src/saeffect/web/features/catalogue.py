@@ -138,13 +138,17 @@ def _with_verdicts(index: FeatureIndex, verdicts: VerdictRows) -> FeatureIndex:
     from_run = index.verdicts
     counts = {name: np.array(getattr(from_run, name)) for name in ("n_yes", "n_no", "n_unsure")}
     labels = list(from_run.labels)
-    for position, rows in verdicts.items():
-        decisive = [row for row in rows if row["role"] == "adjudicator"][-1:] or rows
-        summary = summarise_verdicts(pd.DataFrame(decisive).assign(feature=position, arm=""), "").iloc[0]
+    decisive = {
+        position: [row for row in rows if row["role"] == "adjudicator"][-1:] or rows
+        for position, rows in verdicts.items()
+    }
+    table = pd.DataFrame([{**row, "feature": i, "arm": ""} for i, rows in decisive.items() for row in rows])
+    for summary in summarise_verdicts(table, "").to_dict("records"):
+        position = summary["feature"]
         for name, column in counts.items():
             column[position] = summary[name]
         # A label is shown even if the feature is not of the domain.
-        labels_of_others = [row["label"] for row in decisive if row["label"]]
+        labels_of_others = [row["label"] for row in decisive[position] if row["label"]]
         labels[position] = str(summary["label"]) or next(reversed(labels_of_others), labels[position])
     return index.with_verdicts(Verdicts(**counts, labels=labels))
 
