@@ -39,6 +39,7 @@ from saeffect.steering import (
 )
 from saeffect.steering.placebos import STEERED
 from saeffect.steering.trials import TRIAL_COLUMNS
+from saeffect.study.both_models import size_obstacle
 from saeffect.study.nulls import nulls_folder
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.crossed_rows import RowSums, by_row, crossed_rows, marker_row
@@ -152,9 +153,8 @@ def _effects_of_nulls(run: RunFolder, log: Log) -> dict[str, list[float]]:
 def _obstacle(study: Study) -> str:
     """Why the SAE of one arm cannot be put on the other's model; "" if it can."""
     control, treatment = study.pair
-    widths = [study.sae_config(name).d_in for name in (control, treatment)]
-    if widths[0] != widths[1]:
-        return f"the models differ in width ({widths[0]} and {widths[1]}), so neither takes the other's SAE"
+    if reason := size_obstacle(study, control, treatment) or size_obstacle(study, treatment, control):
+        return f"{reason}, so the SAEs cannot be exchanged"
     if treatment in study.differences:
         return f"the models' tokenizers differ: the treatment's {study.differences[treatment].words()}"
     return ""
