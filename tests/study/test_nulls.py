@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from saeffect.diffing.nulls import pooled_p, read_nulls
+from saeffect.diffing.nulls import kept_adapters, pooled_p, read_nulls
 from saeffect.diffing.standardised import raw_changes
 from saeffect.errors import ConfigError
 from saeffect.io import sole_writer
@@ -175,6 +175,35 @@ def test_adapters_made_without_a_study_are_measured_later(folder: Path, made: Pa
     assert again.measured == (1, 2)  # and one more is added
     assert (tmp_path / "n" / "adapters" / "null-1" / "lora" / "adapter_model.safetensors").is_file()
     assert _same(tmp_path / "n", made)
+
+
+def test_adapters_of_finished_nulls_are_made_when_they_are_to_be_kept(folder: Path, made: Path, tmp_path: Path) -> None:
+    """Also if that is stopped; the traces stay the same, to the byte, and nothing is trained twice."""
+    out, study = Path(shutil.copytree(made, tmp_path / "n")), Study.open(folder / "study.yaml")
+    files = [f"null-{k}.safetensors" for k in (1, 2)]
+    assert not kept_adapters(out)
+
+    def kill(line: str) -> None:
+        if "null 2" in line and "step 2/4" in line:
+            raise Killed
+
+    with pytest.raises(Killed):
+        make_nulls(_recipe(folder), out, 2, study=study, keep_adapters=True, log=Log(kill))
+    assert list(kept_adapters(out)) == ["null-1"]
+    assert make_nulls(_recipe(folder), out, 2, study=study).measured == (1, 2)  # with traces alone as before
+    lines: list[str] = []
+    for _ in range(2):
+        result = make_nulls(_recipe(folder), out, 2, study=study, keep_adapters=True, log=Log(lines.append))
+        assert result.measured == (1, 2)
+    assert list(kept_adapters(out)) == ["null-1", "null-2"]
+    assert not [line for line in lines if line.startswith("null 1")]
+    assert len([line for line in lines if line == "null 2: the base model's own samples"]) == 1
+    assert [(out / name).read_bytes() for name in files] == [(made / name).read_bytes() for name in files]
+    cards = [json.loads((place / "nulls.json").read_text(encoding="utf-8")) for place in (out, made)]
+    for card in cards:
+        for null in card["nulls"].values():
+            del null["minutes"]
+    assert cards[0] == cards[1]
 
 
 def test_another_process_keeps_its_null(folder: Path, tmp_path: Path) -> None:
