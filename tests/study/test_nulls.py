@@ -15,6 +15,7 @@ import yaml
 
 from saeffect.diffing.nulls import kept_adapters, pooled_p, read_nulls
 from saeffect.diffing.standardised import raw_changes
+from saeffect.diffing.trace import ENCODER
 from saeffect.errors import ConfigError
 from saeffect.io import sole_writer
 from saeffect.lm.finetune import FinetuneConfig
@@ -100,7 +101,7 @@ def test_the_card_says_what_each_null_is(made: Path, folder: Path) -> None:
     ]
     assert [card["nulls"][k]["seed"] for k in "12"] == [1, 2]
     assert all(len(pair) == 2 and min(pair) >= 1 for pair in card["nulls"]["2"]["perplexity"].values())
-    assert set(card["measured_on"]) == {"base model", "SAE", "hook", "text"}
+    assert set(card["measured_on"]) == {"base model", "SAE", ENCODER, "hook", "text"}
     assert card["recipe"]["rank"] == 2
 
 
@@ -238,6 +239,21 @@ def test_refusals_say_what_differs(folder: Path, made: Path, complains: Callable
     assert not (tmp_path / "n").exists()
 
 
+def test_nulls_of_another_encoder_are_refused(folder: Path, made: Path, complains: Callable[..., Any]) -> None:
+    """The decoder may stay while thresholds or encoder are trained on."""
+    nulls = shutil.copytree(made, folder / "of another encoder")
+    card = json.loads((nulls / "nulls.json").read_text(encoding="utf-8"))
+    card["measured_on"][ENCODER] = "0" * 64
+    (nulls / "nulls.json").write_text(json.dumps(card), encoding="utf-8")
+    with complains(ConfigError, "null-1.safetensors was measured on another SAE's encoder"):
+        check_study(_study(folder, nulls="./of another encoder"))
+    with complains(ConfigError, "another SAE's encoder"):
+        make_nulls(_recipe(folder), nulls, 3, study=_study(folder))
+    del card["measured_on"][ENCODER]  # made before it was recorded
+    (nulls / "nulls.json").write_text(json.dumps(card), encoding="utf-8")
+    assert "nulls: 2" in _lines(_study(folder, nulls="./of another encoder"))
+
+
 def _study(folder: Path, **changes: Any) -> Study:
     values = yaml.safe_load((folder / "study.yaml").read_text(encoding="utf-8")) | changes
     path = folder / "other.yaml"
@@ -297,7 +313,9 @@ def test_a_study_with_nulls_judges_every_feature(folder: Path, made: Path, tiny_
     apart = table["basis"] == "combined"  # which two nulls are too few for
     assert table.loc[~apart, "p"].notna().all()
     assert table.loc[apart, "p"].isna().all()
-    assert table["p"].min() >= table["smallest_p"].min()
+    ranked = table[table["p"].notna()]
+    assert (ranked["p"] >= ranked["smallest_p"] * (1 - 1e-12)).all()
+    assert ranked["smallest_p"].notna().all()
     assert (table["n_nulls"] == 2).all()
     assert (table.loc[~apart, "q"] >= table.loc[~apart, "p"]).all()
     # p is of the changes that z is of. What is read here was rounded on the way to its file.
@@ -305,7 +323,7 @@ def test_a_study_with_nulls_judges_every_feature(folder: Path, made: Path, tiny_
     top, trace = np.stack(features["top_token_ids"].to_list()), read_trace(run)
     own, *others = (raw_changes(one, top)["expected"] for one in (trace, *read_nulls(made)))
     expected = table[table["basis"] == "expected"].sort_values("feature")["p"]
-    assert np.abs(expected - pooled_p(own, np.array(others), trace.read[2])).mean() < 0.02
+    assert np.abs(expected - pooled_p(own, np.array(others), trace.read[2]).p).mean() < 0.02
     recipe = pd.read_parquet(run.path("comparison", "null_recipe.parquet")).set_index("setting")
     assert recipe.loc["batch_size", "nulls"] == "2" and recipe.loc["batch_size", "tuned"] == ""
     assert recipe["differs"].isna().all()  # a whole model, which does not say how it was trained

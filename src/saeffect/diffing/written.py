@@ -12,7 +12,15 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
-from saeffect.diffing.null_ranks import count_scores, null_range, null_reason, pooled_rank_p, rank_p, search_p
+from saeffect.diffing.null_ranks import (
+    COUNTING_SEARCH,
+    count_scores,
+    null_range,
+    null_reason,
+    pooled_rank_p,
+    rank_p,
+    search_p,
+)
 from saeffect.diffing.trace import OPENINGS, SAMPLES, Trace, text_sampling
 from saeffect.errors import EmptySelection, Undefined
 from saeffect.lm.language_model import LanguageModel
@@ -226,7 +234,7 @@ def _compare_words(
             "q": benjamini_hochberg(p),
             "p_search": search_p(scores),
             "example": words["example"],
-            "reason": null_reason(len(null_counts), alpha),
+            "reason": null_reason(len(null_counts), alpha, COUNTING_SEARCH),
         }
     )
     return table.sort_values(["score", "change"], ascending=False, kind="stable", ignore_index=True)

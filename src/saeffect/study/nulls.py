@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from saeffect.config import ChangesConfig, TextSource
 from saeffect.config_chat import ChatKeys, as_chat
-from saeffect.diffing.nulls import ADAPTER, CARD, NAME, mismatch_error, null_files, read_nulls, smallest_p
+from saeffect.diffing.nulls import ADAPTER, CARD, NAME, null_files, read_null, read_nulls, smallest_p
 from saeffect.diffing.standardised import FEWEST_NULLS
 from saeffect.diffing.trace import Trace, Tracer
 from saeffect.errors import BadFile, ConfigError, InUse, SaeffectError, placed
@@ -347,8 +347,7 @@ class _NullFolder:
                     fix="add --study STUDY, or choose another --out.",
                 )
             with contextlib.suppress(BadFile):  # a damaged one is made again
-                if Trace.load(path).made_by != tracer.made_by:
-                    raise mismatch_error(self.path, path.name, tracer.measured_on, at=str(self.path))
+                read_null(path, tracer.made_by, measured=tracer.measured_on, at=str(self.path))
 
     def is_finished(self, k: int, tracer: Tracer | None, *, needs_adapter: bool) -> bool:
         """Whether the null is on the card, and its trace (with a tracer) and its adapter (if needed) are complete."""

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from saeffect.comparison import Resampling, Roles
-from saeffect.comparison.factorial import CROSSED_COLUMNS, WHOLE_SAE, factorial, no_factorial
+from saeffect.comparison.factorial import CROSSED, CROSSED_COLUMNS, WHOLE_SAE, factorial, no_factorial, paired_change
 from saeffect.diffing.nulls import kept_adapters
 from saeffect.features.coherence import coherence
 from saeffect.features.embeddings import load_embeddings
@@ -49,7 +49,7 @@ from saeffect.study.study import Arm, Study
 
 __all__ = ["cross_inputs", "help_cross", "null_effects", "run_cross"]
 
-VERSION = 3
+VERSION = 4
 _TOKENS = 32_768  # of the study's text, to measure activity on: enough, since features vary more than rows of text
 _STEERED = {"direct_effect", "steering"}
 
@@ -116,10 +116,10 @@ def null_effects(run: RunFolder, lm: LanguageModel, log: Log = SILENT) -> dict[s
     study, (control, _) = run.study, run.study.pair
     sae = load_sae(study.sae_folder(control), at=study.at("arms", control, "sae"))
     cell = Arm(control, study.arm(control).role, lm, sae, study.hook(control))
-    parts = list(_Crossing(run, log).without_texts(cell, lm.name))
+    parts = {str(part["quantity"][0]): part for part in _Crossing(run, log).without_texts(cell, lm.name)}
     crossed = run.read_table(run.arm(control, "crossed.parquet"))
-    on_base = crossed[crossed["model"] == control].groupby("quantity")["value"].mean()
-    return {str(part["quantity"][0]): float(part["value"].mean() - on_base[part["quantity"][0]]) for part in parts}
+    on_base = crossed[crossed["model"] == control].groupby("quantity")
+    return {name: paired_change(on_base.get_group(name), part, CROSSED[name]) for name, part in parts.items()}
 
 
 def _kept_nulls(study: Study) -> dict[str, Path]:
