@@ -19,6 +19,7 @@ from saeffect.progress import SILENT, Log
 from saeffect.study import nulls
 from saeffect.study import run as method
 from saeffect.study.both_models import both_models_files, read_both_models
+from saeffect.study.check import check_study
 from saeffect.study.nulls import make_nulls
 from saeffect.study.run import run_study
 from saeffect.study.run_folder import RunFolder
@@ -215,6 +216,7 @@ def test_models_of_other_depth_end_their_study(folder: Path, tmp_path: Path) -> 
     arms.pop("placebo")
     lines: list[str] = []
     study = changed(folder, "depth", arms=arms)
+    assert any("width or depth (control 32 × 3, treatment 32 × 2)" in line for line in check_study(study).lines)
     with only_figures():
         run_study(study, tmp_path / "run", log=Log(lines.append))
     depth = "the models differ in depth (control's SAE reads blocks.2.hook_resid_pre, and the model of treatment has 2"
