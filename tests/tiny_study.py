@@ -61,14 +61,14 @@ def make_tokenizer(folder: Path, extra: list[str] | None = None) -> PreTrainedTo
     return fast
 
 
-def make_model(folder: Path, seed: int, *, hidden: int = 32, extra: list[str] | None = None) -> None:
+def make_model(folder: Path, seed: int, *, hidden: int = 32, layers: int = 3, extra: list[str] | None = None) -> None:
     fast = make_tokenizer(folder, extra)
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(fast),
         hidden_size=hidden,
         intermediate_size=2 * hidden,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,

@@ -19,6 +19,7 @@ from saeffect.comparison.factorial import (
     against_nulls,
     factorial,
     no_factorial,
+    paired_change,
 )
 from saeffect.errors import ShapeMismatch
 
@@ -278,3 +279,34 @@ def test_intervals_cover(features: tuple[int, int], prompts: int) -> None:
 
 def _keys() -> list[tuple[str, str]]:
     return [("base", "base"), ("base", "tuned"), ("tuned", "base"), ("tuned", "tuned")]
+
+
+def test_a_null_is_compared_where_both_models_have_a_value() -> None:
+    """By hand: features 1 and 2 in both; the mean of their changes, not the change of means of other features."""
+    nan = math.nan
+    before = tables("coherence", {("base", "base"): np.array([[0.9], [0.2], [0.4]])})["base"]
+    after = tables("coherence", {("base", "null"): np.array([[nan], [0.3], [0.4]])})["base"]
+    assert paired_change(before, after, CROSSED["coherence"]) == pytest.approx(0.05)
+    assert paired_change(before, before, CROSSED["coherence"]) == 0.0
+    assert math.isnan(paired_change(before, after[:1], CROSSED["coherence"]))
+    assert math.isnan(paired_change(before[:0], after, CROSSED["coherence"]))
+    by_row = [[1.0, 2.0, 3.0], [3.0, nan, nan], [1.0, 1.0, 1.0]], [[2.0, 2.0, 5.0], [3.0, 9.0, 5.0], [1.0, 1.0, 4.0]]
+    before, after = (tables("density", {("base", "x"): np.array(values)})["base"] for values in by_row)
+    assert paired_change(before, after, CROSSED["density"]) == 1.0, "the feature with most NaN is left out"
+    assert paired_change(after, after, CROSSED["density"]) == 0.0
+
+
+def test_identical_nulls_give_a_p_of_one() -> None:
+    """Where a value is undefined in the fine-tuned model, it is left out of each null's change, too."""
+    rng = np.random.default_rng(0)
+    base = rng.random((40, 1))
+    tuned = base.copy()
+    tuned[:6] = math.nan
+    crossed = tables("coherence", {("base", "base"): base, ("base", "tuned"): tuned})
+    crossed |= {"tuned": crossed["base"]}
+    parts = [crossed["base"][crossed["base"]["model"] == model] for model in ("base", "tuned")]
+    change = paired_change(*parts, CROSSED["coherence"])
+    found = factorial(crossed, ROLES, groups=["coherence"], nulls={"coherence": [change] * 19})
+    model = found.set_index("effect").loc["model"]
+    assert model["null_mean"] == pytest.approx(0.0)
+    assert model["null_p"] == 1.0

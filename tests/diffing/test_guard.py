@@ -169,7 +169,8 @@ def _alarms(n_studies: int, n_nulls: int, seed: int) -> float:
     for study in range(n_studies):
         everyone = nulls(n_nulls + 1, first=1000 * (seed + study))
         scores = _group_scores(groups, everyone, TOP_TOKENS)
-        verdicts = _decide(rules, [_test_group(rules, name, groups, everyone, scores) for name in groups])
+        tests = [_test_group(rules, name, groups, everyone, scores, by_tail=True) for name in groups]
+        verdicts = _decide(rules, tests, by_tail=True)
         broken += any(verdict.status == "broken" for verdict in verdicts)
     return broken / n_studies
 
@@ -188,4 +189,25 @@ def test_nulls_rarely_break_a_budget_quickly() -> None:
 def test_false_alarm_rate_from_nulls_among_nulls() -> None:
     others = [*nulls(19), trace(77, moved=UP)]
     found = judged(budget(a={}), trace(0), others, a=GROUP)["group a"]
-    assert (found.nulls, found.nulls_broken) == (20, 1)
+    assert (found.nulls, found.nulls_judged, found.nulls_broken) == (20, 20, 1)
+
+
+def test_each_of_ten_nulls_is_judged_as_the_fine_tune_is() -> None:
+    """By Student's t, not by a rank among nine, which could break no rule."""
+    others = [*nulls(9), trace(77, moved=UP)]
+    found = judged(budget(a={}), trace(0), others, a=GROUP)["group a"]
+    assert (found.nulls, found.nulls_judged, found.nulls_broken) == (10, 10, 1)
+
+
+@pytest.mark.parametrize("alpha, n_judged, n_broken", [(0.2, 5, 1), (0.17, 0, 0)])
+def test_few_nulls_are_judged_where_four_others_are_enough(alpha: float, n_judged: int, n_broken: int) -> None:
+    found = judged(budget(a={}, alpha=alpha), trace(0), [*nulls(4), trace(77, moved=UP)], a=GROUP)["group a"]
+    assert (found.status, found.nulls_judged, found.nulls_broken) == ("kept", n_judged, n_broken)
+
+
+def test_nulls_without_a_value_are_not_judged_by_a_limit() -> None:
+    losses = {"loss_base_domain": 2.0, "loss_tuned_domain": 2.5}
+    others = [*nulls(2), *nulls(3, first=7, numbers=losses)]
+    found = judged(budget(texts={"domain": {"perplexity_ratio": 1.5}}), trace(0, numbers=losses), others)
+    verdict = found["perplexity ratio domain"]
+    assert (verdict.nulls, verdict.nulls_judged, verdict.nulls_broken) == (5, 3, 3)

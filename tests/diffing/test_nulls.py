@@ -19,10 +19,10 @@ def test_by_hand() -> None:
     # Feature 1: 0 and 1, -1, 0: mean 0, variance 2/3; distances 0, 4/3, 4/3, 0. Usual variance 4.458.
     # Spreads: sqrt((4 x 4.458 + 3 x 8.25) / 7) = 2.467 and sqrt((4 x 4.458 + 2) / 7) = 1.683.
     # Scores of the nulls: 1.216, 1.216, 0.405 and 0.792, 0.792, 0; of the fine-tune 2.027 and 0.
-    p = pooled_p([6.0, 0.0], [[0.0, 1.0], [0.0, -1.0], [3.0, 0.0]], [0.1, 0.2])
+    p = pooled_p([6.0, 0.0], [[0.0, 1.0], [0.0, -1.0], [3.0, 0.0]], [0.1, 0.2]).p
     assert p.tolist() == pytest.approx([1 / 7, 7 / 7])
     # 1.5 instead of 6: distances 0.5, 1.5, 1.5, 2.5, so two features' nulls are beyond all but the last.
-    p = pooled_p([1.5, 0.0], [[0.0, 1.0], [0.0, -1.0], [3.0, 0.0]], [0.1, 0.2])
+    p = pooled_p([1.5, 0.0], [[0.0, 1.0], [0.0, -1.0], [3.0, 0.0]], [0.1, 0.2]).p
     assert p[0] == pytest.approx(6 / 7)
 
 
@@ -52,7 +52,7 @@ def test_agrees_with_the_definition() -> None:
     density = rng.random(450)
     change, nulls = rng.normal(size=450) * density, rng.normal(size=(4, 450)) * density
     assert len(set(strata(density[:, None], MIN_STRATUM))) == 2
-    assert pooled_p(change, nulls, density) == pytest.approx(_brute_force(change, nulls, density))
+    assert pooled_p(change, nulls, density).p == pytest.approx(_brute_force(change, nulls, density))
 
 
 def test_a_feature_is_ranked_among_those_of_its_density() -> None:
@@ -62,23 +62,24 @@ def test_a_feature_is_ranked_among_those_of_its_density() -> None:
     nulls = rng.normal(size=(10, 600)) * scale
     change = np.zeros(600)
     change[0] = 0.08  # eight of its own units, nothing among frequent features
-    p = pooled_p(change, nulls, density)
+    p, n_pooled = pooled_p(change, nulls, density)
     assert p[0] == pytest.approx(smallest_p(10, 300))
+    assert n_pooled.tolist() == [300] * 600
     change[0], change[300] = 0.0, 0.08
-    assert pooled_p(change, nulls, density)[300] > 0.5
+    assert pooled_p(change, nulls, density).p[300] > 0.5
 
 
 def test_one_null_never_says_more_than_a_coin() -> None:
-    p = pooled_p([100.0, *np.zeros(50)], np.zeros((1, 51)), np.full(51, 0.1))
+    p = pooled_p([100.0, *np.zeros(50)], np.zeros((1, 51)), np.full(51, 0.1)).p
     assert p.min() == 0.5
 
 
 def test_undefined_stays_undefined_and_still_features_have_not_changed() -> None:
     density = [0.1, 0.1, math.nan, 0.1]
-    p = pooled_p([1.0, math.nan, 1.0, 0.0], np.repeat([[0.0], [0.1], [0.2]], 4, axis=1), density)
+    p = pooled_p([1.0, math.nan, 1.0, 0.0], np.repeat([[0.0], [0.1], [0.2]], 4, axis=1), density).p
     assert np.isnan(p).tolist() == [False, True, True, False]
-    assert pooled_p(np.zeros(3), np.zeros((3, 3)), [0.0, 0.0, 0.0]).tolist() == [1.0, 1.0, 1.0]
-    assert len(pooled_p([], np.empty((3, 0)), [])) == 0
+    assert pooled_p(np.zeros(3), np.zeros((3, 3)), [0.0, 0.0, 0.0]).p.tolist() == [1.0, 1.0, 1.0]
+    assert len(pooled_p([], np.empty((3, 0)), []).p) == 0
 
 
 def test_refuses_shapes_that_do_not_fit(complains: Callable[..., Any]) -> None:
@@ -106,7 +107,7 @@ def _error_rates(kind: str, n_nulls: int, n_studies: int) -> tuple[float, float]
     found = []
     for _ in range(n_studies):
         table = _tune(kind, rng, n_nulls + 1, 250)
-        found.append(pooled_p(table[0], table[1:], np.full(250, 0.1)))
+        found.append(pooled_p(table[0], table[1:], np.full(250, 0.1)).p)
     p = np.concatenate(found)
     return float((p <= 0.05).mean()), float((p <= 0.01).mean())
 
@@ -136,6 +137,6 @@ def test_large_changes_are_found(n_nulls: int) -> None:
     table = _tune("normal", rng, n_nulls + 1, 400)
     spread = table[1:].std(axis=0)
     table[0, :20] = 8 * spread[:20]
-    p = pooled_p(table[0], table[1:], np.full(400, 0.1))
+    p = pooled_p(table[0], table[1:], np.full(400, 0.1)).p
     assert np.median(p[:20]) < 0.002
     assert (p[20:] < 0.01).mean() < 0.03

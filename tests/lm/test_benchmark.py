@@ -35,6 +35,7 @@ def test_the_benchmark_on_a_tiny_model(tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"harvest.json", "harvest.png", "harvest.svg"}
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_bfloat16_hardly_changes_explained_variance(real_model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))

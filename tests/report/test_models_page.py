@@ -69,7 +69,7 @@ def test_named_groups_come_in_place_of_raw_changes(trace: Trace) -> None:
     )
     lines = first_findings(trace, TOKENS, PLAIN, top_tokens=[[" a"]] * 4, groups=groups)
     assert [line for line in lines if "feature" in line] == [
-        "more than in any null fine-tune: fever, cough (4 features; p = 0.010)"
+        "clearly more than in null fine-tunes: fever, cough (4 features; p = 0.010)"
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -15,9 +16,23 @@ from saeffect.report.verdicts import cells, headline, junit, markdown, plain, wr
 
 VERDICTS = [
     Verdict(
-        "group war", "may neither rise nor fall", "broken", 1.8, 1.0, 6.2, 1e-5, 3e-5, 0.04, 0.05, 24, 0, 31, "because"
+        "group war",
+        "may neither rise nor fall",
+        "broken",
+        1.8,
+        1.0,
+        6.2,
+        1e-5,
+        3e-5,
+        0.04,
+        0.05,
+        24,
+        24,
+        0,
+        31,
+        "because",
     ),
-    Verdict("group <b>|x", "may rise, not fall", "kept", 0.9, 1.0, -0.4, 0.7, 1.0, 0.8, 0.05, 24, 1, 7, ""),
+    Verdict("group <b>|x", "may rise, not fall", "kept", 0.9, 1.0, -0.4, 0.7, 1.0, 0.8, 0.05, 24, 20, 1, 7, ""),
     Verdict("group none", "may do either", "reported", 1.1, 1.0, 0.3, 0.8, rank=0.7, level=0.05, nulls=24, members=2),
     Verdict("kl general", "at most 0.2 nats", "unjudged", reason="no token of 'general' counts"),
 ]
@@ -40,6 +55,24 @@ def test_markdown_rows_escape_names() -> None:
     assert len(rows) == 4 and all(line.replace("\\|", "").count("|") == 8 for line in rows)
     assert "<b>" not in page.replace("\\<b\\>", "")
     assert "at most 0.05; 0 of 24 nulls" in page and "normal over nulls" in page
+
+
+def test_nulls_that_could_not_be_judged_do_not_count() -> None:
+    """All four ways to show a verdict say the same."""
+    limit = Verdict("kl general", "at most 0.2 nats", "kept", 0.1, 0.2, nulls=4, nulls_judged=3, nulls_broken=1)
+    few = Verdict("group war", "may rise, not fall", "kept", 0.9, 1.0, -0.4, 0.7, 0.7, 0.8, 0.2, 4, members=3)
+    expected = {
+        VERDICTS[0]: "at most 0.05; 0 of 24 nulls",
+        VERDICTS[1]: "at most 0.05; 1 of 20 judged nulls",
+        VERDICTS[2]: "-",
+        limit: "1 of 3 judged nulls",
+        replace(limit, nulls_judged=0, nulls_broken=0): "not known among nulls: none has a value",
+        few: "at most 0.2; not known among nulls: 3 others are too few to judge one by",
+    }
+    page, suite = markdown(list(expected), ""), ElementTree.fromstring(junit(list(expected), ""))
+    for row, case, (verdict, words) in zip(plain(list(expected), "")["verdicts"], suite, expected.items(), strict=True):
+        assert (cells(verdict)[-1], row["false_alarms"]) == (words, words)
+        assert f"| {words} |" in page and f"false alarms: {words}" in (case[0].text or "")
 
 
 def test_the_headline() -> None:

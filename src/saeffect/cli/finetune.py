@@ -44,7 +44,10 @@ def finetune(
     null_text: Annotated[
         _NullText, typer.Option(help="What nulls read: the base model's own samples, or the recipe's control_text.")
     ] = _NullText.own,
-    keep_adapters: Annotated[bool, typer.Option("--keep-adapters", help="Keep the nulls' adapters.")] = False,
+    keep_adapters: Annotated[
+        bool,
+        typer.Option("--keep-adapters", help="Keep the nulls' adapters; finished nulls without one are made again."),
+    ] = False,
     keys: Annotated[bool, keys_option("Show the keys of a recipe.", "saeffect.lm.finetune:finetune_keys")] = False,
 ) -> None:
     """Train a LoRA adapter by a recipe file, or nulls of it."""

@@ -44,6 +44,7 @@ __all__ = [
     "against_nulls",
     "factorial",
     "no_factorial",
+    "paired_change",
     "split_cells",
 ]
 
@@ -229,6 +230,20 @@ def _cells(crossed: Mapping[str, pd.DataFrame], roles: Roles, quantity: CrossedQ
     cause = f"; {reasons[0]}" if notes and reasons else ""
     before, after = zip(*complete, strict=True)
     return Cells(before, after, "; ".join(notes) + cause)
+
+
+def paired_change(before: pd.DataFrame, after: pd.DataFrame, quantity: CrossedQuantity) -> float:
+    """Mean of after − before over the features and columns of `values` that are defined in both, from two cells of one
+    SAE, `CROSSED_COLUMNS` of this quantity; NaN without any.
+    """
+    parts = [rows.set_index("feature").sort_index() for rows in (before, after)]
+    common = parts[0].index.intersection(parts[1].index)
+    if common.empty:
+        return math.nan
+    change = np.subtract(*(_matrix(part.loc[common], quantity) for part in reversed(parts)))
+    rows, columns = complete_tables([change])
+    complete = change[np.ix_(rows[0], columns)]
+    return float(complete.mean()) if complete.size else math.nan
 
 
 def _matrix(rows: pd.DataFrame, quantity: CrossedQuantity) -> FloatArray:

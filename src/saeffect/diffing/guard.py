@@ -10,6 +10,7 @@ fine-tune among them, which does not, is given too. With fewer nulls, p is that 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -28,7 +29,7 @@ from saeffect.stats.student import cautious_difference
 __all__ = ["MANY_NULLS", "Group", "Rows", "Verdict", "judge", "check_text_sources"]
 
 MANY_NULLS = 10
-"""Nulls from which a parametric tail is used."""
+"""Nulls from which a parametric tail is used: for the fine-tune, and for each null among the others, one fewer."""
 
 Status = Literal["kept", "broken", "unjudged", "reported"]
 # Added to sums over a group before their ratio is taken: smaller sums are noise.
@@ -65,8 +66,8 @@ class Verdict:
         p: Of a group, the probability that one more null is as far off; `p_corrected`: by Holm, over the rules.
         rank: Nulls that lie as far from the nulls' mean, plus one, over their number plus one: free of assumptions.
         level: The largest p_corrected that breaks the rule.
-        nulls, nulls_broken: How many nulls there are, and how many of these break the rule, each judged by the others
-            (limits: exceed the limit).
+        nulls: How many nulls there are. `nulls_judged`: how many of these could be judged, each by the others with the
+            fine-tune's kind of p (limits: have a value); `nulls_broken`: how many of the judged break the rule.
         members: Features of the group.
     """
 
@@ -81,6 +82,7 @@ class Verdict:
     rank: float = math.nan
     level: float = math.nan
     nulls: int = 0
+    nulls_judged: int = 0
     nulls_broken: int = 0
     members: int = 0
     reason: str = ""
@@ -101,16 +103,20 @@ def judge(
     """
     check_text_sources(budget, rows.names)
     scores = _group_scores(groups, [trace, *nulls], top_tokens)
-    verdicts = _decide(budget, [_test_group(budget, name, groups, [trace, *nulls], scores) for name in budget.groups])
-    broken = [0] * len(verdicts)
+    by_tail = len(nulls) >= MANY_NULLS
+    tests = [_test_group(budget, name, groups, [trace, *nulls], scores, by_tail=by_tail) for name in budget.groups]
+    verdicts = _decide(budget, tests, by_tail=by_tail)
+    of_nulls = []  # by null, its verdicts; Student's t holds for one fewer as well, under the same assumption
     for k in range(1, len(nulls) + 1) if len(nulls) > 2 else ():
         null_scores = {name: np.delete(values, 0) for name, values in scores.items()}
         scores_of_null = {name: np.r_[values[k - 1], np.delete(values, k - 1)] for name, values in null_scores.items()}
         traces = [nulls[k - 1], *nulls[: k - 1], *nulls[k:]]
-        tests = [_test_group(budget, name, groups, traces, scores_of_null) for name in budget.groups]
-        null_verdicts = _decide(budget, tests)
-        broken = [n + (verdict.status == "broken") for n, verdict in zip(broken, null_verdicts, strict=True)]
-    verdicts = [replace(verdict, nulls_broken=n) for verdict, n in zip(verdicts, broken, strict=True)]
+        tests = [_test_group(budget, name, groups, traces, scores_of_null, by_tail=by_tail) for name in budget.groups]
+        of_nulls.append([verdict.status for verdict in _decide(budget, tests, by_tail=by_tail)])
+    for i, verdict in enumerate(verdicts):
+        counts = Counter(statuses[i] for statuses in of_nulls)
+        n_judged = counts["kept"] + counts["broken"]
+        verdicts[i] = replace(verdict, nulls_judged=n_judged, nulls_broken=counts["broken"])
     return verdicts + _judge_limits(budget, trace, nulls, rows)
 
 
@@ -135,8 +141,8 @@ def _group_scores(
     return {name: np.array([values[group.features].mean() for values in z]) for name, group in groups.items()}
 
 
-def _decide(budget: Budget, tests: Sequence[Verdict]) -> list[Verdict]:
-    """The verdicts on groups, from their tests."""
+def _decide(budget: Budget, tests: Sequence[Verdict], *, by_tail: bool) -> list[Verdict]:
+    """The verdicts on groups, from their tests, whose p is Student's (`by_tail`) or a rank."""
     rules = list(budget.groups.values())
     # A rule that allows everything is no test; one that cannot be judged has no p.
     tested = [math.nan if rule.may == "either" else verdict.p for rule, verdict in zip(rules, tests, strict=True)]
@@ -144,7 +150,7 @@ def _decide(budget: Budget, tests: Sequence[Verdict]) -> list[Verdict]:
     verdicts = []
     for rule, verdict, corrected in zip(rules, tests, holm(tested), strict=True):
         level = budget.alpha if rule.within_nulls is None else 1 - rule.within_nulls
-        min_p = 0.0 if verdict.nulls >= MANY_NULLS else n_tested / (verdict.nulls + 1)
+        min_p = 0.0 if by_tail else n_tested / (verdict.nulls + 1)
         if verdict.status == "unjudged" or rule.may == "either":
             verdicts.append(replace(verdict, level=level))
         elif min_p > level:
@@ -169,7 +175,13 @@ _ALLOWED = {
 
 
 def _test_group(
-    budget: Budget, name: str, groups: Mapping[str, Group], traces: Sequence[Trace], scores: Mapping[str, FloatArray]
+    budget: Budget,
+    name: str,
+    groups: Mapping[str, Group],
+    traces: Sequence[Trace],
+    scores: Mapping[str, FloatArray],
+    *,
+    by_tail: bool,
 ) -> Verdict:
     """A verdict with score and p of the first trace; its status is "reported", or "unjudged" without p."""
     rule, group, (score, *others) = budget.groups[name], groups[name], scores[name]
@@ -199,7 +211,7 @@ def _test_group(
         status="reported",
         value=factor,
         score=test.value / spread,
-        p=test.p if n >= MANY_NULLS else rank,
+        p=test.p if by_tail else rank,
         rank=rank,
         reason=f"{factor:.2f} times the median null, {where}",
     )
@@ -225,12 +237,12 @@ def _judge_limits(budget: Budget, trace: Trace, nulls: Sequence[Trace], rows: Ro
             if limit is None:
                 continue
             value = _limit_value(trace, kind, source, rows)
-            n_above = sum(_limit_value(null, kind, source, rows) > limit for null in nulls)
+            of_nulls = np.array([_limit_value(null, kind, source, rows) for null in nulls])
+            n_judged, n_above = int(np.isfinite(of_nulls).sum()), int((of_nulls > limit).sum())
             unit = " nats" if kind == "kl" else ""
             label = f"{kind.replace('_', ' ')} {source}"
-            verdict = Verdict(
-                label, f"at most {limit:g}{unit}", "unjudged", value, limit, nulls=len(nulls), nulls_broken=n_above
-            )
+            verdict = Verdict(label, f"at most {limit:g}{unit}", "unjudged", value, limit, nulls=len(nulls))
+            verdict = replace(verdict, nulls_judged=n_judged, nulls_broken=n_above)
             if not math.isfinite(value):
                 verdicts.append(replace(verdict, reason=f"no token of {source!r} counts"))
             else:

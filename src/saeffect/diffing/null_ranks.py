@@ -19,6 +19,7 @@ from saeffect.errors import ShapeMismatch
 from saeffect.stats.arguments import FloatArray, IntArray
 
 __all__ = [
+    "COUNTING_SEARCH",
     "NO_NULLS",
     "count_scores",
     "null_range",
@@ -31,13 +32,15 @@ __all__ = [
 
 NO_NULLS = "no null fine-tunes to compare with"
 """The reason beside every p without nulls."""
+COUNTING_SEARCH = "p that counts the search"
+"""Which p `null_reason` is about, in tables whose other p is pooled over words."""
 
 # Numbers equal on paper differ in the last digits when computed in another order; they must count as ties.
 _TIE = 1e-9
 
 
-def null_reason(n_nulls: int, alpha: float) -> str:
-    """Why no p can reach `alpha` with so few nulls; "" if one can.
+def null_reason(n_nulls: int, alpha: float, which: str = "p") -> str:
+    """Why no p can reach `alpha` with so few nulls; "" if one can. `which` p: one of a table may be pooled over words.
 
     Example:
         >>> null_reason(9, 0.05), null_reason(19, 0.05)
@@ -49,7 +52,7 @@ def null_reason(n_nulls: int, alpha: float) -> str:
     if n_nulls >= needed:
         return ""
     nulls = "1 null" if n_nulls == 1 else f"{n_nulls} nulls"
-    return f"with {nulls} no p is below 1/{n_nulls + 1}: it takes {needed} to find something at {alpha:g}"
+    return f"with {nulls} no {which} is below 1/{n_nulls + 1}: it takes {needed} to find something at {alpha:g}"
 
 
 def null_range(values: npt.ArrayLike) -> dict[str, FloatArray]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +21,12 @@ __all__ = [
     "ADAPTER",
     "CARD",
     "NAME",
+    "PooledP",
     "kept_adapters",
-    "mismatch_error",
     "null_card",
     "null_files",
     "pooled_p",
+    "read_null",
     "read_nulls",
     "smallest_p",
 ]
@@ -41,7 +42,14 @@ ADAPTER = "adapters/null-{}/lora"
 _PRIOR_FREEDOM = 4.0
 
 
-def pooled_p(change: npt.ArrayLike, nulls: npt.ArrayLike, density: npt.ArrayLike) -> FloatArray:
+class PooledP(NamedTuple):
+    """What `pooled_p` gives: p [n], and the features that each was ranked with, int [n], 0 where p is NaN."""
+
+    p: FloatArray
+    n_pooled: npt.NDArray[np.int64]
+
+
+def pooled_p(change: npt.ArrayLike, nulls: npt.ArrayLike, density: npt.ArrayLike) -> PooledP:
     """Two-sided p of each feature's change against the changes in K null fine-tunes; features of like density pooled.
 
     If the fine-tune were one more null, the K + 1 changes of a feature would be exchangeable. The score of a change is
@@ -57,12 +65,13 @@ def pooled_p(change: npt.ArrayLike, nulls: npt.ArrayLike, density: npt.ArrayLike
         density: [n], how often a feature fires in the base model.
 
     Returns:
-        p [n]; NaN where change, a null's change or density is undefined. At least 0.5 with one null.
+        p; NaN where change, a null's change or density is undefined; at least 0.5 with one null. And how many features
+        were pooled: p is not below `smallest_p(K, n_pooled)`.
 
     Raises `ShapeMismatch`: no nulls, or shapes that do not fit.
 
     Example:
-        >>> pooled_p([5.0, 0.0], [[0.0, 0.1], [0.1, -0.1], [-0.1, 0.0]], [0.1, 0.1]).round(3).tolist()
+        >>> pooled_p([5.0, 0.0], [[0.0, 0.1], [0.1, -0.1], [-0.1, 0.0]], [0.1, 0.1]).p.round(3).tolist()
         [0.143, 1.0]
     """
     changes, null_changes = np.asarray(change, dtype=np.float64), np.asarray(nulls, dtype=np.float64)
@@ -77,11 +86,12 @@ def pooled_p(change: npt.ArrayLike, nulls: npt.ArrayLike, density: npt.ArrayLike
     usable = ~np.isnan(table).any(axis=0) & ~np.isnan(traits)
     groups = np.full(len(changes), NO_STRATUM)
     groups[usable] = strata(traits[usable, None], MIN_STRATUM)
-    p = np.full(len(changes), math.nan)
+    p, n_pooled = np.full(len(changes), math.nan), np.zeros(len(changes), dtype=np.int64)
     for group in np.unique(groups[usable]):
         members = groups == group
         p[members] = pooled_rank_p(_standardised_distances(table[:, members]))
-    return np.maximum(p, 0.5) if len(null_changes) == 1 else p
+        n_pooled[members] = members.sum()
+    return PooledP(np.maximum(p, 0.5) if len(null_changes) == 1 else p, n_pooled)
 
 
 def _standardised_distances(table: FloatArray) -> FloatArray:
@@ -151,25 +161,21 @@ def read_nulls(
     files = null_files(folder)
     if not files:
         raise EmptySelection(f"the folder {str(folder)!r} holds no null-<number>.safetensors.", at=at, fix=make)
-    nulls = []
-    for path in files.values():
-        null = Trace.load(path)
-        if made_by is not None and null.made_by != made_by:
-            raise mismatch_error(folder, path.name, measured, at=at)
-        nulls.append(null)
-    return nulls
+    return [read_null(path, made_by, measured=measured, at=at) for path in files.values()]
 
 
-def mismatch_error(folder: Path, name: str, wanted: Mapping[str, str] | None, *, at: str | None) -> ConfigError:
-    """The error for a null that was not measured on `wanted`."""
-    measured_on = null_card(folder).get("measured_on")
-    differing: list[str] = []
-    if isinstance(measured_on, dict):
-        differing = [key for key, value in (wanted or {}).items() if measured_on.get(key) != value]
-    basis = f"another {' and '.join(differing)}" if differing else "another base model, SAE, hook or text"
-    return ConfigError(
-        f"{name} was measured on {basis} than this study has, so it cannot be compared.",
-        at=at or str(folder),
-        fix="measure the nulls again: saeffect finetune RECIPE --null K --study STUDY, into a new folder, or into this"
-        " one without its null-*.safetensors (its adapters, where kept, are not trained again).",
-    )
+def read_null(path: Path, made_by: str | None, *, measured: Mapping[str, str] | None, at: str | None) -> Trace:
+    """Read one trace of a folder of nulls; arguments and errors as in `read_nulls`."""
+    null = Trace.load(path)
+    noted = null_card(path.parent).get("measured_on")
+    noted = noted if isinstance(noted, dict) else {}
+    differing = [key for key, value in (measured or {}).items() if key in noted and noted[key] != value]
+    if differing or (made_by is not None and null.made_by != made_by):
+        basis = f"another {' and '.join(differing)}" if differing else "another base model, SAE, hook or text"
+        raise ConfigError(
+            f"{path.name} was measured on {basis} than this study has, so it cannot be compared.",
+            at=at or str(path.parent),
+            fix="measure the nulls again: saeffect finetune RECIPE --null K --study STUDY, into a new folder, or into"
+            " this one without its null-*.safetensors (its adapters, where kept, are not trained again).",
+        )
+    return null

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,11 +21,11 @@ from torch import Tensor
 
 from saeffect.checksums import read_tensors, save_tensors
 from saeffect.diffing.coactivity import FiringLog
+from saeffect.diffing.reading import EARLY, Pass, ReadingSums, run_model
 from saeffect.errors import BadFile, ConfigError
 from saeffect.io import fingerprint
 from saeffect.lm.activations import NormLimit, TokenRows, kept_positions
-from saeffect.lm.architectures import hook_width
-from saeffect.lm.hooks import capture, recorded
+from saeffect.lm.hooks import capture
 from saeffect.lm.language_model import LanguageModel, fused
 from saeffect.lm.residuals import READ_ROWS, Residuals
 from saeffect.progress import SILENT, Log
@@ -37,7 +35,7 @@ from saeffect.steering.prompt_pass import last_logits
 from saeffect.steering.sampling import NoiseCell, Sampling
 from saeffect.steering.trials import kl_divergence
 
-__all__ = ["EARLY", "NEW_TOKENS", "OPENINGS", "SAMPLES", "TokenIds", "Trace", "Tracer", "text_sampling"]
+__all__ = ["EARLY", "ENCODER", "NEW_TOKENS", "OPENINGS", "SAMPLES", "TokenIds", "Trace", "Tracer", "text_sampling"]
 
 
 OPENINGS = (
@@ -50,10 +48,11 @@ SAMPLES = 4
 """Texts per opening."""
 NEW_TOKENS = 40
 """Tokens per text."""
-EARLY = 8
-"""Positions after a row's first whose change has halves of its own."""
 
 TokenIds = npt.NDArray[np.int32]
+
+ENCODER = "SAE's encoder"
+"""In `Tracer.measured_on`, whatever decides an SAE's activations."""
 
 _FIX = "measure it again, or take the file from where it came."
 
@@ -121,9 +120,13 @@ class Trace:
                 name: tensors[name].float().numpy() if tensors[name].is_floating_point() else tensors[name].numpy()
                 for name in cls._ARRAYS
             }
-            return cls(note["name"], note["made_by"], numbers=note["numbers"], **arrays)
+            trace = cls(note["name"], note["made_by"], numbers=note["numbers"], **arrays)
         except (KeyError, TypeError, ValueError) as error:
             raise BadFile("this is no trace of a fine-tune.", at=str(path), fix=_FIX) from error
+        damaged = [name for name in ("read", "written", "expected", "halves") if not np.isfinite(arrays[name]).all()]
+        if damaged:
+            raise BadFile(f"this trace holds NaN or infinity in {', '.join(damaged)}.", at=str(path), fix=_FIX)
+        return trace
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,15 +155,23 @@ class Tracer:
     @cached_property
     def made_by(self) -> str:
         """See `Trace.made_by`."""
-        return fingerprint([3, self.measured_on, OPENINGS, SAMPLES, NEW_TOKENS])
+        decided = {name: value for name, value in self.measured_on.items() if name != ENCODER}
+        return fingerprint([3, decided, OPENINGS, SAMPLES, NEW_TOKENS])
 
     @cached_property
     def measured_on(self) -> dict[str, str]:
-        """What `made_by` tells apart: hashes by name."""
-        weights = b"" if self.sae is None else self.sae.W_dec.detach().float().cpu().numpy().tobytes()
+        """What a trace depends on: hashes by name, all in `made_by` but `ENCODER`, which older cards of nulls lack."""
+        decoder, encoder = hashlib.sha256(), hashlib.sha256()
+        if self.sae is not None:
+            decoder.update(_bytes(self.sae.W_dec))
+            encoder.update(repr(replace(self.sae.cfg, metadata={})).encode())
+            for name, weights in sorted(self.sae.named_parameters()):
+                if name != "W_dec":
+                    encoder.update(name.encode() + _bytes(weights))
         return {
             "base model": self.base.identity,
-            "SAE": hashlib.sha256(weights).hexdigest(),
+            "SAE": decoder.hexdigest(),
+            ENCODER: encoder.hexdigest(),
             "hook": self.hook,
             "text": self.rows.identity(),
         }
@@ -187,13 +198,14 @@ class Tracer:
         base_texts, base_written = self._base_writes
         if on_texts is not None:
             on_texts(texts, base_texts)
-        sums = _Sums(self)
+        sums = ReadingSums(self)
         for start in range(0, len(self.rows), READ_ROWS):
             ids = torch.from_numpy(self.rows.ids[start : start + READ_ROWS].astype(np.int64))
-            passes = self._base_pass(start, ids), _run(tuned, self.hook, ids)
+            passes = self._base_pass(start, ids), run_model(tuned, self.hook, ids)
             for lm, run in zip((self.base, tuned), passes, strict=True):
                 self.residuals.keep(lm, self.hook, ids, run.x)
             sums.add(start, ids, *passes)
+            sums.refuse_undefined(self.base, tuned)
             self.log.progress(f"reading with base and {name}", start + len(ids), len(self.rows), "rows")
         return Trace(
             name,
@@ -217,13 +229,13 @@ class Tracer:
         return firing
 
     @cached_property
-    def _base_passes(self) -> dict[int, _Pass]:
+    def _base_passes(self) -> dict[int, Pass]:
         return {}
 
-    def _base_pass(self, start: int, ids: Tensor) -> _Pass:
+    def _base_pass(self, start: int, ids: Tensor) -> Pass:
         if start in self._base_passes:
             return self._base_passes[start]
-        run = _run(self.base, self.hook, ids)
+        run = run_model(self.base, self.hook, ids)
         if self.keep:
             self._base_passes[start] = run
         return run
@@ -257,103 +269,8 @@ class Tracer:
         return torch.stack([total / n, fired / n]).numpy().astype(np.float32)
 
 
-@dataclass(frozen=True, eq=False)
-class _Pass:
-    """One model's pass over a batch, in its dtype: `x` [B, S, d_in] at the hook and `stream` [n_layers, B, S, d] after
-    the blocks, both on the CPU; and `logits`.
-    """
-
-    x: Tensor
-    stream: Tensor
-    logits: Tensor
-
-
-@torch.inference_mode()
-def _run(lm: LanguageModel, hook: str, ids: Tensor) -> _Pass:
-    names = [f"blocks.{i}.hook_resid_post" for i in range(lm.n_layers)]
-    with fused(lm), recorded(lm, hook, *names) as activations:
-        logits = lm.model(input_ids=ids.to(lm.device), use_cache=False).logits
-    return _Pass(activations[hook].cpu(), torch.stack([activations[name] for name in names]).cpu(), logits)
-
-
-class _Sums:
-    """Running sums over batches of text."""
-
-    def __init__(self, tracer: Tracer) -> None:
-        self._tracer, sae, rows = tracer, tracer.sae, tracer.rows
-        d_sae, d_in = (sae.cfg.d_sae, sae.cfg.d_in) if sae else (0, hook_width(tracer.base, tracer.hook))
-        self._features = torch.zeros(4, d_sae, dtype=torch.float64)
-        self._expected = torch.zeros(2, tracer.base.d_vocab, dtype=torch.float64)
-        self._shift = torch.zeros(2, rows.context_size, d_in, dtype=torch.float64)
-        self._counted = torch.zeros(2, rows.context_size)
-        self._norm = 0.0
-        self._moved = torch.zeros(2, tracer.base.n_layers, dtype=torch.float64)
-        self._kl = torch.full(rows.ids.shape, math.nan)
-        self._loss = np.zeros((2, len(rows.names)))
-        self._predicted = np.zeros(len(rows.names))
-
-    def add(self, start: int, ids: Tensor, base: _Pass, tuned: _Pass) -> None:
-        tracer, x = self._tracer, (base.x.float(), tuned.x.float())
-        counts = tracer.rows.counts_of(start, len(ids))
-        mask = kept_positions(x[0], tracer.limit, counts) & kept_positions(x[1], tracer.limit)
-        self._norm += float(x[0][mask].norm(dim=1).double().sum())
-        if tracer.sae is not None:
-            sae = tracer.sae.on(tracer.base.device)
-            acts = [sae.encode(residual).clamp(min=0)[mask] for residual in x]
-            self._features += torch.stack([a.sum(dim=0) for a in acts] + [(a > 0).sum(dim=0) for a in acts]).double()
-        difference = (x[1] - x[0]) * mask[..., None]
-        for half in (0, 1):
-            rows = slice((start + half) % 2, None, 2)
-            self._shift[half] += difference[rows].sum(dim=0)
-            self._counted[half] += mask[rows].sum(dim=0)
-        for row in range(len(ids)):  # row by row: what stays in the processor's cache is read much faster
-            if mask[row].any():
-                self._add_row(start + row, ids[row], mask[row], (base, tuned), row)
-
-    def _add_row(self, number: int, ids: Tensor, mask: Tensor, passes: tuple[_Pass, _Pass], row: int) -> None:
-        stream = passes[0].stream[:, row, mask].float()
-        for total, x in enumerate((passes[1].stream[:, row, mask].float() - stream, stream)):
-            self._moved[total] += x.square_().sum(dim=(1, 2)).double().cpu()
-        logs = [run.logits[row].to(torch.float32, copy=True) for run in passes]  # the base model's may be kept
-        for log in logs:
-            log.sub_(log.logsumexp(dim=1, keepdim=True))
-        # A row's first token is read, not predicted, and the second is predicted from nothing else.
-        losses = torch.stack([-log[1:-1].gather(1, ids[2:, None].to(log.device)).sum() for log in logs])
-        source = int(self._tracer.rows.sources[number])
-        self._loss[:, source] += losses.double().cpu().numpy()
-        self._predicted[source] += len(ids) - 2
-        base, tuned = (log[mask] for log in logs)
-        expected = [base.exp(), tuned.exp()]
-        self._expected += torch.stack([p.sum(dim=0) for p in expected]).double().cpu()
-        self._kl[number, mask] = expected[1].mul_(tuned.sub_(base)).sum(dim=1).cpu()
-
-    def result(self) -> dict[str, Any]:
-        n = float(self._counted.sum())
-        if n == 0:
-            raise ConfigError(
-                "no token of the text counts: none is at the chosen positions, or every residual is an outlier.",
-                at="text",
-                fix="read longer rows: changes.tokens_per_row.",
-            )
-        with np.errstate(invalid="ignore"):
-            by_source = self._loss / self._predicted
-        total = self._loss.sum(axis=1) / self._predicted.sum()
-        numbers = {"kl": float(self._kl.nanmean()), "n_tokens": n, "norm": self._norm / n}
-        numbers |= {"loss_base": total[0], "loss_tuned": total[1]}
-        for name, (base, tuned) in zip(self._tracer.rows.names, by_source.T, strict=True):
-            numbers |= {f"loss_base_{name}": base, f"loss_tuned_{name}": tuned}
-        counted = self._counted.double()
-        early = slice(1, 1 + EARLY)
-        return {
-            "read": (self._features / n).float().numpy(),
-            "expected": (self._expected / n).float().numpy(),
-            "positions": (self._shift.sum(dim=0) / counted.sum(dim=0)[:, None].clamp(min=1)).float().numpy(),
-            "halves": (self._shift.sum(dim=1) / counted.sum(dim=1)[:, None].clamp(min=1)).float().numpy(),
-            "early": (self._shift[:, early] / counted[:, early, None].clamp(min=1)).float().numpy(),
-            "kl": self._kl.numpy(),
-            "layers": (self._moved[0] / self._moved[1]).sqrt().float().numpy(),
-            "numbers": {name: float(value) for name, value in numbers.items() if math.isfinite(value)},
-        }
+def _bytes(weights: Tensor) -> bytes:
+    return weights.detach().float().cpu().contiguous().numpy().tobytes()
 
 
 def text_sampling() -> Sampling:

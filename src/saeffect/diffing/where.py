@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 
 from saeffect.diffing.matched_null import strata
-from saeffect.diffing.null_ranks import null_range, null_reason, pooled_rank_p, rank_p, rise_scores, search_p
+from saeffect.diffing.null_ranks import (
+    COUNTING_SEARCH,
+    null_range,
+    null_reason,
+    pooled_rank_p,
+    rank_p,
+    rise_scores,
+    search_p,
+)
 from saeffect.diffing.trace import Trace
 from saeffect.diffing.written import difference_size, openings, written_words
 from saeffect.errors import ConfigError, ShapeMismatch
@@ -237,7 +245,7 @@ def change_by_word(
             frame["p_focus"] = search_p(rise_scores(focus, stratum))
         by = "score" if nulls else "change"
         frames.append(frame.sort_values(by, ascending=False, key=np.abs, kind="stable"))
-    return pd.concat(frames, ignore_index=True).assign(reason=null_reason(len(nulls), alpha))
+    return pd.concat(frames, ignore_index=True).assign(reason=null_reason(len(nulls), alpha, COUNTING_SEARCH))
 
 
 def _kl_by_token(traces: Sequence[Trace], ids: npt.NDArray[np.int32]) -> dict[str, Any]:

@@ -12,7 +12,15 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
-from saeffect.diffing.null_ranks import count_scores, null_range, null_reason, pooled_rank_p, rank_p, search_p
+from saeffect.diffing.null_ranks import (
+    COUNTING_SEARCH,
+    count_scores,
+    null_range,
+    null_reason,
+    pooled_rank_p,
+    rank_p,
+    search_p,
+)
 from saeffect.diffing.trace import OPENINGS, SAMPLES, Trace, text_sampling
 from saeffect.errors import EmptySelection, Undefined
 from saeffect.lm.language_model import LanguageModel
@@ -85,7 +93,9 @@ def words_in_texts(
 
 
 def clearly_more(words: pd.DataFrame, alpha: float) -> pd.DataFrame:
-    """The rows of a table of words that come more often than in nulls, with a p that counts the search."""
+    """The rows of a table of words that come clearly more often than in nulls, by a p that counts the search. With 39
+    nulls at 0.05, one of them may still reach as much.
+    """
     return words[(words["change"] > 0) & (words["p_search"] <= alpha)]
 
 
@@ -169,7 +179,7 @@ def difference_vector(trace: Trace, dose: float) -> torch.Tensor:
 
 
 def steered_words(texts: pd.DataFrame, *, alpha: float = 0.05) -> pd.DataFrame:
-    """`written_words` for the texts of `difference_steering`: which words come up that no null's push brings?
+    """`written_words` for the texts of `difference_steering`: which words come up more than by nulls' pushes?
 
     Words of all doses are one search: a row is a `dose` and word, and "base" is the base model without a push.
     """
@@ -224,7 +234,7 @@ def _compare_words(
             "q": benjamini_hochberg(p),
             "p_search": search_p(scores),
             "example": words["example"],
-            "reason": null_reason(len(null_counts), alpha),
+            "reason": null_reason(len(null_counts), alpha, COUNTING_SEARCH),
         }
     )
     return table.sort_values(["score", "change"], ascending=False, kind="stable", ignore_index=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from saeffect.errors import ConfigError, IncompatibleSae, ShapeMismatch, unknown_name
 from saeffect.lm.architectures import HOOK_Z, HookMapping, blocks, hook_width, mapping_of, output_projection
-from saeffect.lm.language_model import LanguageModel, probe_logits, replaced_forwards
+from saeffect.lm.language_model import LanguageModel, probe_logits, replaced_forwards, undefined_numbers
 
 __all__ = [
     "HOOK_KINDS",
@@ -144,14 +144,7 @@ def capture(lm: LanguageModel, hook: str, input_ids: Tensor) -> Tensor:
     with _attach(lm.model, point, listen), contextlib.suppress(_Reached):
         lm.model(input_ids=input_ids.to(lm.device), use_cache=False, logits_to_keep=1)
     if not torch.isfinite(captured[0]).all():
-        dtype = str(lm.dtype).removeprefix("torch.")
-        raise ConfigError(
-            f"activations of {lm.name} are not finite at {hook} in {dtype}.",
-            at=hook,
-            fix="set the model's dtype to bfloat16 or float32, which hold larger numbers."
-            if lm.dtype == torch.float16
-            else "check the model: its own computation gives no numbers.",
-        )
+        raise undefined_numbers(lm, f"activations of {lm.name} are not finite at {hook}", at=hook)
     return captured[0]
 
 

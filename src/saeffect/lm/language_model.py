@@ -34,6 +34,7 @@ __all__ = [
     "input_device",
     "probe_logits",
     "replaced_forwards",
+    "undefined_numbers",
 ]
 
 
@@ -237,6 +238,18 @@ def input_device(model: Any) -> torch.device:
 
 
 @torch.no_grad()
+def undefined_numbers(lm: LanguageModel, problem: str, *, at: str) -> ConfigError:
+    """The error for a model that computes NaN or infinity; `problem` says where, without a full stop."""
+    overflows = lm.dtype == torch.float16
+    return ConfigError(
+        f"{problem} in {str(lm.dtype).removeprefix('torch.')}.",
+        at=at,
+        fix="set the model's dtype to bfloat16 or float32, which hold larger numbers."
+        if overflows
+        else "check the model: its own computation gives no numbers.",
+    )
+
+
 def probe_logits(model: Any) -> torch.Tensor:
     """A model's logits on 16 fixed tokens, spread over its vocabulary: float32 `[16, d_vocab]`, on the CPU."""
     n = len(model.get_input_embeddings().weight)

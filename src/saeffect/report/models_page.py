@@ -158,7 +158,8 @@ def _claimed_group_lines(groups: pd.DataFrame | None) -> list[str]:
         return []
     claimed = groups[groups["claimed"].astype(bool)]
     return [
-        f"{row.direction} than in any null fine-tune: {row.name} ({plural(row.n_features, 'feature')}; {p_text(row.p)})"
+        f"clearly {row.direction} than in null fine-tunes: {row.name}"
+        f" ({plural(row.n_features, 'feature')}; {p_text(row.p)})"
         for row in claimed.head(_MAX_ITEMS).itertuples(index=False)
     ]
 

@@ -53,10 +53,12 @@ def false_alarms(verdict: Verdict) -> str:
     """The rate at which null fine-tunes break this rule: the promised bound, and that of the measured nulls."""
     if not verdict.nulls or verdict.status in ("unjudged", "reported"):
         return "-" if verdict.nulls else "unknown: no nulls"
-    among_nulls = f"{verdict.nulls_broken} of {verdict.nulls} nulls"
-    if math.isnan(verdict.level):
-        return among_nulls
-    return f"at most {verdict.level:.3g}; {among_nulls}"
+    is_limit, n_judged = math.isnan(verdict.level), verdict.nulls_judged
+    among_nulls = f"{verdict.nulls_broken} of {n_judged} {'' if n_judged == verdict.nulls else 'judged '}nulls"
+    if not n_judged:
+        why = "none has a value" if is_limit else f"{verdict.nulls - 1} others are too few to judge one by"
+        among_nulls = f"not known among nulls: {why}"
+    return among_nulls if is_limit else f"at most {verdict.level:.3g}; {among_nulls}"
 
 
 def markdown(verdicts: Sequence[Verdict], title: str) -> str:

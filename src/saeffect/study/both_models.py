@@ -24,7 +24,9 @@ from saeffect.features.projection import project
 from saeffect.io import fingerprint, sole_writer
 from saeffect.lm.activations import kept_positions
 from saeffect.lm.gguf import cache_folder
+from saeffect.lm.hooks import parse_hook
 from saeffect.lm.language_model import LanguageModel
+from saeffect.lm.loading import locate_model, model_shape
 from saeffect.lm.tokens import special_tokens
 from saeffect.progress import SILENT, Log
 from saeffect.study.run_folder import RunFolder, read_manifest
@@ -40,6 +42,7 @@ __all__ = [
     "read_both_models",
     "refuse_changed",
     "refuse_remote_code",
+    "size_obstacle",
     "special_mask",
 ]
 
@@ -200,8 +203,20 @@ def _obstacle(study: Study, arm: Arm, other: str) -> str:
     """Why an arm's SAE cannot read the other's model; "" if it can."""
     if other in study.differences or arm.name in study.differences:
         return "the models' tokenizers differ"
-    width = study.sae_config(other).d_in
-    return f"the models differ in width ({arm.sae.cfg.d_in} and {width})" if width != arm.sae.cfg.d_in else ""
+    return size_obstacle(study, arm.name, other)
+
+
+def size_obstacle(study: Study, arm: str, other: str) -> str:
+    """Why an arm's SAE does not fit into another arm's model, which lacks its width or its block; "" if it fits."""
+    widths = [study.sae_config(name).d_in for name in (arm, other)]
+    if widths[0] != widths[1]:
+        return f"the models differ in width ({widths[0]} and {widths[1]})"
+    hook, config = study.hook(arm), study.arm(other).model
+    shape = model_shape(locate_model(config, at=study.at("arms", other, "model")))  # most models need not be loaded
+    n_layers = study.open_model(other).n_layers if shape is None else shape.n_layers
+    if parse_hook(hook).layer < n_layers:
+        return ""
+    return f"the models differ in depth ({arm}'s SAE reads {hook}, and the model of {other} has {n_layers} blocks)"
 
 
 @dataclass(frozen=True, eq=False)

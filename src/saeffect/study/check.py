@@ -82,8 +82,7 @@ def check_study(study: Study, out: Path | str | None = None, log: Log = SILENT) 
         seeds = open_seeds(study, name) if config.arms[name].more_saes else []
         if seeds:
             lines.append(f"arm {name}: further seeds {', '.join(seed.name for seed in seeds)}")
-    if not study.has_saes:
-        _check_sizes(study)
+    lines += _check_sizes(study)
     lines += _check_tokenizers(study)
     with placed(study.at("text")):
         start, conflicts = beginning(study.prepend_bos, study.bos_words, study.tokens.tokenizer, study.chat)
@@ -305,16 +304,19 @@ def _shapes(study: Study) -> dict[str, ModelShape]:
     return {name: shape for name, shape in shapes.items() if shape is not None}
 
 
-def _check_sizes(study: Study) -> None:
-    """Without SAEs, whose width is compared with each model's: IncompatibleModels if the models differ in width."""
+def _check_sizes(study: Study) -> list[str]:
+    """A line if the models differ in width or depth; without SAEs, IncompatibleModels: nothing could be compared."""
     widths = {name: (shape.d_model, shape.n_layers) for name, shape in _shapes(study).items()}
-    if len(set(widths.values())) > 1:
-        sizes = ", ".join(f"{name} {width} × {layers}" for name, (width, layers) in widths.items())
+    if len(set(widths.values())) <= 1:
+        return []
+    sizes = ", ".join(f"{name} {width} × {layers}" for name, (width, layers) in widths.items())
+    if not study.has_saes:
         raise IncompatibleModels(
             f"the models differ in width or depth: {sizes}.",
             at=study.at("arms"),
             fix="compare a model with its own fine-tune.",
         )
+    return [f"the models differ in width or depth ({sizes}): only their separate SAEs are compared, nothing is named"]
 
 
 def check_context(study: Study) -> None:

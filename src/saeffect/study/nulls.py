@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from saeffect.config import ChangesConfig, TextSource
 from saeffect.config_chat import ChatKeys, as_chat
-from saeffect.diffing.nulls import ADAPTER, CARD, NAME, mismatch_error, null_files, read_nulls, smallest_p
+from saeffect.diffing.nulls import ADAPTER, CARD, NAME, null_files, read_null, read_nulls, smallest_p
 from saeffect.diffing.standardised import FEWEST_NULLS
 from saeffect.diffing.trace import Trace, Tracer
 from saeffect.errors import BadFile, ConfigError, InUse, SaeffectError, placed
@@ -88,7 +88,8 @@ def make_nulls(
     keep_adapters: bool = False,
     log: Log = SILENT,
 ) -> NullsResult:
-    """Make nulls 1 to `n` in `out`; existing ones stay as they are.
+    """Make nulls 1 to `n` in `out`; existing ones stay as they are. With `keep_adapters`, those without an adapter are
+    made again, which ends with the same numbers.
 
     Each null has its own seed and texts. If stopped at any moment, the same call resumes and ends with the same
     numbers. Several processes may make the same call: they share the nulls between them.
@@ -209,12 +210,13 @@ def _tracer(recipe: FinetuneConfig, study: Study, log: Log) -> Tracer:
 def _make_null(folder: _NullFolder, k: int, tracer: Tracer | None, keep_adapters: bool, log: Log) -> str:
     """Train and measure one null, unless that is done; returns the list of `NullsResult` that it belongs to."""
     status = "trained" if tracer is None else "measured"
-    if folder.is_finished(k, tracer):
+    needs_adapter = keep_adapters or tracer is None
+    if folder.is_finished(k, tracer, needs_adapter=needs_adapter):
         return status
     adapter_folder = folder.adapter(k).parent
     try:
         with sole_writer(adapter_folder):
-            if folder.is_finished(k, tracer):  # by another process, meanwhile
+            if folder.is_finished(k, tracer, needs_adapter=needs_adapter):  # by another process, meanwhile
                 return status
             log(f"null {k}: {_TEXT_LABELS[folder.kind]}")
             started = time.monotonic()
@@ -345,17 +347,16 @@ class _NullFolder:
                     fix="add --study STUDY, or choose another --out.",
                 )
             with contextlib.suppress(BadFile):  # a damaged one is made again
-                if Trace.load(path).made_by != tracer.made_by:
-                    raise mismatch_error(self.path, path.name, tracer.measured_on, at=str(self.path))
+                read_null(path, tracer.made_by, measured=tracer.measured_on, at=str(self.path))
 
-    def is_finished(self, k: int, tracer: Tracer | None) -> bool:
-        """Whether the null is on the card and its trace (without a tracer: its adapter) is complete."""
+    def is_finished(self, k: int, tracer: Tracer | None, *, needs_adapter: bool) -> bool:
+        """Whether the null is on the card, and its trace (with a tracer) and its adapter (if needed) are complete."""
         if str(k) not in self.card().get("nulls", {}):
             return False
-        if tracer is None:
-            return (self.adapter(k) / "README.md").is_file()  # written last
+        if needs_adapter and not (self.adapter(k) / "README.md").is_file():  # written last
+            return False
         try:
-            return self.trace(k).is_file() and Trace.load(self.trace(k)).made_by == tracer.made_by
+            return tracer is None or (self.trace(k).is_file() and Trace.load(self.trace(k)).made_by == tracer.made_by)
         except BadFile:
             return False
 

@@ -88,6 +88,25 @@ def test_where_and_what_it_causes_are_said() -> None:
     assert "setting them back to the base model's values" in parts["What it causes"]
 
 
+def test_a_layer_is_beyond_the_nulls_only_above_their_highest() -> None:
+    """The layers of the tables move by 2 to 12 %, the nulls' by 1 to 3 %."""
+    tables = first_screen()
+    layers = tables["change_by_layer"]
+
+    def where(**nulls: object) -> str:
+        tables["change_by_layer"] = layers.assign(**nulls)
+        return dict(learned(tables, "medical", alpha=0.05).parts)["Where"].replace("\u202f", " ").partition(". W")[0]
+
+    far = "layer 5 is farthest beyond the nulls: what it hands on moved by 12.0 % of its length (nulls: 1.0 % to"
+    assert where() == f"Of 6 layers, {far} 3.0 %)"
+    assert where(null_high=0.12) == (
+        "Of 6 layers, layer 5 changed most, compared with the nulls: what it hands on moved by 12.0 % of its length"
+        " (nulls: 1.0 % to 12.0 %), and no layer moved farther than in nulls"
+    )
+    ratio = layers["ratio"].where(layers["layer"] != 0, 99.0)
+    assert where(ratio=ratio).startswith(f"Of 6 layers, {far}"), "layer 0 is within the nulls, by any ratio"
+
+
 def test_the_mean_difference_is_that_of_text_without_the_domain() -> None:
     tables = first_screen()
     whole = tables["activation_difference"]

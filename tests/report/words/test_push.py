@@ -48,6 +48,17 @@ def test_words_that_nulls_bring_too(changes: dict[str, object], end: str) -> Non
     assert text.startswith(START) and text.endswith(end)
 
 
+def test_a_null_that_brings_a_word_as_often_is_not_left_out() -> None:
+    """With many nulls p allows for some that reach as much, of whose words the bracket tells."""
+    words = push_tables()["difference_words"].assign(p_search=[0.05, 0.05])
+    assert said(words.assign(null_high=[0.6, 0.1])).startswith(
+        f"{START} clearly more often than along nulls': “fever” (in 50 % of texts; without a push 2 %, along nulls' at"
+        " most 60 %), “of” (p"
+    )
+    assert "along any null" not in said(words.assign(null_high=[0.1, 0.4])), "as often, in a word behind the first"
+    assert "along any null" in said(words.assign(null_high=[0.1, 0.3]))
+
+
 def test_without_nulls_the_reason_stands_for_p() -> None:
     assert said(push_tables(nulls=False)["difference_words"]) == (
         f"{START} most of all “fever” (in 50 % of texts; without a push 2 %), “of”; whether pushes along nulls do so is"

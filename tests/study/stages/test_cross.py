@@ -15,15 +15,17 @@ from saeffect.comparison.factorial import CROSSED, CROSSED_COLUMNS, EFFECTS, FAC
 from saeffect.errors import ConfigError, UnknownName
 from saeffect.io import read_json
 from saeffect.lm.finetune import FinetuneConfig
-from saeffect.progress import SILENT
+from saeffect.progress import SILENT, Log
 from saeffect.study import nulls
 from saeffect.study import run as method
+from saeffect.study.both_models import both_models_files, read_both_models
+from saeffect.study.check import check_study
 from saeffect.study.nulls import make_nulls
 from saeffect.study.run import run_study
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages import cross
 from saeffect.study.study import Study
-from tiny_study import BEFORE_STEERING, make_model, make_sae
+from tiny_study import BEFORE_STEERING, make_model, make_sae, only_figures
 
 STEERING = {
     "prompts": ["The river", "My doctor said", "In the garden"],
@@ -201,6 +203,35 @@ def test_models_of_other_width_are_not_crossed(folder: Path, tmp_path: Path) -> 
     assert split["estimate"].isna().all()
     assert split["reason"].str.contains("differ in width").all()
     assert not (tmp_path / "wide" / "arms" / "control" / "crossed.parquet").exists()
+
+
+def test_models_of_other_depth_end_their_study(folder: Path, tmp_path: Path) -> None:
+    """The control's SAE reads a block that the treatment's model lacks: compared, but nothing is read on both."""
+    make_model(folder / "shallow", 2, layers=2)
+    make_sae(folder / "saes" / "deep", 4, hook_name="blocks.2.hook_resid_pre")
+    make_sae(folder / "saes" / "shallow", 5)
+    arms = yaml.safe_load((folder / "study.yaml").read_text())["arms"]
+    arms["control"]["sae"] = "./saes/deep"
+    arms["treatment"] |= {"model": "./shallow", "sae": "./saes/shallow"}
+    arms.pop("placebo")
+    lines: list[str] = []
+    study = changed(folder, "depth", arms=arms)
+    assert any("width or depth (control 32 × 3, treatment 32 × 2)" in line for line in check_study(study).lines)
+    with only_figures():
+        run_study(study, tmp_path / "run", log=Log(lines.append))
+    depth = "the models differ in depth (control's SAE reads blocks.2.hook_resid_pre, and the model of treatment has 2"
+    assert any(depth in line and "no feature of one" in line for line in lines)
+    assert not (tmp_path / "run" / "comparison" / "cross_activity.parquet").exists()
+    split = pd.read_parquet(tmp_path / "run" / "comparison" / "factorial.parquet")
+    assert split["estimate"].isna().all()
+    assert split["reason"].str.startswith(depth).all()
+    assert "differ in depth" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    read_both_models(tmp_path / "run")
+    reasons = {arm: pd.read_parquet(both_models_files(tmp_path / "run", arm, other)[0])["reason"].unique().tolist()
+               for arm, other in (("control", "treatment"), ("treatment", "control"))}  # fmt: skip
+    assert reasons == {"control": [f"{depth} blocks)"], "treatment": [""]}
+    arms = {"control": arms["treatment"] | {"role": "control"}, "treatment": arms["control"] | {"role": "treatment"}}
+    assert "the model of control has 2 blocks" in cross._obstacle(changed(folder, "reverse", arms=arms))
 
 
 def test_only_where_it_is_asked_for(folder: Path, complains: Any) -> None:

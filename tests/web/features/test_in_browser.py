@@ -103,7 +103,7 @@ def test_reading_both_models_from_the_page(
         page.goto(f"{url}/features/control/3")
         assert page.locator(".bars.bottom").count() == 0
         page.click("#read-both")
-        page.wait_for_selector(".bars.bottom", timeout=120_000)
+        page.wait_for_selector(".bars.bottom", timeout=300_000)
         assert page.locator("#reading").count() == 0 and page.messages == []
 
 

@@ -135,6 +135,15 @@ def test_a_silent_feature_cannot_be_clamped(run: RunFolder, engine: Engine) -> N
         list(engine.answer(ask))
 
 
+def test_a_feature_that_fits_one_model_alone_is_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    obstacle = "the models differ in depth (control reads blocks.2.hook_resid_pre)"
+    monkeypatch.setattr(
+        "saeffect.web.play.engine.size_obstacle", lambda _, arm, other: obstacle if other != arm else ""
+    )
+    with pytest.raises(ConfigError, match=r"differ in depth .* cannot be added to both"):
+        list(engine.answer(Ask(arm="control", features=(3,), prompt="The river")))
+
+
 def test_two_models_that_do_not_fit_are_refused(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("saeffect.web.play.engine.machine_memory", lambda: 100_000)
     engine = Engine(lambda: run)

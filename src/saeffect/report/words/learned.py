@@ -230,11 +230,13 @@ def _where(tables: Mapping[str, pd.DataFrame], alpha: float) -> str:
     if layers.empty or not layers["change"].notna().any():
         return ""
     column = "ratio" if layers["ratio"].notna().any() else "change"
-    most = layers.loc[layers[column].idxmax()].to_dict()
+    beyond = layers[layers["change"] > layers["null_high"]]
+    most = layers.loc[(layers if beyond.empty else beyond)[column].idxmax()].to_dict()
     place, nulls = "changed most", ""
     if is_defined(most["null_low"]):
-        place = "is farthest beyond the nulls"
-        nulls = f" (nulls: {percent(most['null_low'])} to {percent(most['null_high'])})"
+        place = "changed most, compared with the nulls" if beyond.empty else "is farthest beyond the nulls"
+        within = ", and no layer moved farther than in nulls" if beyond.empty else ""
+        nulls = f" (nulls: {percent(most['null_low'])} to {percent(most['null_high'])}){within}"
     sentences = [
         f"Of {plural(len(layers), 'layer')}, layer {count(most['layer'])} {place}: what it hands on"
         f" moved by {percent(most['change'])} of its length{nulls}."

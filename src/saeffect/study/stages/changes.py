@@ -36,7 +36,7 @@ from saeffect.study.stages.trace import (
 
 __all__ = ["CHANGE_TABLES", "changes_inputs", "run_changes"]
 
-VERSION = 8
+VERSION = 9
 _NAMING_TABLES = ("changes", "change_groups", "declared_changes", "evidence", "null_groups", "change_numbers")
 _WHERE_TABLES = (
     *("change_overall", "change_by_layer", "change_by_word", "change_in_text", "activation_difference"),
@@ -106,11 +106,12 @@ def _judge_features(
         changes = [values[name] for values in (raw if name in BASES else measured or ())]
         if len(changes) > 1:
             observed, *null_changes = changes
-            p = pooled_p(observed, np.array(null_changes), trace.read[2])
+            p, n_pooled = pooled_p(observed, np.array(null_changes), trace.read[2])
             rows = table["basis"] == name
             p = np.where(table.loc[rows, "z"].isna() & (len(nulls) >= FEWEST_NULLS), np.nan, p)
             table.loc[rows, "p"], table.loc[rows, "q"] = p, benjamini_hochberg(p)
-            table.loc[rows, "smallest_p"] = smallest_p(len(nulls), int(np.isfinite(p).sum()))
+            smallest = [smallest_p(len(nulls), int(n)) if n else math.nan for n in n_pooled]
+            table.loc[rows, "smallest_p"] = np.where(np.isnan(p), np.nan, smallest)
     tables["changes"] = table
     return tables
 

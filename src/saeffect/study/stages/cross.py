@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from saeffect.comparison import Resampling, Roles
-from saeffect.comparison.factorial import CROSSED_COLUMNS, WHOLE_SAE, factorial, no_factorial
+from saeffect.comparison.factorial import CROSSED, CROSSED_COLUMNS, WHOLE_SAE, factorial, no_factorial, paired_change
 from saeffect.diffing.nulls import kept_adapters
 from saeffect.features.coherence import coherence
 from saeffect.features.embeddings import load_embeddings
@@ -39,6 +39,7 @@ from saeffect.steering import (
 )
 from saeffect.steering.placebos import STEERED
 from saeffect.steering.trials import TRIAL_COLUMNS
+from saeffect.study.both_models import size_obstacle
 from saeffect.study.nulls import nulls_folder
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.crossed_rows import RowSums, by_row, crossed_rows, marker_row
@@ -48,7 +49,7 @@ from saeffect.study.study import Arm, Study
 
 __all__ = ["cross_inputs", "help_cross", "null_effects", "run_cross"]
 
-VERSION = 3
+VERSION = 4
 _TOKENS = 32_768  # of the study's text, to measure activity on: enough, since features vary more than rows of text
 _STEERED = {"direct_effect", "steering"}
 
@@ -115,10 +116,10 @@ def null_effects(run: RunFolder, lm: LanguageModel, log: Log = SILENT) -> dict[s
     study, (control, _) = run.study, run.study.pair
     sae = load_sae(study.sae_folder(control), at=study.at("arms", control, "sae"))
     cell = Arm(control, study.arm(control).role, lm, sae, study.hook(control))
-    parts = list(_Crossing(run, log).without_texts(cell, lm.name))
+    parts = {str(part["quantity"][0]): part for part in _Crossing(run, log).without_texts(cell, lm.name)}
     crossed = run.read_table(run.arm(control, "crossed.parquet"))
-    on_base = crossed[crossed["model"] == control].groupby("quantity")["value"].mean()
-    return {str(part["quantity"][0]): float(part["value"].mean() - on_base[part["quantity"][0]]) for part in parts}
+    on_base = crossed[crossed["model"] == control].groupby("quantity")
+    return {name: paired_change(on_base.get_group(name), part, CROSSED[name]) for name, part in parts.items()}
 
 
 def _kept_nulls(study: Study) -> dict[str, Path]:
@@ -152,9 +153,8 @@ def _effects_of_nulls(run: RunFolder, log: Log) -> dict[str, list[float]]:
 def _obstacle(study: Study) -> str:
     """Why the SAE of one arm cannot be put on the other's model; "" if it can."""
     control, treatment = study.pair
-    widths = [study.sae_config(name).d_in for name in (control, treatment)]
-    if widths[0] != widths[1]:
-        return f"the models differ in width ({widths[0]} and {widths[1]}), so neither takes the other's SAE"
+    if reason := size_obstacle(study, control, treatment) or size_obstacle(study, treatment, control):
+        return f"{reason}, so the SAEs cannot be exchanged"
     if treatment in study.differences:
         return f"the models' tokenizers differ: the treatment's {study.differences[treatment].words()}"
     return ""

@@ -21,6 +21,7 @@ from saeffect.lm.activations import TokenRows, kept_positions
 from saeffect.progress import Log
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.stats.arguments import BoolArray
+from saeffect.study.both_models import size_obstacle
 from saeffect.study.run_folder import PartialTable, RunFolder
 from saeffect.study.stages.changes import CHANGE_TABLES
 from saeffect.study.stages.features import SeedSae, open_seeds, seed_identities
@@ -74,8 +75,8 @@ def read_matches(run: RunFolder) -> MatchTables:
 def _measure(run: RunFolder, log: Log, keep: _FinishedPairs) -> dict[str, pd.DataFrame]:
     study, config = run.study, run.study.config
     control, treatment = study.pair
-    if study.sae_config(control).d_in != study.sae_config(treatment).d_in:
-        log("  the arms' models differ in width, so no feature of one can be compared with one of the other")
+    if obstacle := size_obstacle(study, control, treatment):
+        log(f"  {obstacle}, so no feature of one can be compared with one of the other")
         return {}
     logs, counted, seeds, saes = _FiringLogs(study, log), {}, {}, {}
     for name in study.ordered_arms():

@@ -34,7 +34,7 @@ __all__ = [
     "training_note",
 ]
 
-VERSION = 2
+VERSION = 3
 _WANTED = 20  # nulls, in what is said of their cost
 _TRAINING = 3.0  # a training step costs so many readings: forwards, and twice that backwards
 _FIRST_WORDS = 8  # in the first finding

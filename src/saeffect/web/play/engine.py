@@ -18,7 +18,7 @@ from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.formats import load_sae
 from saeffect.steering import NoiseCell, Site, SteeringPlan, features_together, stream
 from saeffect.steering.actions import actions_of
-from saeffect.study.both_models import refuse_remote_code
+from saeffect.study.both_models import refuse_remote_code, size_obstacle
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.dose_search import matched_lists_of, matched_placebos, site_of
 from saeffect.study.study import Arm
@@ -130,6 +130,12 @@ class Engine:
         features = features_to_steer(run, ask)
         sides = []
         for name in _side_arms(run):
+            if ask.features and (obstacle := size_obstacle(run.study, ask.arm, name)):
+                raise ConfigError(
+                    f"{obstacle}, so this feature cannot be added to both.",
+                    at=run.study.at("arms", name),
+                    fix="let both models write without a feature.",
+                )
             lm = self._lm(run, name)
             text = _chat_turn(lm, ask.prompt) if ask.chat else ask.prompt
             plan = ask.plan(text)
