@@ -54,4 +54,4 @@ def test_a_group_is_shown_where_its_most_changed_feature_fires(context: ReportCo
     context = replace(context, examples={"control": examples})
     table = learned_table(with_tables(synthetic_changes() | {"changes": z}), context)
     assert table is not None
-    assert [row.sub for row in table.rows] == ["high amounts «or» ↵", "", "not beyond the nulls"]
+    assert [row.sub for row in table.rows] == ["high amounts «or» ↵", "", "not clearly beyond the nulls"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 
 from saeffect.report.words.learned import learned
@@ -138,3 +140,43 @@ def test_a_recipe_unlike_the_nulls_is_said() -> None:
     same = learned(synthetic_changes() | {"null_recipe": recipe.head(1)}, "medical", alpha=0.05)
     assert "of the same recipe" in same.headline
     assert dict(same.parts)["How sure"] == dict(learned(synthetic_changes(), "medical", alpha=0.05).parts)["How sure"]
+
+
+def test_a_domain_that_one_of_many_nulls_moved_as_far_is_not_claimed() -> None:
+    tables = synthetic_changes()
+    rows = (tables["declared_changes"]["name"] == "medical") & (tables["declared_changes"]["basis"] == "combined")
+    z = float(tables["declared_changes"].loc[rows, "z"].iloc[0])
+    assert learned(tables, "medical", alpha=0.05).headline.startswith("Fine-tuning taught the model the domain medical")
+    tables["declared_changes"].loc[rows, "null_high"] = z + 0.5
+    assert "domain medical" not in learned(tables, "medical", alpha=0.05).headline
+
+
+def test_a_weaker_domain_is_told_beside_the_nulls() -> None:
+    """z counts from the nulls: where they raise the domain, a fine-tune that leaves it alone has taken nothing."""
+    tables = synthetic_changes()
+    tables["declared_changes"]["z"] *= -1
+    headline = learned(tables, "medical", alpha=0.05).headline
+    assert headline.startswith("Fine-tuning left the domain medical weaker: its ")
+    assert " are less active than in " in headline
+
+
+def test_a_word_that_nulls_expect_more_is_not_one_that_nulls_expect_less() -> None:
+    tables = first_screen() | where_tables() | synthetic_changes()
+    fever = tables["change_by_word"]["token"] == " fever"
+    tables["change_by_word"].loc[fever, "p_search"] = 0.01
+    said = "expects clearly more than nulls do: “fever”"
+    assert said in dict(learned(tables, "medical", alpha=0.05).parts)["Where"]
+    tables["change_by_word"].loc[fever, ["null_low", "null_median", "null_high"]] = 1.6, 1.7, 1.8
+    assert said not in dict(learned(tables, "medical", alpha=0.05).parts)["Where"]
+
+
+def test_the_layer_farthest_beyond_its_own_nulls_is_named() -> None:
+    tables = first_screen() | where_tables() | synthetic_changes()
+    layers = tables["change_by_layer"]
+    layers.loc[:, ["change", "null_low", "null_median", "null_high"]] = 0.01, 0.01, 0.02, 0.03
+    layers.loc[0, ["change", "null_low", "null_median", "null_high"]] = 0.10, 0.01, 0.01, 0.09
+    layers.loc[2, ["change", "null_low", "null_median", "null_high"]] = 0.30, 0.04, 0.045, 0.05
+    layers["ratio"] = layers["change"] / layers["null_median"]
+    assert "layer 2 is farthest" in dict(learned(tables, "medical", alpha=0.05).parts)["Where"]
+    layers.loc[2, ["null_low", "null_median", "null_high", "ratio"]] = 0.0, 0.0, 0.0, math.nan
+    assert "layer 2 is farthest" in dict(learned(tables, "medical", alpha=0.05).parts)["Where"]

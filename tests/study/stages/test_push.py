@@ -76,7 +76,9 @@ def test_the_tables_and_their_lines_in_the_docs(traced: RunFolder, monkeypatch: 
     assert unpushed["text"].tolist()[:2] == [base.decode(ids) for ids in read_trace(traced).base_texts[:2]]
     far = texts[texts["dose"] == 20].set_index(["fine_tune", "opening", "sample"])["text"]
     assert far["treatment"].tolist() != far["null-1"].tolist() != unpushed["text"].tolist()
-    assert set(words["reason"]) == {"with 2 nulls no p is below 1/3: it takes 19 to find something at 0.05"}
+    assert set(words["reason"]) == {
+        "with 2 nulls no p that counts the search is below 1/3: it takes 19 to find something at 0.05"
+    }
     assert words["p_search"].min() >= 1 / 3
     page = (DOCS / "files.md").read_text(encoding="utf-8")
     for name, table in (("difference_texts", texts), ("difference_words", words)):

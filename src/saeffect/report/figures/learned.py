@@ -65,7 +65,7 @@ def learned(comparison: Comparison, _context: ReportContext) -> Drawing:
         figure,
         f"The groups of features that changed most. Grey strokes: the highest score of any group in each of"
         f" {len(nulls)} null fine-tunes; what lies in the grey band, a fine-tune that teaches nothing reaches too."
-        f" {n} {'group lies' if n == 1 else 'groups lie'} beyond.",
+        f" {n} {'group lies' if n == 1 else 'groups lie'} clearly beyond.",
         f"Scores of groups: {scores}. Highest in nulls: {highest.max():.1f}.",
     )
 

@@ -100,7 +100,7 @@ def _row(row: Mapping[Any, Any], evidence: pd.DataFrame | None, example: str) ->
             Cell(_n_agreeing(row["group"], evidence)),
             Cell(percent(row["share"])),
         ),
-        sub=example if claimed else "; ".join(filter(None, ("not beyond the nulls", example))),
+        sub=example if claimed else "; ".join(filter(None, ("not clearly beyond the nulls", example))),
         strong=claimed,
         key=str(row["group"]),
     )

@@ -72,6 +72,8 @@ def learned(tables: Mapping[str, pd.DataFrame], domain: str, *, alpha: float) ->
     k = len(nulls)
     domain_changed = declared is not None and is_defined(declared["p"]) and declared["p"] <= alpha
     domain_changed = domain_changed and not _p_of_all_bases(tables, domain) > alpha
+    # With many nulls p may be small though one of them moved as far.
+    domain_changed = domain_changed and not (declared and _is_within(declared, "z"))
     unlike = _unlike_nulls(tables)
     parts = {
         "What changed": " ".join(
@@ -109,12 +111,11 @@ def _domain_change(tables: Mapping[str, pd.DataFrame], domain: str) -> Mapping[A
 def _headline(claimed: pd.DataFrame, change: Mapping[Any, Any] | None, domain: str, against: str) -> str:
     names = joined([_quoted(row) for row in claimed.head(_MAX_IN_HEADLINE).to_dict("records")]) if len(claimed) else ""
     if change is not None:
-        verb = "taught the model" if change["z"] > 0 else "took from the model"
         examples = f" The groups of features that changed most: {names}." if names else ""
-        return (
-            f"Fine-tuning {verb} the domain {domain}: its {plural(int(change['n_features']), 'feature')} changed more"
-            f" {against}.{examples}"
-        )
+        features = f"its {plural(int(change['n_features']), 'feature')}"
+        if change["z"] > 0:
+            return f"Fine-tuning taught the model the domain {domain}: {features} changed more {against}.{examples}"
+        return f"Fine-tuning left the domain {domain} weaker: {features} are less active {against}.{examples}"
     if names:
         return f"Fine-tuning changed features about {names}: they moved more {against}."
     return f"Nothing that can be named changed: no group of features clearly moved more {against}."
@@ -231,7 +232,9 @@ def _where(tables: Mapping[str, pd.DataFrame], alpha: float) -> str:
         return ""
     column = "ratio" if layers["ratio"].notna().any() else "change"
     beyond = layers[layers["change"] > layers["null_high"]]
-    most = layers.loc[(layers if beyond.empty else beyond)[column].idxmax()].to_dict()
+    with np.errstate(divide="ignore"):  # a layer that no null moves is infinitely far beyond them
+        farthest = layers[column] if beyond.empty else beyond["change"] / beyond["null_high"]
+    most = layers.loc[farthest.idxmax()].to_dict()
     place, nulls = "changed most", ""
     if is_defined(most["null_low"]):
         place = "changed most, compared with the nulls" if beyond.empty else "is farthest beyond the nulls"
@@ -242,6 +245,8 @@ def _where(tables: Mapping[str, pd.DataFrame], alpha: float) -> str:
         f" moved by {percent(most['change'])} of its length{nulls}."
     ]
     expected = clearly_more(words[words["role"] == "expected"], alpha) if len(words) else words
+    if len(expected):  # p is small, too, for a word that nulls come to expect more than the fine-tune does
+        expected = expected[~(expected["change"] <= expected["null_median"])]
     if len(expected):
         sentences.append(f"Words it expects clearly more than nulls do: {_quoted_words(expected['token'])}.")
     written = tables.get("written_words", pd.DataFrame())
@@ -309,8 +314,8 @@ def _predictions(tables: Mapping[str, pd.DataFrame], domain: str, alpha: float, 
     return sentences
 
 
-def _is_within(row: Mapping[Any, Any]) -> bool:
-    return bool(row["null_low"] <= row["change"] <= row["null_high"])
+def _is_within(row: Mapping[Any, Any], column: str = "change") -> bool:
+    return bool(row["null_low"] <= row[column] <= row["null_high"])
 
 
 def _kl_words(row: Mapping[Any, Any]) -> str:
