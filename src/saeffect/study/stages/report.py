@@ -39,7 +39,7 @@ __all__ = [
     "run_report",
 ]
 
-VERSION = 7
+VERSION = 8
 
 
 def report_inputs(run: RunFolder) -> dict[str, Any]:
