@@ -16,7 +16,7 @@ from saeffect.errors import ConfigError, EmptySelection
 from saeffect.lm import language_model
 from saeffect.lm.corpora import interleave
 from saeffect.lm.hooks import capture
-from saeffect.lm.language_model import LanguageModel, causal_attention, fused
+from saeffect.lm.language_model import LanguageModel, causal_attention, fused, probe_logits
 from saeffect.lm.tokens import separator_id
 
 
@@ -266,3 +266,8 @@ def test_sliding_window_is_left_to_transformers(random_model: Callable[..., Any]
     expected = capture(lm, HOOK, ids)
     with fused(lm):
         assert (capture(lm, HOOK, ids) - expected).abs().max() < 0.01 * expected.abs().max()
+
+
+def test_probe_logits_keep_no_graph(random_model: Callable[..., Any], tiny_llama: LanguageModel) -> None:
+    model = random_model(tiny_llama.model.config).requires_grad_(True)
+    assert not probe_logits(model).requires_grad

@@ -237,7 +237,6 @@ def input_device(model: Any) -> torch.device:
     return torch.device(computing[0] if computing else "cpu")
 
 
-@torch.no_grad()
 def undefined_numbers(lm: LanguageModel, problem: str, *, at: str) -> ConfigError:
     """The error for a model that computes NaN or infinity; `problem` says where, without a full stop."""
     overflows = lm.dtype == torch.float16
@@ -250,6 +249,7 @@ def undefined_numbers(lm: LanguageModel, problem: str, *, at: str) -> ConfigErro
     )
 
 
+@torch.no_grad()
 def probe_logits(model: Any) -> torch.Tensor:
     """A model's logits on 16 fixed tokens, spread over its vocabulary: float32 `[16, d_vocab]`, on the CPU."""
     n = len(model.get_input_embeddings().weight)
