@@ -210,9 +210,7 @@ def _cells(crossed: Mapping[str, pd.DataFrame], roles: Roles, quantity: CrossedQ
             raise ShapeMismatch(f"the crossed table lacks the column(s) {', '.join(missing)}.", at=sae)
         rows = table[table["quantity"] == quantity.name]
         reasons += [reason for reason in rows["reason"] if reason]
-        parts = [rows[rows["model"] == model].set_index("feature").sort_index() for model in models]
-        common = parts[0].index.intersection(parts[1].index)
-        measured.append([_matrix(part.loc[common], quantity) for part in parts])
+        measured.append(_paired_matrices([rows[rows["model"] == model] for model in models], quantity))
     if not all(len(part) for pair in measured for part in pair):
         return Cells((), (), reasons[0] if reasons else f"no {quantity.name.replace('_', ' ')} was measured")
     if len({part.shape[1] for pair in measured for part in pair}) > 1:
@@ -236,14 +234,20 @@ def paired_change(before: pd.DataFrame, after: pd.DataFrame, quantity: CrossedQu
     """Mean of after − before over the features and columns of `values` that are defined in both, from two cells of one
     SAE, `CROSSED_COLUMNS` of this quantity; NaN without any.
     """
-    parts = [rows.set_index("feature").sort_index() for rows in (before, after)]
-    common = parts[0].index.intersection(parts[1].index)
-    if common.empty:
+    values = _paired_matrices([before, after], quantity)
+    if not len(values[0]):
         return math.nan
-    change = np.subtract(*(_matrix(part.loc[common], quantity) for part in reversed(parts)))
+    change = values[1] - values[0]
     rows, columns = complete_tables([change])
     complete = change[np.ix_(rows[0], columns)]
     return float(complete.mean()) if complete.size else math.nan
+
+
+def _paired_matrices(cells: Sequence[pd.DataFrame], quantity: CrossedQuantity) -> list[FloatArray]:
+    """Values of two cells of one SAE, of the features that both have."""
+    parts = [rows.set_index("feature").sort_index() for rows in cells]
+    common = parts[0].index.intersection(parts[1].index)
+    return [_matrix(part.loc[common], quantity) for part in parts]
 
 
 def _matrix(rows: pd.DataFrame, quantity: CrossedQuantity) -> FloatArray:

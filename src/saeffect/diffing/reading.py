@@ -38,6 +38,7 @@ class Pass:
 
 @torch.inference_mode()
 def run_model(lm: LanguageModel, hook: str, ids: Tensor) -> Pass:
+    """A pass over token ids, int64 [B, S]."""
     names = [f"blocks.{i}.hook_resid_post" for i in range(lm.n_layers)]
     with fused(lm), recorded(lm, hook, *names) as activations:
         logits = lm.model(input_ids=ids.to(lm.device), use_cache=False).logits
@@ -62,6 +63,7 @@ class ReadingSums:
         self._predicted = np.zeros(len(rows.names))
 
     def add(self, start: int, ids: Tensor, base: Pass, tuned: Pass) -> None:
+        """Add both models' passes over rows `start` and following, ids int64 [B, S]."""
         tracer, x = self._tracer, (base.x.float(), tuned.x.float())
         counts = tracer.rows.counts_of(start, len(ids))
         in_base = kept_positions(x[0], tracer.limit, counts)

@@ -270,7 +270,7 @@ class Tracer:
 
 
 def _bytes(weights: Tensor) -> bytes:
-    return weights.detach().float().cpu().contiguous().numpy().tobytes()
+    return weights.detach().float().cpu().numpy().tobytes()
 
 
 def text_sampling() -> Sampling:

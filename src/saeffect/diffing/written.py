@@ -96,7 +96,9 @@ def clearly_more(words: pd.DataFrame, alpha: float) -> pd.DataFrame:
     """The rows of a table of words that come clearly more often than in nulls, by a p that counts the search. With 39
     nulls at 0.05, one of them may still reach as much.
     """
-    return words[(words["change"] > 0) & (words["p_search"] <= alpha)]
+    # Of expected words p is small, too, for one that the nulls come to expect more than the fine-tune does.
+    usual = words.get("null_median", 0.0)
+    return words[(words["change"] > 0) & (words["change"] > usual) & (words["p_search"] <= alpha)]
 
 
 def openings(trace: Trace, nulls: Sequence[Trace], decode: Decode, *, alpha: float = 0.05) -> pd.DataFrame:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -37,6 +37,7 @@ _WIDTH, _MARGIN = 100.0, 4.0  # of an interval mark; the margin leaves room for 
 _MAX_CONTEXTS, _N_SHOWN = 4, 3  # of a card, and of an arm's features in the showcase
 Pair = tuple[str, str]
 _Row = Mapping[Any, Any]
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,7 @@ def showcase(lists: Sequence[FeatureList]) -> tuple[FeatureCard, ...]:
     chosen: list[FeatureCard] = []
     for arm in sorted(lists, key=lambda arm: arm.role != "treatment"):
         if arm.role != "placebo":
-            tested = [card for card in arm.cards if card.trials]
-            chosen += ([card for card in tested if card.state == "passed"] or tested)[:_N_SHOWN]
+            chosen += _best((card, card.state) for card in arm.cards if card.trials)
     return tuple(chosen)
 
 
@@ -136,8 +136,14 @@ def _showcase_rows(arm: ArmTables, rows: Sequence[_Row]) -> Sequence[_Row]:
     if arm.interventions is None:
         return ()
     steered = set(arm.interventions.loc[arm.interventions["condition"] == STEERED, "feature"])
-    tested = [row for row in rows if row["feature"] in steered]
-    return ([row for row in tested if _state(row) == "passed"] or tested)[:_N_SHOWN]
+    return _best((row, _state(row)) for row in rows if row["feature"] in steered)
+
+
+def _best(tested: Iterable[tuple[_Item, str]]) -> list[_Item]:
+    """The first few of the items that passed, or of all if none did; each comes with its state."""
+    items = list(tested)
+    passed = [item for item, state in items if state == "passed"]
+    return (passed or [item for item, _ in items])[:_N_SHOWN]
 
 
 def _domain_rows(arm: ArmTables) -> pd.DataFrame:

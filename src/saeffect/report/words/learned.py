@@ -70,10 +70,13 @@ def learned(tables: Mapping[str, pd.DataFrame], domain: str, *, alpha: float) ->
     claimed = claimed_groups(tables)
     declared = _domain_change(tables, domain)
     k = len(nulls)
-    domain_changed = declared is not None and is_defined(declared["p"]) and declared["p"] <= alpha
-    domain_changed = domain_changed and not _p_of_all_bases(tables, domain) > alpha
-    # With many nulls p may be small though one of them moved as far.
-    domain_changed = domain_changed and not (declared and _is_within(declared, "z"))
+    domain_changed = (
+        declared is not None
+        and is_defined(declared["p"])
+        and declared["p"] <= alpha
+        and not _p_of_all_bases(tables, domain) > alpha
+        and not _is_within(declared, "z")  # with many nulls p may be small though one of them moved as far
+    )
     unlike = _unlike_nulls(tables)
     parts = {
         "What changed": " ".join(
@@ -245,8 +248,6 @@ def _where(tables: Mapping[str, pd.DataFrame], alpha: float) -> str:
         f" moved by {percent(most['change'])} of its length{nulls}."
     ]
     expected = clearly_more(words[words["role"] == "expected"], alpha) if len(words) else words
-    if len(expected):  # p is small, too, for a word that nulls come to expect more than the fine-tune does
-        expected = expected[~(expected["change"] <= expected["null_median"])]
     if len(expected):
         sentences.append(f"Words it expects clearly more than nulls do: {_quoted_words(expected['token'])}.")
     written = tables.get("written_words", pd.DataFrame())

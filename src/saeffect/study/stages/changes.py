@@ -110,7 +110,7 @@ def _judge_features(
             rows = table["basis"] == name
             p = np.where(table.loc[rows, "z"].isna() & (len(nulls) >= FEWEST_NULLS), np.nan, p)
             table.loc[rows, "p"], table.loc[rows, "q"] = p, benjamini_hochberg(p)
-            smallest = [smallest_p(len(nulls), int(n)) if n else math.nan for n in n_pooled]
+            smallest = [smallest_p(len(nulls), int(n)) for n in n_pooled]
             table.loc[rows, "smallest_p"] = np.where(np.isnan(p), np.nan, smallest)
     tables["changes"] = table
     return tables
